@@ -1,0 +1,234 @@
+"""Recipe of the demo model: tokenizer and Qwen2-architecture weights from the standard library's sources.
+
+    python probes/demo/train_model.py            about 50 minutes on 2 free cores; resumes where it was stopped
+
+Two single-threaded processes share each batch and average gradients once a step; this stands contention better than two
+threads in one process. Writes `probes/demo/model/`: weights in bf16, config, tokenizer, chat template, loss curve and
+`training.json`. The work directory keeps the tokenizer, the token stream and the last state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from muon import Muon
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from sedac_probes import corpus
+
+HERE = Path(__file__).resolve().parent
+END = "<|endoftext|>"
+VOCAB = 4096
+CONTEXT = 512
+# The model completes code; a chat becomes a module: system text as its docstring, questions as comments.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}\"\"\"{{ m['content'] }}\"\"\"\n\n"
+    "{% elif m['role'] == 'user' %}# {{ m['content'] | replace('\n', '\n# ') }}\n"
+    "{% else %}{{ m['content'] }}\n\n{% endif %}{% endfor %}"
+)
+
+
+def make_tokenizer(work: Path, documents: list[corpus.Document]) -> PreTrainedTokenizerFast:
+    """Train (or load) the byte-level BPE tokenizer."""
+    path = work / "tokenizer.json"
+    if not path.exists():
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet)
+        bpe.train_from_iterator((d.text for d in documents), trainer, length=len(documents))
+        bpe.save(str(path))
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path), bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT, chat_template=CHAT_TEMPLATE
+    )
+
+
+def tokenise(work: Path, tokenizer: PreTrainedTokenizerFast, split: corpus.Split) -> np.ndarray[Any, Any]:
+    """Return the split's token stream (uint16), each file led by the end-of-text token."""
+    path = work / f"{split}.npy"
+    if not path.exists():
+        stream: list[int] = []
+        for document in tqdm(corpus.read_stdlib(split), desc=f"tokenise {split}", unit="file"):
+            stream += [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]]
+        np.save(path, np.array(stream, dtype=np.uint16))
+    return np.load(path)
+
+
+def make_model() -> Qwen2ForCausalLM:
+    """Build the untrained model (seeded): 12 layers, hidden 256, 10.5 M parameters."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_hidden_layers=12, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        rope_theta=10000.0, use_sliding_window=False,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    model.set_attn_implementation("eager")  # for training on CPU: compiled explicit attention beats the fused kernel 1.5x
+    for name, p in model.named_parameters():  # residual branches start small, so that depth trains stably
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            p.data.mul_((2 * config.num_hidden_layers) ** -0.5)
+    return model
+
+
+def get_batch(stream: np.ndarray[Any, Any], step: int, rank: int, args: argparse.Namespace) -> Tensor:
+    """Return (rows, context + 1) token ids, half the context for the first 85 % of the steps.
+
+    Windows depend on the step and the rank only, so resuming repeats nothing.
+    """
+    context = CONTEXT // 2 if step < 0.85 * args.steps else CONTEXT
+    starts = np.random.default_rng([step, rank]).integers(0, len(stream) - context - 1, args.tokens // context)
+    return torch.from_numpy(np.stack([stream[s : s + context + 1] for s in starts]).astype(np.int64))
+
+
+def get_loss(model: torch.nn.Module, tokens_BT: Tensor) -> Tensor:
+    """Return the mean next-token loss in nats under bf16 autocast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens_BT[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, stream: np.ndarray[Any, Any], num_windows: int) -> float:
+    """Return the held-out loss over `num_windows` windows spread evenly."""
+    starts = np.linspace(0, len(stream) - CONTEXT - 1, num_windows).astype(int)
+    batches = np.array_split(np.stack([stream[s : s + CONTEXT + 1] for s in starts]).astype(np.int64), math.ceil(num_windows / 8))
+    return float(np.mean([get_loss(model, torch.from_numpy(b)).item() for b in batches]))
+
+
+def train(rank: int, args: argparse.Namespace, work: Path) -> None:
+    """Train on one of two ranks; rank 0 shows progress, evaluates and writes the state."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
+    dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
+    stream, heldout = np.load(work / "train.npy"), np.load(work / "heldout.npy")
+    model = make_model()
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    optimizers = [Muon(matrices, lr=4e-3), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    peaks = [g["lr"] for o in optimizers for g in o.param_groups]
+    state_path, first, curve = work / "state.pt", 0, []
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        for o, saved in zip(optimizers, state["optimizers"], strict=True):
+            o.load_state_dict(saved)
+        first, curve = state["step"], state["curve"]
+    compiled = torch.compile(model, dynamic=False)
+    started, params = time.monotonic(), list(model.parameters())
+    with tqdm(total=args.steps, initial=first, desc="train", unit="step", disable=rank > 0) as bar:
+        for step in range(first, args.steps):
+            scale = min(1.0, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+            for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks, strict=True):
+                group["lr"] = peak * max(scale, 0.01)
+            loss = get_loss(compiled, get_batch(stream, step, rank, args))
+            loss.backward()
+            flat = torch.cat([p.grad.flatten() for p in params])  # type: ignore[union-attr]
+            dist.all_reduce(flat)
+            flat /= args.ranks
+            flat *= min(1.0, 1.0 / (flat.norm().item() + 1e-6))
+            for p, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
+                p.grad = part.view_as(p)
+            for o in optimizers:
+                o.step()
+                o.zero_grad(set_to_none=True)
+            done = step + 1
+            if rank == 0:
+                bar.update()
+                if done % 10 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.3f}")
+                if done % 100 == 0 or done == args.steps:
+                    heldout_loss = evaluate(model, heldout, 64)
+                    curve.append({"step": done, "train": loss.item(), "heldout": heldout_loss, "seconds": time.monotonic() - started})
+                    tqdm.write(f"step {done}: train {loss.item():.3f}, held out {heldout_loss:.3f} nats per token")
+                    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": done, "curve": curve}
+                    torch.save(state, work / "state.tmp")
+                    (work / "state.tmp").rename(state_path)
+    dist.destroy_process_group()
+
+
+def plot(curve: list[dict[str, float]], path: Path, tokens_per_step: int) -> None:
+    """Draw training and held-out loss against tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    tokens = [c["step"] * tokens_per_step / 1e6 for c in curve]
+    for key, label in (("train", "training batch"), ("heldout", "held-out files")):
+        axes.plot(tokens, [c[key] for c in curve], label=label)
+    axes.set(xlabel="million tokens seen", ylabel="loss, nats per token", title="SEDAC demo model")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def export(args: argparse.Namespace, work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the model directory, measure the written bf16 weights on held-out text and print samples."""
+    state = torch.load(work / "state.pt", weights_only=True)
+    model = make_model()
+    model.load_state_dict(state["model"])
+    model = model.to(torch.bfloat16).eval()
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    heldout = np.load(work / "heldout.npy")
+    final = evaluate(model, heldout, 512)
+    tokens_per_step = args.tokens * args.ranks
+    record = {
+        "parameters": sum(p.numel() for p in model.parameters()), "steps": state["step"], "tokens_per_step": tokens_per_step,
+        "tokens_seen": state["step"] * tokens_per_step, "train_tokens": len(np.load(work / "train.npy")), "heldout_tokens": len(heldout),
+        "heldout_loss_nats": final, "train_digest": corpus.digest(corpus.read_stdlib("train")),
+        "heldout_digest": corpus.digest(corpus.read_stdlib("heldout")), "curve": state["curve"],
+    }  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    plot(state["curve"], args.out / "loss.png", tokens_per_step)
+    print(f"held-out loss {final:.3f} nats per token, perplexity {math.exp(final):.2f} ({len(heldout)} tokens held out)")
+    for prompt in ("def read(self, size=-1):\n", "import os\nimport sys\n\n\nclass ", "    def test_"):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, max_new_tokens=80, do_sample=False)
+        print("-" * 80 + "\n" + tokenizer.decode(out[0]))
+
+
+def main() -> None:
+    """Parse the arguments and run tokenizer, training and export in turn."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "model", help="where the finished model goes")
+    parser.add_argument("--work", type=Path, default=Path("build/demo-model"), help="tokens and resumable state")
+    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank and step")
+    parser.add_argument("--ranks", type=int, default=2, help="single-threaded processes")
+    parser.add_argument("--port", type=int, default=29511, help="loopback port on which the ranks meet")
+    parser.add_argument("--restart", action="store_true", help="forget the saved state")
+    parser.add_argument("--export-only", action="store_true", help="export the last state without training on")
+    args = parser.parse_args()
+    if args.restart:
+        shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(args.work, corpus.read_stdlib("train"))
+    for split in ("train", "heldout"):
+        stream = tokenise(args.work, tokenizer, split)
+        print(f"{split}: {len(stream):,} tokens")
+    if not args.export_only:
+        mp.spawn(train, args=(args, args.work), nprocs=args.ranks)
+    export(args, args.work, tokenizer)
+
+
+if __name__ == "__main__":
+    main()
