@@ -176,7 +176,7 @@ class EngineMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., answer: _Optional[_Union[PolicyAnswer, _Mapping]] = ..., report: _Optional[_Union[EngineReport, _Mapping]] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision")
+    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VLLM_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,7 @@ class EngineHello(_message.Message):
     PROBE_SET_SHA256_FIELD_NUMBER: _ClassVar[int]
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REVISION_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_POLICY_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     model: str
     vllm_version: str
@@ -199,7 +200,8 @@ class EngineHello(_message.Message):
     probe_set_sha256: str
     num_workers: int
     active_revision: int
-    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ...) -> None: ...
+    initial_policy: Policy
+    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
 
 class PolicyAnswer(_message.Message):
     __slots__ = ("nonce", "revision", "error", "apply_seconds")
@@ -214,7 +216,7 @@ class PolicyAnswer(_message.Message):
     def __init__(self, nonce: _Optional[str] = ..., revision: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., apply_seconds: _Optional[float] = ...) -> None: ...
 
 class EngineReport(_message.Message):
-    __slots__ = ("active_revision", "num_steps", "num_tokens", "num_decode_tokens", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "checkpoints")
+    __slots__ = ("active_revision", "num_steps", "num_tokens", "num_decode_tokens", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "checkpoints", "num_torn_steps")
     ACTIVE_REVISION_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +224,7 @@ class EngineReport(_message.Message):
     NUM_MLP_BLOCKS_COMPUTED_FIELD_NUMBER: _ClassVar[int]
     NUM_MLP_BLOCKS_SKIPPED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TORN_STEPS_FIELD_NUMBER: _ClassVar[int]
     active_revision: int
     num_steps: int
     num_tokens: int
@@ -229,7 +232,8 @@ class EngineReport(_message.Message):
     num_mlp_blocks_computed: int
     num_mlp_blocks_skipped: int
     checkpoints: _containers.RepeatedCompositeFieldContainer[CheckpointReport]
-    def __init__(self, active_revision: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[int] = ..., num_mlp_blocks_skipped: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointReport, _Mapping]]] = ...) -> None: ...
+    num_torn_steps: int
+    def __init__(self, active_revision: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[int] = ..., num_mlp_blocks_skipped: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointReport, _Mapping]]] = ..., num_torn_steps: _Optional[int] = ...) -> None: ...
 
 class CheckpointReport(_message.Message):
     __slots__ = ("layer", "num_evaluated", "num_exited")
