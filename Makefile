@@ -1,0 +1,87 @@
+# The targets that people and CI call; `make` lists them. Everything they need goes into .venv, built once and rebuilt when
+# constraints/ or pyproject.toml change. Needs Python 3.11 (PYTHON=...) and a C++ compiler (vLLM compiles kernels when it starts).
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DOCKER ?= docker
+IMAGE ?= sedac:cpu
+TARGET ?= cpu
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+ARGS ?=
+
+.PHONY: help
+help: ## list the targets
+	@echo "SEDAC: make TARGET [ARGS='...']"; echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+
+.PHONY: setup
+setup: $(STAMP) ## build .venv from constraints/ (PYTHON=python3.11, TORCH_INDEX=URL to take torch from another index)
+
+$(STAMP): constraints/cpu.txt constraints/install.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 12) else f"setup: constraints/cpu.txt is made for Python 3.11, $(PYTHON) is {v.major}.{v.minor}; make setup PYTHON=python3.11")'
+	@test -x $(BIN)/python || { echo "setup: virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(BIN)/python constraints/install.py --torch-index "$(TORCH_INDEX)"
+	@echo "setup: SEDAC itself, editable"
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "setup: done; $(BIN)/sedac --help"
+
+.PHONY: serve
+serve: $(STAMP) ## serve the demo model on 127.0.0.1:8000, control service beside it (ARGS='MODEL --max-model-len 2048 ...')
+	$(BIN)/sedac serve $(ARGS)
+
+.PHONY: test
+test: $(STAMP) ## run every test (ARGS='tests/control -k etag')
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: $(STAMP) ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: format
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+.PHONY: proto
+proto: $(STAMP) ## regenerate service/sedac/control/v1 from proto/
+	$(BIN)/python proto/generate.py
+
+.PHONY: demo-model
+demo-model: $(STAMP) ## train the demo model again, into build/demo-model (an hour on 2 cores; resumes)
+	$(BIN)/python probes/demo/train_model.py --work build/demo-model $(ARGS)
+
+.PHONY: demo-probes
+demo-probes: $(STAMP) ## collect, train and pack the demo model's probe set
+	$(BIN)/sedac-probes demo $(ARGS)
+
+.PHONY: bench
+bench: $(STAMP) ## attached and idle against plain vLLM, and the other ratios of benchmarks/
+	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: image
+image: ## build the container image (TARGET=cpu|control|cuda, IMAGE=sedac:cpu, ARGS='--secret ... --build-arg ...')
+	DOCKER_BUILDKIT=1 $(DOCKER) build --target $(TARGET) --tag $(IMAGE) $(ARGS) .
+
+.PHONY: up
+up: ## engine, control service, Prometheus and Grafana in containers; answers on 127.0.0.1:8000
+	$(COMPOSE) up --detach $(ARGS)
+
+.PHONY: down
+down: ## stop the containers (ARGS=--volumes forgets policies and metrics too)
+	$(COMPOSE) down $(ARGS)
+
+.PHONY: clean
+clean: ## remove .venv and caches; build/demo-model stays (it took an hour)
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find service probes tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,87 @@
+"""Install the pinned CPU environment into the Python that runs this file: `python constraints/install.py [--torch-index URL]`.
+
+`make setup` and the Dockerfile call it, in a fresh virtual environment, from the root of the repository. It asks for a CPU build of
+torch, first from the package index that pip is configured with, then from PyTorch's own CPU index, because the torch on PyPI is a CUDA
+build of several GB; then for constraints/cpu.txt without dependency resolution (the file is complete, and resolving would bring
+torchvision and its kin: see there). It never installs SEDAC itself, and never touches an environment that is not its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CONSTRAINTS = Path(__file__).with_name("cpu.txt")
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TRAPS = ("torchvision", "torchaudio", "torchcodec")
+
+
+def say(text: str) -> None:
+    print(f"setup: {text}", flush=True)
+
+
+def pip(*args: str) -> bool:
+    """Run pip in this environment; its own progress bar and messages go to the terminal."""
+    return subprocess.run([sys.executable, "-m", "pip", *args], check=False).returncode == 0
+
+
+def pinned(name: str) -> str:
+    """The version that constraints/cpu.txt pins for `name`."""
+    match = re.search(rf"^{re.escape(name)}==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE)
+    if match is None:
+        raise SystemExit(f"setup: {CONSTRAINTS} pins no {name}; add the line {name}==VERSION")
+    return match[1]
+
+
+def cpu_torch_installed(version: str) -> bool:
+    """True if a CPU build of that torch is importable here."""
+    probe = f"import sys, torch; sys.exit(torch.version.cuda is not None or torch.__version__.split('+')[0] != {version!r})"
+    return subprocess.run([sys.executable, "-c", probe], check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def install_torch(version: str, index: str | None) -> None:
+    """Install torch's CPU build from `index`, or from pip's own configuration and then from PyTorch's CPU index.
+
+    Raises:
+        SystemExit: no source has it; the message names the remedy.
+    """
+    if cpu_torch_installed(version):
+        say(f"torch {version} (CPU) is there")
+        return
+    wanted = f"torch=={version}+cpu"
+    for source in [index] if index else [None, PYTORCH_CPU_INDEX]:
+        say(f"{wanted} from {source or 'the package index that pip is configured with'}")
+        if pip("install", "--no-deps", *(["--index-url", source] if source else []), wanted) and cpu_torch_installed(version):
+            return
+        say("not to be had there")
+    raise SystemExit(
+        f"setup: no CPU build of torch {version} found for Python {sys.version_info.major}.{sys.version_info.minor}. "
+        f"Name an index that has it: make setup TORCH_INDEX={PYTORCH_CPU_INDEX}, or put its wheel into a folder and set PIP_FIND_LINKS to it."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--torch-index", default=None, metavar="URL", help="package index to take torch from, and no other")
+    args = parser.parse_args()
+    if sys.prefix == sys.base_prefix:
+        raise SystemExit(f"setup: {sys.executable} is not in a virtual environment; create one (make setup does) and use its Python")
+
+    install_torch(pinned("torch"), args.torch_index or None)
+    num_packages = len(re.findall(r"^\S+==", CONSTRAINTS.read_text(), re.MULTILINE))
+    say(f"{num_packages} packages from {CONSTRAINTS.name}")
+    if not pip("install", "--no-deps", "-r", str(CONSTRAINTS)):
+        raise SystemExit("setup: pip failed, its message is above; once the cause is gone, run the same command again: it goes on from here")
+    if not cpu_torch_installed(pinned("torch")):
+        raise SystemExit("setup: torch is not a CPU build after the install; remove .venv and run make setup again")
+    if present := [
+        name for name in TRAPS if subprocess.run([sys.executable, "-m", "pip", "show", "-q", name], check=False, capture_output=True).returncode == 0
+    ]:
+        raise SystemExit(f"setup: {', '.join(present)} beside a CPU torch breaks transformers; {sys.executable} -m pip uninstall {' '.join(present)}")
+
+
+if __name__ == "__main__":
+    main()
