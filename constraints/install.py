@@ -9,6 +9,8 @@ torchvision and its kin: see there). It never installs SEDAC itself, and never t
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -36,10 +38,13 @@ def pinned(name: str) -> str:
     return match[1]
 
 
-def cpu_torch_installed(version: str) -> bool:
-    """True if a CPU build of that torch is importable here."""
-    probe = f"import sys, torch; sys.exit(torch.version.cuda is not None or torch.__version__.split('+')[0] != {version!r})"
-    return subprocess.run([sys.executable, "-c", probe], check=False, stderr=subprocess.DEVNULL).returncode == 0
+def installed(name: str) -> str:
+    """The version of `name` in this environment, empty if it is absent; nothing is imported."""
+    importlib.invalidate_caches()
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def install_torch(version: str, index: str | None) -> None:
@@ -48,13 +53,13 @@ def install_torch(version: str, index: str | None) -> None:
     Raises:
         SystemExit: no source has it; the message names the remedy.
     """
-    if cpu_torch_installed(version):
-        say(f"torch {version} (CPU) is there")
+    if installed("torch") == f"{version}+cpu":
+        say(f"torch {version}+cpu is there")
         return
     wanted = f"torch=={version}+cpu"
     for source in [index] if index else [None, PYTORCH_CPU_INDEX]:
         say(f"{wanted} from {source or 'the package index that pip is configured with'}")
-        if pip("install", "--no-deps", *(["--index-url", source] if source else []), wanted) and cpu_torch_installed(version):
+        if pip("install", "--no-deps", *(["--index-url", source] if source else []), wanted):
             return
         say("not to be had there")
     raise SystemExit(
@@ -75,12 +80,12 @@ def main() -> None:
     say(f"{num_packages} packages from {CONSTRAINTS.name}")
     if not pip("install", "--no-deps", "-r", str(CONSTRAINTS)):
         raise SystemExit("setup: pip failed, its message is above; once the cause is gone, run the same command again: it goes on from here")
-    if not cpu_torch_installed(pinned("torch")):
-        raise SystemExit("setup: torch is not a CPU build after the install; remove .venv and run make setup again")
-    if present := [
-        name for name in TRAPS if subprocess.run([sys.executable, "-m", "pip", "show", "-q", name], check=False, capture_output=True).returncode == 0
-    ]:
-        raise SystemExit(f"setup: {', '.join(present)} beside a CPU torch breaks transformers; {sys.executable} -m pip uninstall {' '.join(present)}")
+    if present := [name for name in TRAPS if installed(name)]:
+        names = " ".join(present)
+        raise SystemExit(f"setup: {names} beside a CPU torch breaks transformers; remove it: {sys.executable} -m pip uninstall {names}")
+    check = "import torch; assert torch.version.cuda is None, f'{torch.__version__} is a CUDA build'; print(torch.__version__)"
+    if subprocess.run([sys.executable, "-c", check], check=False).returncode:
+        raise SystemExit("setup: torch is not a CPU build that imports; its message is above. Remove .venv and run make setup again")
 
 
 if __name__ == "__main__":
