@@ -189,7 +189,7 @@ def export(args: argparse.Namespace, work: Path, tokenizer: PreTrainedTokenizerF
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     heldout = np.load(work / "heldout.npy")
-    final = evaluate(model, heldout, 512)
+    final = evaluate(model, heldout, args.eval_windows)
     tokens_per_step = args.tokens * args.ranks
     record = {
         "parameters": sum(p.numel() for p in model.parameters()), "steps": state["step"], "tokens_per_step": tokens_per_step,
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank and step")
     parser.add_argument("--ranks", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--port", type=int, default=29511, help="loopback port on which the ranks meet")
+    parser.add_argument("--eval-windows", type=int, default=512, help=f"held-out windows of {CONTEXT} tokens for the final loss")
     parser.add_argument("--restart", action="store_true", help="forget the saved state")
     parser.add_argument("--export-only", action="store_true", help="export the last state without training on")
     args = parser.parse_args()

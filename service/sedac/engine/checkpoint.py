@@ -1,0 +1,53 @@
+"""The checkpoint: after a decoder layer, hand the residual stream to the `State`, in eager mode and under torch.compile.
+
+`attach` swaps a decoder layer's class for one whose forward ends with the checkpoint; weights and names stay.
+T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from sedac.engine.state import State
+
+_STATES: dict[str, State] = {}
+"""by layer name; operators can carry names, not objects"""
+
+
+def _checkpoint(hidden_TD: Tensor, residual_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
+    _STATES[layer_name].observe(layer, hidden_TD, residual_TD)
+
+
+def _checkpoint_fake(hidden_TD: Tensor, residual_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
+    return None
+
+
+# `exited_T` is written through the State; naming it here orders this operator before the MLPs that read it.
+direct_register_custom_op("sedac_checkpoint", _checkpoint, mutates_args=["exited_T"], fake_impl=_checkpoint_fake)
+
+
+@functools.cache
+def _with_checkpoint(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            torch.ops.vllm.sedac_checkpoint(hidden_TD, residual_TD, self.sedac_exited_T, self.sedac_layer, self.sedac_name)
+        else:
+            self.sedac_state.observe(self.sedac_layer, hidden_TD, residual_TD)
+        return hidden_TD, residual_TD
+
+    return type(f"Checkpointed{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def attach(layer: nn.Module, index: int, name: str, state: State) -> None:
+    """Put a checkpoint behind the decoder layer `index`, called `name` in the model."""
+    _STATES[name] = state
+    layer.sedac_layer, layer.sedac_name = index, name
+    layer.sedac_state = state  # type: ignore[assignment]
+    layer.register_buffer("sedac_exited_T", state.exited_T, persistent=False)
+    layer.__class__ = _with_checkpoint(type(layer))

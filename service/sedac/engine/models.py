@@ -1,0 +1,166 @@
+"""Subclasses of vLLM's model classes that attach SEDAC in `__init__`: one per architecture, made on demand.
+
+vLLM's registry asks this module for `Sedac<Class>` (see plugin.py). Without a `sedac` entry in `--additional-config` such a
+class is exactly its base. With one, decoder layers and MLPs get their gated classes, or the engine refuses to start:
+a part that does not fit is never skipped silently.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+
+from sedac.engine import checkpoint, mlp
+from sedac.engine.record import Recorder
+from sedac.engine.state import State
+from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
+from sedac.policy import Layout
+from sedac.probe import artifact
+
+CONFIG_KEY = "sedac"
+"""the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticConfig:
+    """What can't change while the engine runs."""
+
+    probe_set: str = ""
+    """directory of the probe set; may be empty only with `record`"""
+    checkpoint_layers: tuple[int, ...] = ()
+    """decoder layers, 0-based; empty: all that the probe set has"""
+    record: bool = False
+    """record streams at the checkpoints instead of serving decisions"""
+
+    @classmethod
+    def from_vllm(cls, vllm_config: VllmConfig) -> StaticConfig | None:
+        """Read the entry; None where there is none.
+
+        Raises:
+            ConfigError: a key is unknown, or SEDAC is asked for by the environment but has no entry.
+        """
+        additional = vllm_config.additional_config
+        entry = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
+        if entry is None:
+            if os.environ.get("SEDAC_ENABLED", "0").lower() in ("1", "true", "yes", "on"):
+                raise ConfigError("SEDAC_ENABLED is set, but this engine was started without SEDAC; start it with `sedac serve`")
+            return None
+        try:
+            return cls(**{**entry, "checkpoint_layers": tuple(entry.get("checkpoint_layers", ()))})
+        except TypeError as error:
+            raise ConfigError(f"--additional-config {CONFIG_KEY}: {error}; known keys: probe_set, checkpoint_layers, record") from error
+
+
+def find_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
+    """Find the decoder layers: (name of the list in the model, the list).
+
+    Raises:
+        UnsupportedModel: no list of `num_layers` decoder layers with the contract
+            (positions, hidden_states, residual) -> (hidden_states, residual) and an `mlp`.
+    """
+    architecture = type(model).__name__.removeprefix("Sedac")
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.ModuleList) and name.endswith("layers") and len(module) == num_layers):
+            continue
+        for i, layer in enumerate(module):
+            parameters = [p for p in inspect.signature(type(layer).forward).parameters if p != "self"]
+            if parameters[:3] != ["positions", "hidden_states", "residual"] or not isinstance(getattr(layer, "mlp", None), nn.Module):
+                raise UnsupportedModel(
+                    f"{architecture}: layer {i} is {type(layer).__name__}({', '.join(parameters)}); SEDAC needs "
+                    "(positions, hidden_states, residual) -> (hidden_states, residual) and a module `mlp`: serve this model without SEDAC"
+                )
+        return name, module
+    raise UnsupportedModel(f"{architecture}: no list of {num_layers} decoder layers found; serve this model without SEDAC")
+
+
+def _refuse_layout(vllm_config: VllmConfig) -> None:
+    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+    if parallel.pipeline_parallel_size > 1:
+        raise UnsupportedModel(
+            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}; SEDAC decides across all layers and supports 1: use tensor parallelism"
+        )
+    if parallel.num_ubatches > 1:
+        raise UnsupportedModel(f"{parallel.num_ubatches} micro-batches per step; SEDAC supports 1: turn dual batch overlap off")
+    if vllm_config.speculative_config is not None:
+        raise UnsupportedModel(f"speculative method {vllm_config.speculative_config.method!r} beside SEDAC is not supported yet: drop --speculative-config")
+    if vllm_config.use_v2_model_runner:
+        raise UnsupportedModel("Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0")
+    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE) and compilation.mode != CompilationMode.NONE and parallel.world_size:
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            raise UnsupportedModel(f"cudagraph_mode is {compilation.cudagraph_mode.name}; decisions inside CUDA graphs are not supported yet: set NONE")
+
+
+def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
+    """Attach SEDAC to a freshly built model, before its weights are loaded; None where it is not configured.
+
+    Raises:
+        ConfigError, ArtifactError, UnsupportedModel: what does not fit and what to do.
+    """
+    static = StaticConfig.from_vllm(vllm_config)
+    if static is None:
+        return None
+    _refuse_layout(vllm_config)
+    text_config = vllm_config.model_config.hf_text_config
+    num_layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
+    list_name, layers = find_layers(model, num_layers)
+    wanted = tuple(sorted(static.checkpoint_layers))
+    outside = [i for i in wanted if not 0 <= i < num_layers - 1]
+    if outside:
+        raise ConfigError(f"checkpoint layers {outside} are outside 0..{num_layers - 2} (the model has {num_layers} layers); change SEDAC_PROBE_LAYERS")
+    probe_set = None
+    if not static.record or static.probe_set:
+        probe_set = artifact.load(Path(static.probe_set), wanted or None)
+        manifest = probe_set.manifest
+        if (manifest.hidden_size, manifest.num_layers) != (hidden_size, num_layers):
+            raise ArtifactError(
+                f"probe set {manifest.name!r} was trained for hidden size {manifest.hidden_size} and {manifest.num_layers} layers, the model has "
+                f"{hidden_size} and {num_layers}; train one for this model"
+            )
+    layout = Layout(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        checkpoint_layers=wanted or (tuple(sorted(probe_set.probes)) if probe_set else ()),
+        probe_set=probe_set.manifest.name if probe_set else "",
+    )
+    device = next(model.parameters()).device
+    state = State(layout, probe_set.probes if probe_set else {}, max_num_tokens=_max_num_tokens(vllm_config), device=device)
+    state.recorder = Recorder() if static.record else None
+    for i in layout.checkpoint_layers:
+        checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
+    first = min(layout.checkpoint_layers, default=num_layers)
+    for i in range(first + 1, num_layers):
+        mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", state)  # type: ignore[arg-type]
+    return state
+
+
+def _max_num_tokens(vllm_config: VllmConfig) -> int:
+    scheduler = vllm_config.scheduler_config
+    return max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Make `Sedac<architecture>` for the architecture that vLLM's registry knows under that name."""
+    architecture = name.removeprefix("Sedac")
+    if architecture == name or architecture not in _TEXT_GENERATION_MODELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module_name, class_name = _TEXT_GENERATION_MODELS[architecture]
+    base = getattr(importlib.import_module(f"vllm.model_executor.models.{module_name}"), class_name)
+
+    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+        base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
+        self.sedac_state = attach(self, vllm_config)
+
+    made = type(name, (base,), {"__init__": __init__, "__module__": __name__})
+    globals()[name] = made
+    return made

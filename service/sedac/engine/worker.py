@@ -1,0 +1,129 @@
+"""The worker: vLLM's own, plus SEDAC's step boundaries and the remote calls `sedac_*`.
+
+Named by `--worker-cls sedac.engine.worker.SedacWorker`. Remote calls run on the same queue and thread as forward passes,
+so a policy changes between two passes, never within one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.platforms import current_platform
+
+from sedac.engine.state import State
+from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
+from sedac.policy import Policy
+
+if TYPE_CHECKING or current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+TIER_KEY = "sedac_tier"
+"""in `vllm_xargs` (SamplingParams.extra_args); `exact` keeps every token of the request in full"""
+
+
+class SedacWorker(_Worker):
+    """A vLLM worker whose model carries a SEDAC `State`."""
+
+    sedac_state: State
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model and make sure that SEDAC is attached to it.
+
+        Raises:
+            UnsupportedModel: the model's class is not one that SEDAC can attach to.
+            ConfigError: the engine was started without SEDAC's layout.
+        """
+        super().load_model(*args, **kwargs)
+        model = self.model_runner.get_model()
+        if not hasattr(model, "sedac_state"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} is not a text-generation architecture that SEDAC attaches to, or the plugin `sedac` is missing from "
+                "VLLM_PLUGINS; `sedac doctor` tells which"
+            )
+        if model.sedac_state is None:
+            raise ConfigError("SedacWorker needs the layout in --additional-config; start the engine with `sedac serve`")
+        self.sedac_state = model.sedac_state
+        self._sedac_exact_ids: set[str] = set()
+        self._sedac_in_step = False
+        self.model_runner._model_forward = functools.partial(self._sedac_forward, self.model_runner._model_forward)
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one step, remembering which requests asked for tier `exact`."""
+        for new in scheduler_output.scheduled_new_reqs:
+            extra = new.sampling_params.extra_args if new.sampling_params else None
+            if extra and extra.get(TIER_KEY) == "exact":
+                self._sedac_exact_ids.add(new.req_id)
+        self._sedac_exact_ids.difference_update(scheduler_output.finished_req_ids)
+        self._sedac_in_step = scheduler_output.total_num_scheduled_tokens > 0
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self._sedac_in_step = False
+
+    def _sedac_forward(self, forward: Any, **inputs: Any) -> Any:
+        """Wrap the model's forward pass in a step; dummy and profile runs pass through."""
+        if not self._sedac_in_step:
+            return forward(**inputs)
+        state, runner = self.sedac_state, self.model_runner
+        batch = runner.input_batch
+        bounds = runner.query_start_loc.np[: batch.num_reqs + 1]
+        state.begin_step(int(bounds[-1]), self._sedac_may_exit(bounds) if state.reduces else None)
+        try:
+            hidden = forward(**inputs)
+        finally:
+            state.end_step()
+        if state.recorder is not None:
+            starts, counts = batch.num_computed_tokens_cpu, np.diff(bounds)
+            requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.req_ids)]
+            state.recorder.finish_step(requests, hidden, runner.model.compute_logits)
+        return hidden
+
+    def _sedac_may_exit(self, bounds: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Return bool (T,): the tokens that the policy's phase and their request's tier allow to exit.
+
+        A token counts as prompt by its position, not by how it was scheduled, so recomputing a preempted request or
+        splitting a prompt changes nothing.
+        """
+        batch = self.model_runner.input_batch
+        num_reqs, counts = batch.num_reqs, np.diff(bounds)
+        if self.sedac_state.reduces_prompts:
+            num_full = np.zeros(num_reqs, dtype=np.int64)
+        else:
+            num_full = np.clip(batch.num_prompt_tokens[:num_reqs] - batch.num_computed_tokens_cpu[:num_reqs], 0, counts)
+        if self._sedac_exact_ids:
+            exact = np.fromiter((r in self._sedac_exact_ids for r in batch.req_ids), dtype=bool, count=num_reqs)
+            num_full = np.where(exact, counts, num_full)
+        offsets = np.arange(bounds[-1]) - np.repeat(bounds[:-1], counts)
+        return torch.from_numpy(offsets >= np.repeat(num_full, counts)).to(self.sedac_state.exited_T.device)
+
+    def sedac_describe(self) -> dict[str, Any]:
+        """Return what is attached: the layout as a dict."""
+        return asdict(self.sedac_state.layout)
+
+    def sedac_apply(self, policy: dict[str, Any], revision: int) -> dict[str, Any]:
+        """Put a policy (`Policy.to_dict`) into force; a refusal lists its violations and leaves the old one."""
+        try:
+            self.sedac_state.apply(Policy.from_dict(policy), revision)
+        except PolicyInvalid as error:
+            return {"revision": self.sedac_state.revision, "violations": [(v.field, v.description) for v in error.violations]}
+        return {"revision": revision, "violations": []}
+
+    def sedac_get_stats(self) -> dict[str, Any]:
+        """Return the totals since the worker started (`Stats` as a dict)."""
+        return asdict(self.sedac_state.get_stats())
+
+    def sedac_take_records(self) -> list[dict[str, Any]]:
+        """Return and forget what was recorded since the last call.
+
+        Raises:
+            ConfigError: the engine does not record.
+        """
+        if self.sedac_state.recorder is None:
+            raise ConfigError('this engine does not record; start it with --additional-config \'{"sedac": {"record": true, ...}}\'')
+        return self.sedac_state.recorder.take()
