@@ -24,8 +24,8 @@ help: ## list the targets
 .PHONY: setup
 setup: $(STAMP) ## build .venv from constraints/ (PYTHON=python3.11, TORCH_INDEX=URL to take torch from another index)
 
-$(STAMP): constraints/cpu.txt constraints/install.py pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 12) else f"setup: constraints/cpu.txt is made for Python 3.11, $(PYTHON) is {v.major}.{v.minor}; make setup PYTHON=python3.11")'
+$(STAMP): $(wildcard constraints/*) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 12) else f"setup: the pinned set is made for Python 3.11, $(PYTHON) is {v.major}.{v.minor}; make setup PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "setup: virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@$(BIN)/python constraints/install.py --torch-index "$(TORCH_INDEX)"
 	@echo "setup: SEDAC itself, editable"

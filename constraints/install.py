@@ -1,9 +1,9 @@
-"""Install the pinned CPU environment into the Python that runs this file: `python constraints/install.py [--torch-index URL]`.
+"""Install the pinned CPU environment into the Python that runs this file: `python constraints/install.py [--torch-index URL] [FILE ...]`.
 
-`make setup` and the Dockerfile call it, in a fresh virtual environment, from the root of the repository. It asks for a CPU build of
-torch, first from the package index that pip is configured with, then from PyTorch's own CPU index, because the torch on PyPI is a CUDA
-build of several GB; then for constraints/cpu.txt without dependency resolution (the file is complete, and resolving would bring
-torchvision and its kin: see there). It never installs SEDAC itself, and never touches an environment that is not its own.
+`make setup` calls it with every file of this folder, the Dockerfile with cpu.txt alone; both in a fresh virtual environment. It fetches
+torch first, as a CPU build, from the package index that pip is configured with or else from PyTorch's own CPU index, because the torch on
+PyPI is a CUDA build of several GB. The files follow without dependency resolution: they are complete, and resolving would bring
+torchvision and its kin (see cpu.txt). It never installs SEDAC itself, and never touches an environment that is not its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CONSTRAINTS = Path(__file__).with_name("cpu.txt")
+HERE = Path(__file__).resolve().parent
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TRAPS = ("torchvision", "torchaudio", "torchcodec")
 
@@ -28,14 +28,6 @@ def say(text: str) -> None:
 def pip(*args: str) -> bool:
     """Run pip in this environment; its own progress bar and messages go to the terminal."""
     return subprocess.run([sys.executable, "-m", "pip", *args], check=False).returncode == 0
-
-
-def pinned(name: str) -> str:
-    """The version that constraints/cpu.txt pins for `name`."""
-    match = re.search(rf"^{re.escape(name)}==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE)
-    if match is None:
-        raise SystemExit(f"setup: {CONSTRAINTS} pins no {name}; add the line {name}==VERSION")
-    return match[1]
 
 
 def installed(name: str) -> str:
@@ -70,21 +62,23 @@ def install_torch(version: str, index: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--torch-index", default=None, metavar="URL", help="package index to take torch from, and no other")
+    parser.add_argument("--torch-index", default="", metavar="URL", help="package index to take torch from, and no other")
+    parser.add_argument("files", nargs="*", type=Path, default=[HERE / "cpu.txt", HERE / "tools.txt"], metavar="FILE")
     args = parser.parse_args()
     if sys.prefix == sys.base_prefix:
         raise SystemExit(f"setup: {sys.executable} is not in a virtual environment; create one (make setup does) and use its Python")
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", "\n".join(file.read_text() for file in args.files), re.MULTILINE))
 
-    install_torch(pinned("torch"), args.torch_index or None)
-    num_packages = len(re.findall(r"^\S+==", CONSTRAINTS.read_text(), re.MULTILINE))
-    say(f"{num_packages} packages from {CONSTRAINTS.name}")
-    if not pip("install", "--no-deps", "-r", str(CONSTRAINTS)):
+    if "torch" in pins:
+        install_torch(pins["torch"], args.torch_index)
+    say(f"{len(pins)} packages from {' and '.join(file.name for file in args.files)}")
+    if not pip("install", "--no-deps", *(f"--requirement={file}" for file in args.files)):
         raise SystemExit("setup: pip failed, its message is above; once the cause is gone, run the same command again: it goes on from here")
     if present := [name for name in TRAPS if installed(name)]:
         names = " ".join(present)
         raise SystemExit(f"setup: {names} beside a CPU torch breaks transformers; remove it: {sys.executable} -m pip uninstall {names}")
-    check = "import torch; assert torch.version.cuda is None, f'{torch.__version__} is a CUDA build'; print(torch.__version__)"
-    if subprocess.run([sys.executable, "-c", check], check=False).returncode:
+    check = "import torch; assert torch.version.cuda is None, f'{torch.__version__} is a CUDA build'; print('setup: torch', torch.__version__)"
+    if "torch" in pins and subprocess.run([sys.executable, "-c", check], check=False).returncode:
         raise SystemExit("setup: torch is not a CPU build that imports; its message is above. Remove .venv and run make setup again")
 
 
