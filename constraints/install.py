@@ -26,8 +26,9 @@ def say(text: str) -> None:
 
 
 def pip(*args: str) -> bool:
-    """Run pip in this environment; its own progress bar and messages go to the terminal."""
-    return subprocess.run([sys.executable, "-m", "pip", *args], check=False).returncode == 0
+    """Run pip install in this environment; its own progress bar and messages go to the terminal."""
+    wheels = [f"--find-links={HERE / 'wheels'}"] if (HERE / "wheels").is_dir() else []
+    return subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", *wheels, *args], check=False).returncode == 0
 
 
 def installed(name: str) -> str:
@@ -51,12 +52,12 @@ def install_torch(version: str, index: str | None) -> None:
     wanted = f"torch=={version}+cpu"
     for source in [index] if index else [None, PYTORCH_CPU_INDEX]:
         say(f"{wanted} from {source or 'the package index that pip is configured with'}")
-        if pip("install", "--no-deps", *(["--index-url", source] if source else []), wanted):
+        if pip(*(["--index-url", source] if source else []), wanted):
             return
         say("not to be had there")
     raise SystemExit(
         f"setup: no CPU build of torch {version} found for Python {sys.version_info.major}.{sys.version_info.minor}. "
-        f"Name an index that has it: make setup TORCH_INDEX={PYTORCH_CPU_INDEX}, or put its wheel into a folder and set PIP_FIND_LINKS to it."
+        f"Name an index that has it: make setup TORCH_INDEX={PYTORCH_CPU_INDEX}, or put its wheel into {HERE / 'wheels'}."
     )
 
 
@@ -72,7 +73,7 @@ def main() -> None:
     if "torch" in pins:
         install_torch(pins["torch"], args.torch_index)
     say(f"{len(pins)} packages from {' and '.join(file.name for file in args.files)}")
-    if not pip("install", "--no-deps", *(f"--requirement={file}" for file in args.files)):
+    if not pip(*(f"--requirement={file}" for file in args.files)):
         raise SystemExit("setup: pip failed, its message is above; once the cause is gone, run the same command again: it goes on from here")
     if present := [name for name in TRAPS if installed(name)]:
         names = " ".join(present)

@@ -1,0 +1,147 @@
+# SEDAC in a container, three images from one file (BuildKit):
+#   docker build -t sedac:cpu .                          engine and control service on a CPU, the demo model inside
+#   docker build -t sedac:control --target control .     the control service and `sedac ctl` alone, without torch
+#   docker build -t sedac:cuda --target cuda .           engine on an NVIDIA GPU; not built or run by the tests
+#
+# Behind a proxy with its own certificates:   --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt
+# With a pip configuration of your own:       --secret id=pip_conf,src=$HOME/.config/pip/pip.conf
+# With wheels that no index of yours has:     put them into constraints/wheels/
+# None of the three leaves a trace in the image.
+ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
+
+FROM ${PYTHON_IMAGE} AS python
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_FIND_LINKS=/wheels \
+    PATH=/opt/sedac/bin:$PATH
+
+# The sedac wheel; pip and hatchling stay behind here.
+FROM python AS package
+RUN python3 -m venv /opt/sedac
+COPY constraints/*.txt /build/constraints/
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=bind,source=constraints/wheels,target=/wheels \
+    pip install --constraint /build/constraints/tools.txt --constraint /build/constraints/cpu.txt hatchling
+COPY pyproject.toml README.md LICENSE /build/
+COPY service /build/service
+COPY probes/sedac_probes /build/probes/sedac_probes
+RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist /build
+
+# Dependencies come before the code, so that a change of code rebuilds one small layer.
+FROM python AS control-venv
+RUN python3 -m venv /opt/sedac
+COPY constraints/cpu.txt pyproject.toml /build/
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=bind,source=constraints/wheels,target=/wheels \
+    python -c 'import tomllib; print(*tomllib.load(open("/build/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >/build/needs.txt \
+    && pip install --constraint /build/cpu.txt --requirement /build/needs.txt
+RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-deps /dist/*.whl && pip uninstall --yes pip setuptools
+
+FROM python AS cpu-venv
+RUN python3 -m venv /opt/sedac
+COPY constraints/install.py constraints/cpu.txt /build/
+ARG TORCH_INDEX=
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=bind,source=constraints/wheels,target=/wheels \
+    python /build/install.py --torch-index "${TORCH_INDEX}" /build/cpu.txt
+RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-deps /dist/*.whl
+
+
+# vLLM for CUDA, resolved when the image is built: torch and the CUDA libraries come from the package index, the driver from the host.
+# No test builds or runs this target.
+FROM ${CUDA_IMAGE} AS cuda
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ python3 python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PATH=/opt/sedac/bin:$PATH
+RUN python3 -m venv /opt/sedac
+RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
+    --mount=type=bind,from=package,source=/dist,target=/dist \
+    pip install --no-cache-dir "$(echo /dist/*.whl)[cuda]"
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/sedac sedac \
+    && install -d -o sedac -g sedac /var/lib/sedac /var/cache/sedac
+ENV HOME=/var/cache/sedac \
+    XDG_CACHE_HOME=/var/cache/sedac \
+    XDG_CONFIG_HOME=/var/cache/sedac/config \
+    HF_HOME=/var/cache/sedac/huggingface \
+    HF_HUB_OFFLINE=1 \
+    VLLM_NO_USAGE_STATS=1 \
+    SEDAC_CONTROL_HOST=0.0.0.0 \
+    SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
+    SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
+COPY probes/demo/model /usr/share/sedac/demo/model
+COPY probes/demo/probe-set /usr/share/sedac/demo/probe-set
+ENV SEDAC_MODEL=/usr/share/sedac/demo/model \
+    SEDAC_PROBE_DIR=/usr/share/sedac/demo/probe-set
+USER 10001:10001
+WORKDIR /var/lib/sedac
+VOLUME ["/var/lib/sedac", "/var/cache/sedac"]
+EXPOSE 8000 50051 9464
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=6s --start-period=600s --retries=3 \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
+ENTRYPOINT ["sedac"]
+CMD ["serve", "--host", "0.0.0.0"]
+
+# What both images for a CPU run on: uid 10001, a read-only root file system, two writable folders.
+FROM ${PYTHON_IMAGE} AS runtime
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/sedac sedac \
+    && install -d -o sedac -g sedac /var/lib/sedac /var/cache/sedac
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="sedac" \
+      org.opencontainers.image.description="Adaptive computing for language models served by vLLM" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+# Inside a container the services listen on every interface; what is published, and where, is the operator's choice.
+ENV PATH=/opt/sedac/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HOME=/var/cache/sedac \
+    SEDAC_CONTROL_HOST=0.0.0.0 \
+    SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
+    SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
+WORKDIR /var/lib/sedac
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["sedac"]
+
+FROM runtime AS control
+COPY --from=control-venv /opt/sedac /opt/sedac
+USER 10001:10001
+VOLUME ["/var/lib/sedac"]
+EXPOSE 50051 9464
+HEALTHCHECK --interval=5s --timeout=6s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as h, health_pb2_grpc as g; assert g.HealthStub(grpc.insecure_channel('127.0.0.1:50051')).Check(h.HealthCheckRequest(), timeout=5).status == 1"]
+CMD ["control"]
+
+FROM runtime AS cpu
+# vLLM's torch.compile calls a C++ compiler when the engine starts.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY --from=cpu-venv /opt/sedac /opt/sedac
+COPY probes/demo/model /usr/share/sedac/demo/model
+COPY probes/demo/probe-set /usr/share/sedac/demo/probe-set
+# Compiled graphs are loaded as libraries, so their folder is a volume: a tmpfs is mounted noexec by default.
+ENV XDG_CACHE_HOME=/var/cache/sedac \
+    XDG_CONFIG_HOME=/var/cache/sedac/config \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/sedac/inductor \
+    HF_HOME=/var/cache/sedac/huggingface \
+    HF_HUB_OFFLINE=1 \
+    VLLM_NO_USAGE_STATS=1 \
+    SEDAC_MODEL=/usr/share/sedac/demo/model \
+    SEDAC_PROBE_DIR=/usr/share/sedac/demo/probe-set
+USER 10001:10001
+VOLUME ["/var/lib/sedac", "/var/cache/sedac"]
+EXPOSE 8000 50051 9464
+HEALTHCHECK --interval=10s --timeout=6s --start-period=300s --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
+CMD ["serve", "--host", "0.0.0.0"]
