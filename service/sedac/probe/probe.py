@@ -6,6 +6,7 @@ T tokens, D hidden size, R rank.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,9 +19,10 @@ class LREProbe(nn.Module):
 
     def __init__(self, hidden_size: int, rank: int) -> None:
         super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False)
-        self.norm = nn.LayerNorm(rank)
-        self.out = nn.Linear(rank, 1)
+        # dtype given: an engine builds models under its own default dtype
+        self.down = nn.Linear(hidden_size, rank, bias=False, dtype=torch.float32)
+        self.norm = nn.LayerNorm(rank, dtype=torch.float32)
+        self.out = nn.Linear(rank, 1, dtype=torch.float32)
 
     def forward(self, stream_TD: Tensor) -> Tensor:
         """Return the risk (T,), fp32, >= 0; low means safe to spend less."""

@@ -1,0 +1,80 @@
+"""SEDAC's metrics on the engine's own /metrics, beside `vllm:*` and with the same labels `model_name` and `engine`.
+
+Ordinary prometheus_client objects fed with differences of the workers' totals, so they also appear in multi-process mode.
+Label sets are closed and pre-created: a revision is a value, never a label.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from sedac.policy import Layout, Policy
+from sedac.stats import Stats
+
+_LABELS = ["model_name", "engine"]
+_APPLY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
+
+_EXITED = Counter("sedac_exited_tokens", "Tokens that exited at this checkpoint.", [*_LABELS, "checkpoint"])
+_EVALUATED = Counter("sedac_probe_evaluations", "Tokens whose risk was computed at this checkpoint.", [*_LABELS, "checkpoint"])
+_THRESHOLD = Gauge("sedac_threshold", "Risk below it counts as confident; 0 turns the checkpoint off.", [*_LABELS, "checkpoint"])
+_TOTALS = {
+    "num_tokens": Counter("sedac_tokens", "Tokens computed.", _LABELS),
+    "num_decode_tokens": Counter("sedac_decode_tokens", "Tokens that were allowed to exit.", _LABELS),
+    "num_mlp_blocks_computed": Counter("sedac_mlp_blocks_computed", "MLPs of single tokens that were computed.", _LABELS),
+    "num_mlp_blocks_skipped": Counter("sedac_mlp_blocks_skipped", "MLPs of single tokens that were skipped.", _LABELS),
+    "num_steps": Counter("sedac_steps", "Forward passes with at least one request.", _LABELS),
+    "num_torn_steps": Counter("sedac_torn_steps", "Forward passes that saw two policy revisions; anything but 0 is a bug.", _LABELS),
+}
+_REVISION = Gauge("sedac_policy_revision", "Policy revision in force in every worker; 0 is the one the engine started with.", _LABELS)
+_ENABLED = Gauge("sedac_policy_enabled", "1 while the policy in force lets tokens exit.", _LABELS)
+_UPDATES = Counter("sedac_policy_updates", "Policies pushed by the control service and applied (ack) or refused (nack).", [*_LABELS, "result"])
+_APPLY_SECONDS = Histogram("sedac_policy_apply_seconds", "Time from a pushed policy to its being in force.", _LABELS, buckets=_APPLY_BUCKETS)
+_CONNECTED = Gauge("sedac_control_connected", "1 while the control service is connected; 0 means the policy may be stale.", _LABELS)
+_LAST_CONTACT = Gauge("sedac_control_last_contact_timestamp_seconds", "Unix time of the last message from the control service.", _LABELS)
+
+
+class EngineMetrics:
+    """Feeds the metrics of one engine."""
+
+    def __init__(self, *, model_name: str, layout: Layout, engine: str = "0") -> None:
+        self._labels = (model_name, engine)
+        self._last = Stats()
+        for layer in layout.checkpoint_layers:
+            for metric in (_EXITED, _EVALUATED, _THRESHOLD):
+                metric.labels(*self._labels, str(layer))
+        for total in _TOTALS.values():
+            total.labels(*self._labels)
+        for result in ("ack", "nack"):
+            _UPDATES.labels(*self._labels, result)
+        for metric in (_REVISION, _ENABLED, _CONNECTED, _LAST_CONTACT, _APPLY_SECONDS):
+            metric.labels(*self._labels)
+
+    def set_policy(self, policy: Policy, revision: int, layout: Layout) -> None:
+        """Show the policy in force."""
+        _REVISION.labels(*self._labels).set(revision)
+        _ENABLED.labels(*self._labels).set(policy.enabled)
+        thresholds = {c.layer: c.threshold for c in policy.checkpoints}
+        for layer in layout.checkpoint_layers:
+            _THRESHOLD.labels(*self._labels, str(layer)).set(thresholds.get(layer, 0.0))
+
+    def count_update(self, *, accepted: bool, seconds: float) -> None:
+        """Count one pushed policy and the time it took."""
+        _UPDATES.labels(*self._labels, "ack" if accepted else "nack").inc()
+        _APPLY_SECONDS.labels(*self._labels).observe(seconds)
+
+    def set_connected(self, connected: bool, now: float) -> None:
+        """Show the connection to the control service; `now` in Unix seconds counts as contact while connected."""
+        _CONNECTED.labels(*self._labels).set(connected)
+        if connected:
+            _LAST_CONTACT.labels(*self._labels).set(now)
+
+    def add(self, stats: Stats) -> None:
+        """Add what came since the last call; `stats` are totals since the worker started."""
+        for name, counter in _TOTALS.items():
+            counter.labels(*self._labels).inc(max(0, getattr(stats, name) - getattr(self._last, name)))
+        before = {c.layer: c for c in self._last.checkpoints}
+        for now in stats.checkpoints:
+            last = before.get(now.layer)
+            _EXITED.labels(*self._labels, str(now.layer)).inc(now.num_exited - (last.num_exited if last else 0))
+            _EVALUATED.labels(*self._labels, str(now.layer)).inc(now.num_evaluated - (last.num_evaluated if last else 0))
+        self._last = stats

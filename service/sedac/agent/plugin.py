@@ -1,0 +1,85 @@
+"""Entry point of `vllm.endpoint_plugins`: starts the agent in the API server and adds GET /sedac/status.
+
+vLLM loads it only where VLLM_PLUGINS names `sedac_agent`. With several API servers only the first runs an agent. Without
+an engine (render server) it does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.datastructures import State
+
+from sedac import __version__, wire
+from sedac.agent import promise
+from sedac.agent.agent import Agent
+from sedac.agent.engine import AttachedEngine
+from sedac.agent.metrics import EngineMetrics
+from sedac.control.v1 import control_pb2
+from sedac.probe.manifest import read_manifest
+from sedac.settings import read_settings
+from sedac.versions import find_vllm_version
+
+
+class AgentPlugin:
+    """vLLM's endpoint-plugin interface (plugins/endpoint_plugins/interface.py, 0.32)."""
+
+    name = "sedac_agent"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the status route, and stop the agent when the application stops (the interface has no hook for that)."""
+        inner = app.router.lifespan_context
+
+        @contextlib.asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+            async with inner(app) as state:
+                try:
+                    yield state
+                finally:
+                    agent = getattr(app.state, "sedac_agent", None)
+                    if agent is not None:
+                        await agent.stop()
+
+        app.router.lifespan_context = lifespan
+
+        @app.get("/sedac/status")
+        async def status(request: Request) -> dict[str, Any]:
+            """Return what is attached, the policy in force and the counters."""
+            agent: Agent | None = getattr(request.app.state, "sedac_agent", None)
+            return agent.describe() if agent else {"state": "NOT_ATTACHED"}
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """Put the first policy into force before the server answers, and start following the control service."""
+        state.sedac_agent = None
+        if engine_client is None or engine_client.vllm_config.parallel_config._api_process_rank > 0:
+            return
+        settings = read_settings()
+        manifest = read_manifest(settings.probe_dir)
+        first = settings.make_policy(manifest)
+        engine = AttachedEngine(client=engine_client)
+        layout = await engine.describe()
+        model_name = state.openai_serving_models.base_model_paths[0].name
+        hello = control_pb2.EngineHello(
+            engine_id=settings.engine_id,
+            model=model_name,
+            vllm_version=find_vllm_version(),
+            sedac_version=__version__,
+            num_layers=layout.num_layers,
+            hidden_size=layout.hidden_size,
+            checkpoint_layers=layout.checkpoint_layers,
+            probe_set=layout.probe_set,
+            probe_set_sha256=manifest.sha256,
+            num_workers=engine.num_workers,
+            initial_policy=wire.policy_to_proto(first),
+        )
+        metrics = EngineMetrics(model_name=model_name, layout=layout)
+        agent = Agent(engine=engine, settings=settings, layout=layout, metrics=metrics, hello=hello)
+        await agent.start(first)
+        promise.install(engine_client.input_processor, agent.is_bounded)
+        state.sedac_agent = agent
+

@@ -1,0 +1,125 @@
+"""`sedac doctor`: what is attached, to which vLLM, and why not if not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from sedac.errors import SedacError
+from sedac.launch import with_demo_defaults
+from sedac.settings import EngineSettings, read_settings
+from sedac.versions import find_vllm_version
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: Literal["ok", "absent", "bad"]
+    detail: str
+
+
+def examine(model: str, probe_set: Path | None, url: str) -> list[Finding]:
+    """Look at the installation, the model, the probe set and a running engine; nothing is started or changed."""
+    findings = list(_examine_installation())
+    try:
+        settings = with_demo_defaults(read_settings(model=model or None, probe_dir=probe_set))
+    except SedacError as error:
+        return [*findings, Finding("settings", "bad", str(error))]
+    findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
+    return [*findings, *_examine_model(settings), _examine_engine(url)]
+
+
+def _examine_installation() -> Iterator[Finding]:
+    try:
+        yield Finding("vLLM", "ok", find_vllm_version())
+    except SedacError as error:
+        yield Finding("vLLM", "bad", str(error))
+        return
+    for group, name in (("vllm.general_plugins", "sedac"), ("vllm.endpoint_plugins", "sedac_agent")):
+        try:
+            (entry,) = importlib.metadata.entry_points(group=group, name=name)
+            entry.load()
+            yield Finding(f"plugin {name}", "ok", entry.value)
+        except ValueError:
+            yield Finding(f"plugin {name}", "bad", f"no entry point in {group}: install SEDAC into vLLM's environment")
+        except ImportError as error:
+            yield Finding(f"plugin {name}", "bad", f"does not import: {error}")
+
+
+def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
+    from sedac.probe.manifest import read_manifest
+
+    path = Path(settings.model) / "config.json"
+    if not path.is_file():
+        yield Finding("model", "absent", f"{settings.model} is not a local directory: its architecture is checked when the engine starts")
+        config = {}
+    else:
+        config = json.loads(path.read_text())
+        yield _examine_architecture(config["architectures"][0])
+    try:
+        manifest = read_manifest(settings.probe_dir)
+        settings.make_policy(manifest)
+    except SedacError as error:
+        yield Finding("probe set", "bad", str(error))
+        return
+    text_config = config.get("text_config", config)
+    expected = (text_config.get("hidden_size", manifest.hidden_size), text_config.get("num_hidden_layers", manifest.num_layers))
+    if (manifest.hidden_size, manifest.num_layers) != expected:
+        yield Finding("probe set", "bad", f"{manifest.name} is for hidden size, layers {manifest.hidden_size}, {manifest.num_layers}; the model has {expected}")
+    else:
+        layers = ", ".join(str(p.layer) for p in manifest.probes)
+        yield Finding("probe set", "ok", f"{manifest.name}, rank {manifest.rank}, checkpoints after layers {layers} of {manifest.num_layers}")
+
+
+def _examine_architecture(architecture: str) -> Finding:
+    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+
+    if architecture not in _TEXT_GENERATION_MODELS:
+        return Finding("architecture", "bad", f"{architecture} is not a text-generation architecture of this vLLM")
+    module = importlib.import_module(f"vllm.model_executor.models.{_TEXT_GENERATION_MODELS[architecture][0]}")
+    for name, layer in inspect.getmembers(module, inspect.isclass):
+        if name.endswith("DecoderLayer"):
+            parameters = [p for p in inspect.signature(layer.forward).parameters if p != "self"]
+            if parameters[:3] == ["positions", "hidden_states", "residual"]:
+                return Finding("architecture", "ok", f"{architecture}: {name}(positions, hidden_states, residual)")
+    return Finding("architecture", "bad", f"{architecture} has no decoder layer (positions, hidden_states, residual); serve it without SEDAC")
+
+
+def _examine_engine(url: str) -> Finding:
+    try:
+        with urllib.request.urlopen(f"{url}/sedac/status", timeout=3) as answer:
+            status = json.load(answer)
+    except urllib.error.HTTPError:
+        return Finding("running engine", "bad", f"{url} runs without SEDAC's agent: start it with `sedac serve`")
+    except OSError:
+        return Finding("running engine", "absent", f"nothing answers at {url}")
+    layout = status.get("layout")
+    if not layout:
+        return Finding("running engine", "bad", f"{url}: {status.get('state')}")
+    layers = ", ".join(map(str, layout["checkpoint_layers"]))
+    return Finding("running engine", "ok", f"{url}: {status['state']}, revision {status['revision']}, checkpoints after layers {layers}")
+
+
+def show(findings: list[Finding], *, as_json: bool) -> None:
+    """Print the findings as a table or as JSON."""
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "what", "found", box=None)
+    marks = {"ok": "[green]ok[/]", "absent": "[yellow]--[/]", "bad": "[red]no[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.state], finding.name, finding.detail)
+    Console().print(table)

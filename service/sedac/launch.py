@@ -1,0 +1,164 @@
+"""Starts and watches the processes of `sedac serve`: vLLM's API server, and the control service beside it.
+
+The engine is the product: when it ends, everything ends with its exit code. The control service is restarted when it dies,
+and serving goes on meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sedac.errors import ConfigError
+from sedac.probe.manifest import read_manifest
+from sedac.settings import EngineSettings
+
+_log = logging.getLogger(__name__)
+_SHIPPED = Path(__file__).resolve().parents[2] / "probes" / "demo"
+_PLUGINS = ("sedac", "sedac_agent")
+_MAX_BACKOFF_SECONDS = 30.0
+_STOP_SECONDS = 30.0
+
+
+def with_demo_defaults(settings: EngineSettings) -> EngineSettings:
+    """Fill in the demo model and its probe set where neither was named.
+
+    Raises:
+        ConfigError: a model was named without a probe set, or the demo files are not there.
+    """
+    if settings.model and settings.probe_dir == Path():
+        raise ConfigError(f"no probe set for model {settings.model!r}: name its directory with --probe-set or SEDAC_PROBE_DIR")
+    model = settings.model or str(_SHIPPED / "model")
+    probe_dir = _SHIPPED / "probe-set" if settings.probe_dir == Path() else settings.probe_dir
+    if not settings.model and not Path(model).is_dir():
+        raise ConfigError(f"the demo model is not at {model}: name a model, or train it with `make demo-model`")
+    return settings.model_copy(update={"model": model, "probe_dir": probe_dir.resolve()})
+
+
+def make_engine_command(settings: EngineSettings, vllm_args: Sequence[str]) -> list[str]:
+    """Build the command line of vLLM's OpenAI server with SEDAC attached.
+
+    A user's own --additional-config is kept and gets SEDAC's entry.
+
+    Raises:
+        ConfigError: `vllm_args` set what SEDAC must set itself, or their --additional-config is not a JSON object.
+    """
+    rest, additional = _take_additional_config(vllm_args)
+    taken = [arg for arg in rest if arg.split("=")[0] in ("--worker-cls", "--model")]
+    if taken:
+        raise ConfigError(f"{taken[0]} is set by `sedac serve` itself; name the model as its argument and leave the flag out")
+    additional["sedac"] = {"probe_set": str(settings.probe_dir), "checkpoint_layers": list(settings.probe_layers)}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model]
+    command += ["--worker-cls", "sedac.engine.worker.SedacWorker", "--additional-config", json.dumps(additional)]
+    if not any(arg.split("=")[0] == "--served-model-name" for arg in rest) and Path(settings.model) == _SHIPPED / "model":
+        command += ["--served-model-name", "sedac-demo"]
+    return command + rest
+
+
+def _take_additional_config(vllm_args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    rest, values = [], []
+    arguments = iter(vllm_args)
+    for argument in arguments:
+        if argument == "--additional-config":
+            values.append(next(arguments, ""))
+        elif argument.startswith("--additional-config="):
+            values.append(argument.partition("=")[2])
+        else:
+            rest.append(argument)
+    try:
+        additional = json.loads(values[-1]) if values else {}
+    except ValueError as error:
+        raise ConfigError(f"--additional-config {values[-1]!r} is not JSON ({error}); give one JSON object") from error
+    if not isinstance(additional, dict):
+        raise ConfigError(f"--additional-config {values[-1]!r} is not a JSON object; give one")
+    return rest, additional
+
+
+def make_engine_env(settings: EngineSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Build the environment of the engine's processes: settings, plugins by name, and what SEDAC needs of vLLM."""
+    plugins = [p for p in environ.get("VLLM_PLUGINS", "").split(",") if p and p not in _PLUGINS]
+    env = {**environ, **settings.to_env(), "VLLM_PLUGINS": ",".join([*_PLUGINS, *plugins])}
+    env.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU backend alone, which would otherwise claim all memory
+    env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    return env
+
+
+@dataclass(kw_only=True)
+class Launch:
+    """The processes of one `sedac serve`."""
+
+    engine_command: list[str]
+    engine_env: dict[str, str]
+    control_command: list[str] | None
+    """None: the control service is elsewhere, or there is none"""
+    control_env: dict[str, str] = field(default_factory=dict)
+    _stopping: bool = False
+
+    def run(self) -> int:
+        """Run until the engine ends or a signal comes; returns the engine's exit code."""
+        control = self._start_control()
+        engine = subprocess.Popen(self.engine_command, env=self.engine_env)
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            self._stopping = True
+            engine.send_signal(signal.SIGTERM)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        backoff, started = 0.5, time.monotonic()
+        while engine.poll() is None:
+            time.sleep(0.2)
+            if control is not None and control.poll() is not None and not self._stopping:
+                if time.monotonic() - started > 60:
+                    backoff = 0.5
+                _log.error("the control service ended with code %s; serving goes on, restarting it in %.1f s", control.returncode, backoff)
+                time.sleep(backoff)
+                backoff, started = min(backoff * 2, _MAX_BACKOFF_SECONDS), time.monotonic()
+                control = self._start_control()
+        if control is not None and control.poll() is None:
+            control.terminate()
+            try:
+                control.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                control.kill()
+        return 0 if self._stopping and engine.returncode in (0, -signal.SIGTERM) else engine.returncode or 0
+
+    def _start_control(self) -> subprocess.Popen[bytes] | None:
+        return subprocess.Popen(self.control_command, env=self.control_env) if self.control_command else None
+
+
+def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | None) -> int:
+    """Serve until stopped; `control` is host:port of a service elsewhere, "none", or None to run one here.
+
+    Raises:
+        ConfigError, ArtifactError: found before anything is started.
+    """
+    settings = with_demo_defaults(settings)
+    settings.make_policy(read_manifest(settings.probe_dir))
+    control_command = None
+    if control is None:
+        host, port = os.environ.get("SEDAC_CONTROL_HOST", "127.0.0.1"), os.environ.get("SEDAC_CONTROL_PORT", "50051")
+        address = f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        control_command = [sys.executable, "-m", "sedac.cli", "control"]
+    else:
+        address = "" if control == "none" else control
+    settings = settings.model_copy(update={"control_address": address})
+    launch = Launch(
+        engine_command=make_engine_command(settings, vllm_args),
+        engine_env=make_engine_env(settings),
+        control_command=control_command,
+        control_env=dict(os.environ),
+    )
+    _log.info("model %s, probe set %s, control service %s", settings.model, settings.probe_dir, address or "none")
+    return launch.run()
