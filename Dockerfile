@@ -78,10 +78,9 @@ ENV HOME=/var/cache/sedac \
     SEDAC_CONTROL_HOST=0.0.0.0 \
     SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
     SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
+RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
 COPY probes/demo/model /usr/share/sedac/demo/model
 COPY probes/demo/probe-set /usr/share/sedac/demo/probe-set
-ENV SEDAC_MODEL=/usr/share/sedac/demo/model \
-    SEDAC_PROBE_DIR=/usr/share/sedac/demo/probe-set
 USER 10001:10001
 WORKDIR /var/lib/sedac
 VOLUME ["/var/lib/sedac", "/var/cache/sedac"]
@@ -125,9 +124,11 @@ HEALTHCHECK --interval=5s --timeout=6s --start-period=60s --retries=3 \
 CMD ["control"]
 
 FROM runtime AS cpu
-# vLLM's torch.compile calls a C++ compiler when the engine starts.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+# vLLM's kernels load libnuma; its torch.compile calls a C++ compiler when the engine starts.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-venv /opt/sedac /opt/sedac
+# `sedac serve` looks for the demo model where a clone has it, beside the folder of the package.
+RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
 COPY probes/demo/model /usr/share/sedac/demo/model
 COPY probes/demo/probe-set /usr/share/sedac/demo/probe-set
 # Compiled graphs are loaded as libraries, so their folder is a volume: a tmpfs is mounted noexec by default.
@@ -136,9 +137,7 @@ ENV XDG_CACHE_HOME=/var/cache/sedac \
     TORCHINDUCTOR_CACHE_DIR=/var/cache/sedac/inductor \
     HF_HOME=/var/cache/sedac/huggingface \
     HF_HUB_OFFLINE=1 \
-    VLLM_NO_USAGE_STATS=1 \
-    SEDAC_MODEL=/usr/share/sedac/demo/model \
-    SEDAC_PROBE_DIR=/usr/share/sedac/demo/probe-set
+    VLLM_NO_USAGE_STATS=1
 USER 10001:10001
 VOLUME ["/var/lib/sedac", "/var/cache/sedac"]
 EXPOSE 8000 50051 9464

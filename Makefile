@@ -11,8 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCKER ?= docker
-IMAGE ?= sedac:cpu
-TARGET ?= cpu
+TARGETS ?= cpu control
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 ARGS ?=
 
@@ -70,8 +69,8 @@ bench: $(STAMP) ## attached and idle against plain vLLM, and the other ratios of
 	$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: image
-image: ## build the container image (TARGET=cpu|control|cuda, IMAGE=sedac:cpu, ARGS='--secret ... --build-arg ...')
-	DOCKER_BUILDKIT=1 $(DOCKER) build --target $(TARGET) --tag $(IMAGE) $(ARGS) .
+image: ## build the images sedac:cpu and sedac:control (TARGETS=cuda; ARGS='--secret ...': see Dockerfile)
+	for target in $(TARGETS); do DOCKER_BUILDKIT=1 $(DOCKER) build --target $$target --tag sedac:$$target $(ARGS) .; done
 
 .PHONY: up
 up: ## engine, control service, Prometheus and Grafana in containers; answers on 127.0.0.1:8000
