@@ -1,0 +1,121 @@
+"""Runs one vLLM engine in a process of its own: `python engine_job.py JOB.json RESULT.pt`.
+
+A job is {"llm": keyword arguments of vllm.LLM, "sedac": layout entry or null (plain vLLM, plugin not loaded), "steps": [...]}.
+Each step is {"do": name, ...} and yields one result; see the functions below.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import torch
+
+JOB = json.load(open(sys.argv[1])) if __name__ == "__main__" else {}
+os.environ.update(
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_USE_V2_MODEL_RUNNER="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_PLUGINS="sedac" if JOB.get("sedac") is not None else "none",
+)
+
+
+def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None):
+    """Greedy continuations in groups of `batch`: [{"tokens": [...], "logprobs": [...]}, ...]."""
+    from vllm import SamplingParams
+
+    results = []
+    size = batch or len(prompts)
+    for start in range(0, len(prompts), size):
+        group = prompts[start : start + size]
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                logprobs=logprobs,
+                detokenize=False,
+                extra_args={"sedac_tier": tiers[start + i]} if tiers and tiers[start + i] else None,
+            )
+            for i in range(len(group))
+        ]
+        inputs = [{"prompt_token_ids": p} | ({"cache_salt": salt} if salt else {}) for p in group]
+        for output in llm.generate(inputs, params, use_tqdm=False):
+            completion = output.outputs[0]
+            picked = [step[t].logprob for step, t in zip(completion.logprobs or [], completion.token_ids, strict=False)]
+            results.append({"tokens": list(completion.token_ids), "logprobs": picked})
+    return results
+
+
+def score(llm, prompts):
+    """Log-probability of every prompt token but the first, per prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    return [[c[t].logprob for t, c in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)] for o in outputs]
+
+
+def read_kv(llm, prompt):
+    """KV cache contents for one prompt, read from the cache's memory: per layer (key, value), each (T, heads, head size)."""
+    from vllm import SamplingParams
+
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    slots, inner = [], runner._model_forward
+
+    def spy(**inputs):
+        slots.append(runner.input_batch.block_table.block_tables[0].slot_mapping.np[: len(prompt)].copy())
+        return inner(**inputs)
+
+    runner._model_forward = spy
+    llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    runner._model_forward = inner
+    attention = next(m for m in runner.model.modules() if type(m).__name__ == "Attention")
+    assert attention.impl.kv_cache_dtype in ("auto", "float32"), attention.impl.kv_cache_dtype
+    heads, size, block_size = attention.num_kv_heads, attention.head_size, runner.cache_config.block_size
+    block, offset = torch.from_numpy(slots[0] // block_size), torch.from_numpy(slots[0] % block_size)
+    layers = []
+    for cache in runner.kv_caches:  # CPU "vec" layout: keys as (size, block), values as (block, size)
+        keys, values = cache.reshape(cache.shape[0], heads, 2 * block_size, size).chunk(2, dim=2)
+        keys = keys.reshape(-1, heads, size, block_size)[block, :, :, offset]
+        layers.append((keys.clone(), values[block, :, offset].clone()))
+    return layers
+
+
+def apply(llm, policy, revision=1):
+    """Put a policy into force; returns the workers' answers."""
+    return llm.collective_rpc("sedac_apply", args=(policy, revision))
+
+
+def stats(llm):
+    """The worker's totals."""
+    return llm.collective_rpc("sedac_get_stats")[0]
+
+
+def records(llm, prompt):
+    """What the engine recorded while it read one prompt."""
+    from vllm import SamplingParams
+
+    llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    return llm.collective_rpc("sedac_take_records")[0]
+
+
+def main() -> None:
+    from vllm import LLM
+
+    keywords = dict(JOB["llm"])
+    if JOB.get("sedac") is not None:
+        keywords |= {"worker_cls": "sedac.engine.worker.SedacWorker", "additional_config": {"sedac": JOB["sedac"]}}
+    llm = LLM(**{"max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False} | keywords)
+    results = []
+    for step in JOB["steps"]:
+        arguments = dict(step)
+        results.append(globals()[arguments.pop("do")](llm, **arguments))
+    torch.save(results, sys.argv[2])
+
+
+if __name__ == "__main__":
+    main()
