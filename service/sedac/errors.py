@@ -6,7 +6,9 @@
     |- StaleEtag              somebody else changed the policy since it was read
     |- RevisionNotFound       no such revision (or no policy yet)
     |- ArtifactError          a probe set is missing, broken, or made for another model
-    `- UnsupportedModel       the model or the engine's layout can't carry SEDAC
+    |- UnsupportedModel       the model or the engine's layout can't carry SEDAC
+    |- ControlUnavailable     the control service can't be reached or did not answer in time
+    `- NotSynced              an engine refused a revision or did not confirm it in time
 
 Messages name the value, the limit and the remedy. Only the gRPC servicer turns them into status codes.
 """
@@ -58,3 +60,11 @@ class ArtifactError(SedacError):
 
 class UnsupportedModel(SedacError):
     """The model or the engine's layout can't carry SEDAC."""
+
+
+class ControlUnavailable(SedacError):
+    """The control service can't be reached or did not answer in time."""
+
+
+class NotSynced(SedacError):
+    """An engine refused a revision or did not confirm it in time."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 
+from google.rpc import error_details_pb2, status_pb2
+
 from sedac.control.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy import Checkpoint, Phase, Policy, Scope
@@ -80,3 +82,24 @@ def stats_to_report(stats: Stats) -> control_pb2.EngineReport:
         num_mlp_blocks_skipped=stats.num_mlp_blocks_skipped,
         checkpoints=[control_pb2.CheckpointReport(**vars(c)) for c in stats.checkpoints],
     )
+
+
+def error_to_status(error: Exception, code: int) -> status_pb2.Status:
+    """Write an error under a google.rpc code: ErrorInfo always, BadRequest for the fields of a refused policy."""
+    status = status_pb2.Status(code=code, message=str(error))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain="sedac"))
+    if isinstance(error, PolicyInvalid):
+        bad = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad.field_violations.add(field=violation.field, description=violation.description)
+        status.details.add().Pack(bad)
+    return status
+
+
+def error_from_status(status: status_pb2.Status) -> PolicyInvalid | None:
+    """Read the bad fields of a status; None where it names none."""
+    for detail in status.details:
+        bad = error_details_pb2.BadRequest()
+        if detail.Unpack(bad):
+            return PolicyInvalid([FieldViolation(v.field, v.description) for v in bad.field_violations])
+    return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import code_pb2, status_pb2
 
 from sedac import wire
 from sedac.agent.engine import AttachedEngine
@@ -166,9 +166,9 @@ class Agent:
             self.refusal = ""
             _log.info("policy revision %d in force", revision)
         except PolicyInvalid as refused:
-            self.refusal, error = str(refused), _to_status(grpc.StatusCode.INVALID_ARGUMENT, refused)
+            self.refusal, error = str(refused), wire.error_to_status(refused, code_pb2.INVALID_ARGUMENT)
         except (SedacError, TimeoutError, RuntimeError) as failed:
-            self.refusal, error = str(failed), _to_status(grpc.StatusCode.INTERNAL, failed)
+            self.refusal, error = str(failed), wire.error_to_status(failed, code_pb2.INTERNAL)
         seconds = time.monotonic() - started
         if error is not None:
             _log.error("policy revision %d refused, revision %d stays in force: %s", revision, self.revision, self.refusal)
@@ -180,13 +180,3 @@ async def _drain(outbox: asyncio.Queue[control_pb2.EngineMessage]) -> AsyncItera
     while True:
         yield await outbox.get()
 
-
-def _to_status(code: grpc.StatusCode, error: Exception) -> status_pb2.Status:
-    status = status_pb2.Status(code=code.value[0], message=str(error))
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain="sedac"))
-    if isinstance(error, PolicyInvalid):
-        bad = error_details_pb2.BadRequest()
-        for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=violation.description)
-        status.details.add().Pack(bad)
-    return status

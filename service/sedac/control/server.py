@@ -1,0 +1,112 @@
+"""The control service's composition root: settings in, a running server out."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+from concurrent import futures
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from sedac.control.fleet import Fleet
+from sedac.control.metrics import ControlMetrics, MetricsInterceptor
+from sedac.control.servicer import ControlServicer, DiscoveryServicer
+from sedac.control.settings import ControlSettings
+from sedac.control.store import Store
+from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+_SERVICES = tuple(service.full_name for service in control_pb2.DESCRIPTOR.services_by_name.values())
+
+
+class ControlServer:
+    """A control service: `start`, then `stop`."""
+
+    def __init__(self, settings: ControlSettings) -> None:
+        self.settings = settings
+        self.port = settings.port
+        """the port in use, once started"""
+        self._store = Store(settings.database)
+        self._metrics = ControlMetrics()
+        self._health = health.aio.HealthServicer()
+        fleet = Fleet()
+        self._server = grpc.aio.server(
+            interceptors=[MetricsInterceptor(self._metrics)],
+            options=[
+                ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+                ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.http2.max_ping_strikes", 0),
+            ],
+            migration_thread_pool=futures.ThreadPoolExecutor(max_workers=4),
+        )
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(self._store, fleet, self._metrics), self._server)  # type: ignore[no-untyped-call]
+        control_pb2_grpc.add_DiscoveryServicer_to_server(DiscoveryServicer(self._store, fleet, self._metrics), self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> None:
+        """Listen and report healthy.
+
+        Raises:
+            ConfigError: a port is taken or the address can't be used.
+        """
+        settings = self.settings
+        address = f"{settings.host}:{settings.port}"
+        try:
+            self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise ConfigError(f"{address} can't be listened on ({error}); another control service may run: change SEDAC_CONTROL_PORT") from error
+        if settings.metrics_port:
+            try:
+                start_http_server(settings.metrics_port, settings.metrics_host, registry=self._metrics.registry)
+            except OSError as error:
+                raise ConfigError(f"metrics port {settings.metrics_host}:{settings.metrics_port}: {error}; change SEDAC_CONTROL_METRICS_PORT") from error
+        await self._server.start()
+        for service in ("", *_SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        newest = self._store.find_newest()
+        self._metrics.revision.set(newest.revision if newest else 0)
+        _log.info("control service on %s:%d, database %s, revision %s", settings.host, self.port, settings.database, newest.revision if newest else "none yet")
+        if not _is_loopback(settings.host):
+            _log.warning("listening on %s without authentication: let only trusted networks reach it", settings.host)
+
+    async def stop(self) -> None:
+        """Report not serving, let running calls finish, close the store."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self.settings.drain_seconds)
+        self._store.close()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def serve(settings: ControlSettings) -> None:
+    """Run until SIGTERM or SIGINT."""
+    server = ControlServer(settings)
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    await server.start()
+    await stopping.wait()
+    await server.stop()
+
+
+def run(settings: ControlSettings) -> None:
+    """Run the service in the foreground.
+
+    Raises:
+        ConfigError: it can't start.
+    """
+    asyncio.run(serve(settings))
