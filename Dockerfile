@@ -79,8 +79,8 @@ ENV HOME=/var/cache/sedac \
     SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
     SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
-COPY probes/demo/model /usr/share/sedac/demo/model
-COPY probes/demo/probe-set /usr/share/sedac/demo/probe-set
+COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model
+COPY --chmod=0755 probes/demo/probe-set /usr/share/sedac/demo/probe-set
 USER 10001:10001
 WORKDIR /var/lib/sedac
 VOLUME ["/var/lib/sedac", "/var/cache/sedac"]
@@ -129,8 +129,8 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 &&
 COPY --from=cpu-venv /opt/sedac /opt/sedac
 # `sedac serve` looks for the demo model where a clone has it, beside the folder of the package.
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
-COPY probes/demo/model /usr/share/sedac/demo/model
-COPY probes/demo/probe-set /usr/share/sedac/demo/probe-set
+COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model
+COPY --chmod=0755 probes/demo/probe-set /usr/share/sedac/demo/probe-set
 # Compiled graphs are loaded as libraries, so their folder is a volume: a tmpfs is mounted noexec by default.
 ENV XDG_CACHE_HOME=/var/cache/sedac \
     XDG_CONFIG_HOME=/var/cache/sedac/config \

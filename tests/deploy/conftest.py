@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 import yaml
 from prometheus_client.metrics import MetricWrapperBase
+from sedac.agent import metrics as agent_metrics
+from sedac.control.metrics import ControlMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-OUR_METRICS = ("sedac.agent.metrics", "sedac.control.metrics")
 VLLM_METRICS = "v1/metrics/loggers.py"
 
 
@@ -35,25 +35,11 @@ class Declared:
         return {self.name + suffix for suffix in suffixes}
 
 
-def metrics_of(value: Any, depth: int = 3) -> list[MetricWrapperBase]:
-    """Every prometheus_client metric in a module: its globals, what they contain, and what its classes hold."""
-    if isinstance(value, MetricWrapperBase):
-        return [value]
-    if depth == 0:
-        return []
-    if isinstance(value, dict):
-        return [m for item in value.values() for m in metrics_of(item, depth - 1)]
-    if isinstance(value, list | tuple | set):
-        return [m for item in value for m in metrics_of(item, depth - 1)]
-    if isinstance(value, type) and value.__module__ in OUR_METRICS:
-        return metrics_of(vars(value), depth - 1)
-    return []
-
-
 def our_metrics() -> list[Declared]:
-    modules = [importlib.import_module(name) for name in OUR_METRICS]
-    found = [m for module in modules for m in metrics_of(dict(vars(module)))]
-    return [Declared(name=m._name, kind=m._type, labels=m._labelnames) for m in found]
+    """The agent's, which are globals of its module, and the control service's, which an object holds."""
+    values = [*vars(agent_metrics).values(), *agent_metrics._TOTALS.values(), *vars(ControlMetrics()).values()]
+    metrics = {value._name: value for value in values if isinstance(value, MetricWrapperBase)}
+    return [Declared(name=name, kind=metric._type, labels=metric._labelnames) for name, metric in metrics.items()]
 
 
 def vllm_metrics() -> list[Declared]:
