@@ -160,5 +160,6 @@ def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | 
         control_command=control_command,
         control_env=dict(os.environ),
     )
-    _log.info("model %s, probe set %s, control service %s", settings.model, settings.probe_dir, address or "none")
+    place = f"{address}, {'started here' if control_command else 'elsewhere'}" if address else "none"
+    _log.info("model %s, probe set %s, control service %s", settings.model, settings.probe_dir, place)
     return launch.run()

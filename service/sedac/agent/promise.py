@@ -10,6 +10,8 @@ import functools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
+
 from sedac.policy import TIER_KEY
 
 BOUNDED_SALT = "sedac-bounded"
@@ -19,7 +21,7 @@ def stamp(request: Any, *, bounded: bool) -> None:
     """Fix the promise of an `EngineCoreRequest` in place; `bounded` says whether the policy in force reduces at all.
 
     Raises:
-        ValueError: the request asks for a tier that doesn't exist (vLLM answers HTTP 400).
+        VLLMValidationError: the request asks for a tier that doesn't exist (vLLM answers HTTP 400).
     """
     params = request.sampling_params
     if params is None:
@@ -27,7 +29,7 @@ def stamp(request: Any, *, bounded: bool) -> None:
     extra = dict(params.extra_args or {})
     tier = extra.get(TIER_KEY)
     if tier not in (None, "exact"):
-        raise ValueError(f"{TIER_KEY}={tier!r} is unknown; tiers: 'exact', or leave it out for the policy in force")
+        raise VLLMValidationError(f"{TIER_KEY} is unknown; tiers: 'exact', or leave it out for the policy in force", parameter=TIER_KEY, value=tier)
     if tier is None and bounded:
         request.cache_salt = f"{BOUNDED_SALT}:{request.cache_salt or ''}"
         return

@@ -7,6 +7,7 @@ so a policy changes between two passes, never within one.
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
+_log = logging.getLogger(__name__)
 
 
 class SedacWorker(_Worker):
@@ -48,6 +50,15 @@ class SedacWorker(_Worker):
         self.sedac_state = model.sedac_state
         self._sedac_exact_ids: set[str] = set()
         self._sedac_in_step = False
+        layout = self.sedac_state.layout
+        _log.info(
+            "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r%s",
+            type(model).__name__.removeprefix("Sedac"),
+            layout.num_layers,
+            ", ".join(map(str, layout.checkpoint_layers)) or "none",
+            layout.probe_set,
+            ", recording" if self.sedac_state.recorder else "",
+        )
         self.model_runner._model_forward = functools.partial(self._sedac_forward, self.model_runner._model_forward)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
