@@ -240,11 +240,11 @@ class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
 async def _first_of(getting: Coroutine[None, None, _T], reader: asyncio.Task[None]) -> _T | None:
     """Wait for an item, or for the end of the stream (None)."""
     item = asyncio.ensure_future(getting)
-    await asyncio.wait({item, reader}, return_when=asyncio.FIRST_COMPLETED)
-    if item.done():
-        return item.result()
-    item.cancel()
-    return None
+    try:
+        await asyncio.wait({item, reader}, return_when=asyncio.FIRST_COMPLETED)
+        return item.result() if item.done() else None
+    finally:
+        item.cancel()
 
 
 async def _run(call: Callable[[], _T]) -> _T:

@@ -1,0 +1,119 @@
+"""A real control service on a free loopback port, and engines that speak the real protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+import pytest
+
+from sedac import wire
+from sedac.client.client import ControlClient
+from sedac.control.server import ControlServer
+from sedac.control.settings import ControlSettings
+from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.policy import Checkpoint, Policy
+
+FIRST = Policy(enabled=True, checkpoints=(Checkpoint(layer=2, threshold=0.5), Checkpoint(layer=5, threshold=0.25)))
+
+
+class RunningServer:
+    """A `ControlServer` on an event loop of its own thread."""
+
+    def __init__(self, settings: ControlSettings) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.server = self._run(self._make(settings))
+        self.address = f"127.0.0.1:{self.server.port}"
+
+    async def _make(self, settings: ControlSettings) -> ControlServer:
+        server = ControlServer(settings)
+        await server.start()
+        return server
+
+    def _run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+    def stop(self) -> None:
+        self._run(self.server.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+
+class FakeEngine:
+    """An engine on the discovery stream that answers as it is told; everything but the engine is real."""
+
+    def __init__(self, address: str, engine_id: str = "e1", *, answer: bool = True, initial: Policy | None = FIRST) -> None:
+        self._outbox: queue.Queue[control_pb2.EngineMessage | None] = queue.Queue()
+        self.pushes: queue.Queue[control_pb2.PolicyPush] = queue.Queue()
+        self.error: grpc.RpcError | None = None
+        self.refuse: str = ""
+        self._answer = answer
+        self._channel = grpc.insecure_channel(address)
+        hello = control_pb2.EngineHello(engine_id=engine_id, model="m", num_layers=12, hidden_size=8, checkpoint_layers=[2, 5, 8], probe_set="demo")
+        if initial is not None:
+            hello.initial_policy.CopyFrom(wire.policy_to_proto(initial))
+        self.send(control_pb2.EngineMessage(hello=hello))
+        self._call = control_pb2_grpc.DiscoveryStub(self._channel).Follow(iter(self._outbox.get, None))
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def send(self, message: control_pb2.EngineMessage) -> None:
+        self._outbox.put(message)
+
+    def answer(self, push: control_pb2.PolicyPush) -> None:
+        answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=push.policy.revision)
+        if self.refuse:
+            answer.error.code, answer.error.message, answer.revision = 3, self.refuse, push.policy.revision - 1
+        self.send(control_pb2.EngineMessage(answer=answer))
+
+    def _follow(self) -> None:
+        try:
+            for push in self._call:
+                self.pushes.put(push)
+                if self._answer:
+                    self.answer(push)
+        except grpc.RpcError as error:
+            self.error = error
+
+    def close(self) -> None:
+        self._outbox.put(None)
+        self._call.cancel()
+        self._thread.join(5)
+        self._channel.close()
+
+
+@pytest.fixture
+def settings(tmp_path) -> ControlSettings:
+    return ControlSettings(port=0, metrics_port=0, database=tmp_path / "control.sqlite3", drain_seconds=0.2)
+
+
+@pytest.fixture
+def server(settings) -> Iterator[RunningServer]:
+    running = RunningServer(settings)
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def client(server) -> Iterator[ControlClient]:
+    with ControlClient(server.address, author="tester") as client:
+        yield client
+
+
+@pytest.fixture
+def make_engine(server) -> Iterator[Callable[..., FakeEngine]]:
+    engines: list[FakeEngine] = []
+
+    def make(*args, **kwargs) -> FakeEngine:
+        engines.append(FakeEngine(server.address, *args, **kwargs))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()

@@ -1,0 +1,126 @@
+"""Engines on the discovery stream: pushes, answers, lost connections."""
+
+from __future__ import annotations
+
+import time
+
+import grpc
+import pytest
+from tests.control.conftest import FIRST, FakeEngine, RunningServer
+
+from sedac.control.v1 import control_pb2
+from sedac.errors import NotSynced
+from sedac.policy import Policy
+
+
+def _get_engine(client, engine_id="e1", *, state=None, timeout=5.0):
+    deadline = time.monotonic() + timeout
+    while True:
+        engine = next((e for e in client.get_status().engines if e.engine.engine_id == engine_id), None)
+        if (engine and state in (None, engine.state)) or time.monotonic() > deadline:
+            assert engine is not None
+            assert state in (None, engine.state), f"state is {control_pb2.EngineState.Name(engine.state)}"
+            return engine
+        time.sleep(0.01)
+
+
+def test_the_first_engine_brings_the_first_policy(client, make_engine):
+    push = make_engine().pushes.get(timeout=5)
+    assert push.policy.revision == 1
+    assert push.policy.author == "engine e1"
+    engine = _get_engine(client, state=control_pb2.ENGINE_STATE_SYNCED)
+    assert engine.active_revision == 1
+    make_engine("e2", initial=Policy()).pushes.get(timeout=5)
+    assert client.get_policy().revision == 1, "a later engine follows, it does not set"
+
+
+def test_every_change_is_pushed_and_acked(client, make_engine):
+    engine = make_engine()
+    for revision in range(2, 12):
+        client.wait_until_synced(revision - 1, 5)
+        assert client.update_policy(FIRST).revision == revision
+        client.wait_until_synced(revision, 5)
+    assert [engine.pushes.get_nowait().policy.revision for _ in range(11)] == list(range(1, 12))
+
+
+def test_one_push_at_a_time_and_then_the_newest(client, make_engine):
+    engine = make_engine(answer=False)
+    first = engine.pushes.get(timeout=5)
+    for _ in range(5):
+        client.update_policy(FIRST)
+    time.sleep(0.2)
+    assert engine.pushes.empty(), "the next push waits for the answer"
+    assert _get_engine(client).state == control_pb2.ENGINE_STATE_PENDING
+    engine.send(control_pb2.EngineMessage(answer=control_pb2.PolicyAnswer(nonce="wrong", revision=1)))
+    time.sleep(0.2)
+    assert engine.pushes.empty(), "an answer with another nonce is none"
+    engine.answer(first)
+    assert engine.pushes.get(timeout=5).policy.revision == 6
+
+
+def test_a_nack_is_shown_with_its_reason_and_cleared_by_the_next_ack(client, make_engine):
+    engine = make_engine()
+    engine.pushes.get(timeout=5)
+    engine.refuse = "checkpoints[0].layer: no"
+    revision = client.update_policy(FIRST).revision
+    with pytest.raises(NotSynced, match=r"engine e1 refused revision 2: checkpoints\[0\].layer: no"):
+        client.wait_until_synced(revision, 5)
+    shown = _get_engine(client, state=control_pb2.ENGINE_STATE_NACKED)
+    assert (shown.active_revision, shown.desired_revision) == (1, 2)
+    engine.refuse = ""
+    client.update_policy(FIRST)
+    assert not _get_engine(client, state=control_pb2.ENGINE_STATE_SYNCED).HasField("error")
+
+
+def test_a_lost_engine_is_stale_and_comes_back_by_itself(client, make_engine):
+    engine = make_engine()
+    engine.pushes.get(timeout=5)
+    client.wait_until_synced(1, 5)
+    engine.close()
+    assert _get_engine(client, state=control_pb2.ENGINE_STATE_STALE).active_revision == 1
+    client.update_policy(FIRST)
+    assert make_engine().pushes.get(timeout=5).policy.revision == 2
+    _get_engine(client, state=control_pb2.ENGINE_STATE_SYNCED)
+
+
+def test_a_newer_stream_replaces_the_older_of_the_same_engine(client, make_engine):
+    make_engine().pushes.get(timeout=5)
+    newer = make_engine()
+    newer.pushes.get(timeout=5)
+    client.update_policy(FIRST)
+    assert newer.pushes.get(timeout=5).policy.revision == 2
+    assert [e.engine.engine_id for e in client.get_status().engines] == ["e1"]
+    _get_engine(client, state=control_pb2.ENGINE_STATE_SYNCED)
+
+
+def test_reports_are_shown(client, make_engine):
+    engine = make_engine()
+    engine.pushes.get(timeout=5)
+    engine.send(control_pb2.EngineMessage(report=control_pb2.EngineReport(num_steps=7)))
+    deadline = time.monotonic() + 5
+    while _get_engine(client).report.num_steps != 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert _get_engine(client).report.num_steps == 7
+
+
+def test_the_first_message_must_be_a_hello(server):
+    engine = FakeEngine(server.address, engine_id="")
+    engine._thread.join(5)
+    assert engine.error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "the first message must be a hello" in engine.error.details()
+    engine.close()
+
+
+def test_a_restarted_service_pushes_the_same_revision(settings):
+    from sedac.client.client import ControlClient
+
+    first = RunningServer(settings)
+    with ControlClient(first.address) as client:
+        client.update_policy(FIRST)
+        client.update_policy(FIRST)
+    first.stop()
+    second = RunningServer(settings)
+    engine = FakeEngine(second.address)
+    assert engine.pushes.get(timeout=5).policy.revision == 2
+    engine.close()
+    second.stop()

@@ -1,0 +1,113 @@
+"""The store: durable, whole, in order; compared with a model of it, and killed while it writes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from sedac.control.store import Store
+from sedac.errors import ConfigError, RevisionNotFound, StaleEtag
+from sedac.policy import Checkpoint, Policy
+
+_policies = st.builds(
+    Policy,
+    enabled=st.booleans(),
+    checkpoints=st.lists(st.builds(Checkpoint, layer=st.integers(0, 50), threshold=st.floats(0, 1e9)), max_size=3).map(tuple),
+    phase=st.sampled_from(["decode", "all"]),
+)
+
+
+class StoreAgainstModel(RuleBasedStateMachine):
+    """Appends, repeats, stale etags and reopening, against a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.path = Path(self.directory.name) / "s.sqlite3"
+        self.store = Store(self.path)
+        self.model: list[Policy] = []
+        self.requests: dict[str, int] = {}
+
+    @rule(policy=_policies, request_id=st.sampled_from(["", "a", "b", "c"]), guard=st.sampled_from(["none", "good", "stale"]))
+    def append(self, policy, request_id, guard):
+        newest = self.store.find_newest()
+        etag = {"none": "", "good": newest.etag if newest else "", "stale": "stale"}[guard]
+        if request_id in self.requests:
+            assert self.store.append(policy, author="x", expected_etag=etag, request_id=request_id).revision == self.requests[request_id]
+        elif guard == "stale":
+            with pytest.raises(StaleEtag):
+                self.store.append(policy, author="x", expected_etag=etag, request_id=request_id)
+        else:
+            made = self.store.append(policy, author="x", expected_etag=etag, request_id=request_id)
+            self.model.append(policy)
+            assert made.revision == len(self.model)
+            if request_id:
+                self.requests[request_id] = made.revision
+
+    @rule()
+    def reopen(self):
+        self.store.close()
+        self.store = Store(self.path)
+
+    @invariant()
+    def holds_what_the_model_holds(self):
+        assert [r.policy for r in self.store.list(before=None, limit=1000)] == self.model[::-1]
+        newest = self.store.find_newest()
+        assert (newest.revision if newest else 0) == len(self.model)
+        with pytest.raises(RevisionNotFound):
+            self.store.get(len(self.model) + 1)
+
+    def teardown(self):
+        self.store.close()
+        self.directory.cleanup()
+
+
+TestStoreAgainstModel = StoreAgainstModel.TestCase
+TestStoreAgainstModel.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+
+_WRITER = """
+import sys
+from pathlib import Path
+from sedac.control.store import Store
+from sedac.policy import Checkpoint, Policy
+store = Store(Path(sys.argv[1]))
+while True:
+    number = (store.find_newest().revision if store.find_newest() else 0) + 1
+    made = store.append(Policy(checkpoints=(Checkpoint(layer=number, threshold=number),)), author="w", request_id=f"r{number}")
+    print(made.revision, flush=True)
+"""
+
+
+def test_acknowledged_writes_survive_kill_9(tmp_path):
+    path, acknowledged = tmp_path / "s.sqlite3", 0
+    for round_number in range(5):
+        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        lines = [writer.stdout.readline() for _ in range(5)]
+        time.sleep(0.013 * round_number)
+        os.kill(writer.pid, signal.SIGKILL)
+        lines += writer.communicate()[0].splitlines()
+        acknowledged = int(next(line for line in reversed(lines) if line.strip().isdigit()))
+        store = Store(path)
+        revisions = store.list(before=None, limit=100_000)
+        store.close()
+        assert revisions[0].revision in (acknowledged, acknowledged + 1), "at most the write in flight is beyond the last acknowledgement"
+        assert [r.revision for r in revisions] == list(range(revisions[0].revision, 0, -1))
+        assert all(r.policy.checkpoints[0].layer == r.revision for r in revisions), "no revision is half written"
+    assert acknowledged >= 25
+
+
+def test_a_file_that_is_no_database_is_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "s.sqlite3"
+    path.write_bytes(b"this is not a database" * 100)
+    with pytest.raises(ConfigError, match="name a writable file in SEDAC_CONTROL_DATABASE"):
+        Store(path)
