@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sedac import wire
 from sedac.control.v1 import control_pb2
 from sedac.errors import PolicyInvalid

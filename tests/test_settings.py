@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from sedac import launch
 from sedac.errors import ConfigError
 from sedac.policy import Checkpoint

@@ -37,7 +37,9 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model directory or name; default: the demo model.")] = "",
     probe_set: Annotated[Path | None, typer.Option(help="Directory of the probe set (SEDAC_PROBE_DIR).")] = None,
-    control: Annotated[str | None, typer.Option(help="host:port of a control service elsewhere; `none`: serve without one. Default: run one here.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="host:port of a control service elsewhere; `none`: serve without one. Default: run one here.")
+    ] = None,
     sedac_layer: Annotated[int | None, typer.Option(help="One checkpoint after this layer; its tokens exit only all together (scope batch).")] = None,
     sedac_threshold: Annotated[float | None, typer.Option(help="First threshold, the same for every checkpoint.")] = None,
     engine_id: Annotated[str | None, typer.Option(help="This engine's name on the control service (SEDAC_ENGINE_ID).")] = None,

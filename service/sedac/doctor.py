@@ -75,7 +75,9 @@ def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
     text_config = config.get("text_config", config)
     expected = (text_config.get("hidden_size", manifest.hidden_size), text_config.get("num_hidden_layers", manifest.num_layers))
     if (manifest.hidden_size, manifest.num_layers) != expected:
-        yield Finding("probe set", "bad", f"{manifest.name} is for hidden size, layers {manifest.hidden_size}, {manifest.num_layers}; the model has {expected}")
+        yield Finding(
+            "probe set", "bad", f"{manifest.name} is for hidden size, layers {manifest.hidden_size}, {manifest.num_layers}; the model has {expected}"
+        )
     else:
         layers = ", ".join(str(p.layer) for p in manifest.probes)
         yield Finding("probe set", "ok", f"{manifest.name}, rank {manifest.rank}, checkpoints after layers {layers} of {manifest.num_layers}")
@@ -89,7 +91,7 @@ def _examine_architecture(architecture: str) -> Finding:
     module = importlib.import_module(f"vllm.model_executor.models.{_TEXT_GENERATION_MODELS[architecture][0]}")
     for name, layer in inspect.getmembers(module, inspect.isclass):
         if name.endswith("DecoderLayer"):
-            parameters = [p for p in inspect.signature(layer.forward).parameters if p != "self"]
+            parameters = [p for p in inspect.signature(vars(layer).get("forward", layer)).parameters if p != "self"]
             if parameters[:3] == ["positions", "hidden_states", "residual"]:
                 return Finding("architecture", "ok", f"{architecture}: {name}(positions, hidden_states, residual)")
     return Finding("architecture", "bad", f"{architecture} has no decoder layer (positions, hidden_states, residual); serve it without SEDAC")

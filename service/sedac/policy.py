@@ -99,7 +99,10 @@ def _validate_checkpoints(checkpoints: tuple[Checkpoint, ...], layout: Layout | 
         elif layout and layer not in layout.checkpoint_layers:
             attached = ", ".join(map(str, layout.checkpoint_layers)) or "none"
             bad.append(
-                FieldViolation(f"checkpoints[{i}].layer", f"{layer} has no probe attached (attached: {attached}); restart the engine with it in SEDAC_PROBE_LAYERS")
+                FieldViolation(
+                    f"checkpoints[{i}].layer",
+                    f"{layer} has no probe attached (attached: {attached}); restart the engine with it in SEDAC_PROBE_LAYERS",
+                )
             )
         last = max(last, layer)
         if not math.isfinite(threshold) or threshold < 0:

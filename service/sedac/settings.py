@@ -87,9 +87,13 @@ class EngineSettings(BaseSettings):
         proposed = {p.layer: p.threshold for p in manifest.probes}
         layers = tuple(sorted(self.probe_layers)) or tuple(proposed)
         if self.probe_rank not in (None, manifest.rank):
-            raise ConfigError(f"SEDAC_PROBE_RANK is {self.probe_rank}, probe set {manifest.name!r} has rank {manifest.rank}; change it or leave it out")
+            raise ConfigError(
+                f"SEDAC_PROBE_RANK is {self.probe_rank}, probe set {manifest.name!r} has rank {manifest.rank}; change it or leave it out"
+            )
         if missing := [layer for layer in layers if layer not in proposed]:
-            raise ConfigError(f"SEDAC probe missing for layer {missing[0]}: {self.probe_dir} has layers {list(proposed)}; train one or leave the layer out")
+            raise ConfigError(
+                f"SEDAC probe missing for layer {missing[0]}: {self.probe_dir} has layers {list(proposed)}; train one or leave the layer out"
+            )
         if self.thresholds and len(self.thresholds) != len(layers):
             raise ConfigError(f"SEDAC_THRESHOLDS has {len(self.thresholds)} values for {len(layers)} checkpoints {list(layers)}; give one each")
         thresholds = self.thresholds or tuple(proposed[layer] for layer in layers)

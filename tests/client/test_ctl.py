@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.control.conftest import FIRST, client, make_engine, server, settings  # noqa: F401  fixtures
+from sedac.client.ctl import app
 from typer.testing import CliRunner
 
-from sedac.client.ctl import app
+from tests.control.conftest import FIRST, client, make_engine, server, settings  # noqa: F401  fixtures
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import grpc
 import pytest
-
 from sedac import wire
 from sedac.client.client import ControlClient
 from sedac.control.server import ControlServer

@@ -6,11 +6,11 @@ import time
 
 import grpc
 import pytest
-from tests.control.conftest import FIRST, FakeEngine, RunningServer
-
 from sedac.control.v1 import control_pb2
 from sedac.errors import NotSynced
 from sedac.policy import Policy
+
+from tests.control.conftest import FIRST, FakeEngine, RunningServer
 
 
 def _get_engine(client, engine_id="e1", *, state=None, timeout=5.0):

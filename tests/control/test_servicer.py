@@ -10,11 +10,11 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from tests.control.conftest import FIRST, RunningServer
-
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import ConfigError, PolicyInvalid, RevisionNotFound, StaleEtag
 from sedac.policy import Checkpoint, Policy
+
+from tests.control.conftest import FIRST, RunningServer
 
 
 def _with_threshold(value: float) -> Policy:
@@ -57,7 +57,9 @@ def test_validate_only_stores_nothing(client):
 
 def test_bad_fields_are_all_named_and_nothing_changes(client):
     client.update_policy(FIRST)
-    bad = Policy(checkpoints=(Checkpoint(layer=5, threshold=float("nan")), Checkpoint(layer=2, threshold=float("inf")), Checkpoint(layer=-1, threshold=-2)))
+    bad = Policy(
+        checkpoints=(Checkpoint(layer=5, threshold=float("nan")), Checkpoint(layer=2, threshold=float("inf")), Checkpoint(layer=-1, threshold=-2))
+    )
     with pytest.raises(PolicyInvalid) as refused:
         client.update_policy(bad)
     assert [v.field for v in refused.value.violations] == [

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-
 from sedac.control.store import Store
 from sedac.errors import ConfigError, RevisionNotFound, StaleEtag
 from sedac.policy import Checkpoint, Policy

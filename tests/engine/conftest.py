@@ -51,9 +51,8 @@ def demo_probes() -> Path:
 @pytest.fixture(scope="session")
 def heldout_prompts(demo_model: Path) -> list[list[int]]:
     """64 prompts of 24 to 80 tokens from files that neither the model nor the probes were trained on."""
-    from transformers import AutoTokenizer
-
     from sedac_probes import corpus
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     texts = corpus.cut_prompts(corpus.read_stdlib("heldout"), num_prompts=64, num_chars=400)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.engine.conftest import EngineFailed, run_engine
 from tests.engine.reference import Reference
 
@@ -19,7 +20,9 @@ def _make(architecture: str, directory: Path, **extra) -> Path:
     """Write a tiny random model in the Hugging Face layout, without a tokenizer."""
     import transformers
 
-    config = getattr(transformers, f"{architecture}Config")(**_SHAPE, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=0, **extra)
+    config = getattr(transformers, f"{architecture}Config")(
+        **_SHAPE, max_position_embeddings=512, bos_token_id=0, eos_token_id=0, pad_token_id=0, **extra
+    )
     torch.manual_seed(1)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     for p in model.parameters():  # large enough that skipping an MLP shows in the log-probabilities
@@ -38,7 +41,9 @@ def _make_probes(directory: Path, hidden_size: int = 128) -> Path:
     for probe in probes.values():
         torch.nn.init.normal_(probe.out.weight, std=0.5)
     records = tuple(ProbeRecord(layer=layer, threshold=0.6) for layer in _LAYERS)
-    artifact.save(directory, Manifest(name="tiny", model="tiny", hidden_size=hidden_size, num_layers=4, rank=16, target="none", probes=records), probes)
+    artifact.save(
+        directory, Manifest(name="tiny", model="tiny", hidden_size=hidden_size, num_layers=4, rank=16, target="none", probes=records), probes
+    )
     return directory
 
 
@@ -82,7 +87,9 @@ def test_architecture_without_the_contract_is_refused_by_name(tmp_path):
 def test_probe_set_of_another_hidden_size_is_refused(tmp_path):
     model = _make("Llama", tmp_path / "model")
     with pytest.raises(EngineFailed, match=r"trained for hidden size 64 and 4 layers, the model has\s+128 and 4"):
-        run_engine(model, [], sedac={"probe_set": str(_make_probes(tmp_path / "probes", hidden_size=64))}, enforce_eager=True, skip_tokenizer_init=True)
+        run_engine(
+            model, [], sedac={"probe_set": str(_make_probes(tmp_path / "probes", hidden_size=64))}, enforce_eager=True, skip_tokenizer_init=True
+        )
 
 
 def test_pipeline_parallelism_is_refused():
@@ -92,5 +99,5 @@ def test_pipeline_parallelism_is_refused():
     from sedac.errors import UnsupportedModel
 
     parallel = SimpleNamespace(pipeline_parallel_size=2, num_ubatches=0)
-    with pytest.raises(UnsupportedModel, match="pipeline_parallel_size is 2; .* supports 1: use tensor parallelism"):
+    with pytest.raises(UnsupportedModel, match=r"pipeline_parallel_size is 2; .* supports 1: use tensor parallelism"):
         _refuse_layout(SimpleNamespace(parallel_config=parallel, compilation_config=None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.engine.conftest import EngineFailed, run_engine
 from tests.engine.reference import Reference
 

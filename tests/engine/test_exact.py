@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from tests.engine.conftest import run_engine
 
 pytestmark = pytest.mark.engine

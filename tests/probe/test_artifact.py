@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-
 from sedac.errors import ArtifactError
 from sedac.probe import artifact
 from sedac.probe.manifest import Manifest, ProbeRecord, read_manifest

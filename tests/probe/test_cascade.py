@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from sedac.probe.cascade import choose_exits
 
 _risks = st.lists(st.one_of(st.floats(min_value=0, width=32), st.just(float("nan")), st.just(0.5)), max_size=20)

@@ -120,7 +120,7 @@ class Agent:
     async def _follow(self) -> None:
         backoff = 0.2
         async with grpc.aio.insecure_channel(self.settings.control_address, options=_KEEPALIVE) as channel:
-            stub = control_pb2_grpc.DiscoveryStub(channel)  # type: ignore[no-untyped-call]
+            stub = control_pb2_grpc.DiscoveryStub(channel)
             while True:
                 try:
                     await self._follow_once(stub)
@@ -128,7 +128,9 @@ class Agent:
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
                 if self.connected:
-                    _log.warning("control service at %s lost (%s); serving on under revision %d", self.settings.control_address, reason, self.revision)
+                    _log.warning(
+                        "control service at %s lost (%s); serving on under revision %d", self.settings.control_address, reason, self.revision
+                    )
                     backoff = 0.2
                 self.connected = False
                 await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
@@ -179,4 +181,3 @@ class Agent:
 async def _drain(outbox: asyncio.Queue[control_pb2.EngineMessage]) -> AsyncIterator[control_pb2.EngineMessage]:
     while True:
         yield await outbox.get()
-

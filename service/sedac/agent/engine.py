@@ -15,7 +15,7 @@ _TIMEOUT_SECONDS = 30.0  # a worker answers between two steps; a long prefill ma
 class EngineClient(Protocol):
     """The part of vLLM's engine client that the agent uses."""
 
-    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:
+    async def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()) -> list[Any]:  # noqa: ASYNC109  vLLM's
         """Run `method` in every worker and return one answer each."""
         ...
 

@@ -46,8 +46,9 @@ class EngineMetrics:
             total.labels(*self._labels)
         for result in ("ack", "nack"):
             _UPDATES.labels(*self._labels, result)
-        for metric in (_REVISION, _ENABLED, _CONNECTED, _LAST_CONTACT, _APPLY_SECONDS):
-            metric.labels(*self._labels)
+        for gauge in (_REVISION, _ENABLED, _CONNECTED, _LAST_CONTACT):
+            gauge.labels(*self._labels)
+        _APPLY_SECONDS.labels(*self._labels)
 
     def set_policy(self, policy: Policy, revision: int, layout: Layout) -> None:
         """Show the policy in force."""

@@ -82,4 +82,3 @@ class AgentPlugin:
         await agent.start(first)
         promise.install(engine_client.input_processor, agent.is_bounded)
         state.sedac_agent = agent
-

@@ -32,7 +32,7 @@ class ControlClient:
         self._timeout = timeout_seconds
         self._metadata = (("sedac-author", author or getpass.getuser()),)
         self._channel = grpc.insecure_channel(address)
-        self._stub = control_pb2_grpc.ControlStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = control_pb2_grpc.ControlStub(self._channel)
 
     def __enter__(self) -> ControlClient:
         return self
@@ -117,5 +117,7 @@ class ControlClient:
         if code in kinds:
             return kinds[code](details)
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return ControlUnavailable(f"control service at {self.address} does not answer ({code.name}); is it running? set --address or SEDAC_CONTROL_ADDRESS")
+            return ControlUnavailable(
+                f"control service at {self.address} does not answer ({code.name}); is it running? set --address or SEDAC_CONTROL_ADDRESS"
+            )
         return SedacError(f"{code.name}: {details}")

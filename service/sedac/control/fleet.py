@@ -28,7 +28,7 @@ class Engine:
     """One engine's last known state."""
 
     hello: control_pb2.EngineHello
-    state: int = control_pb2.ENGINE_STATE_PENDING
+    state: control_pb2.EngineState = control_pb2.ENGINE_STATE_PENDING
     active_revision: int = 0
     error: status_pb2.Status | None = None
     report: control_pb2.EngineReport = field(default_factory=control_pb2.EngineReport)
@@ -46,7 +46,7 @@ class Engine:
         """Write the engine's part of a status message."""
         status = control_pb2.EngineStatus(
             engine=self.hello,
-            state=self.state,  # type: ignore[arg-type]
+            state=self.state,
             desired_revision=desired_revision,
             active_revision=self.active_revision,
             error=self.error,

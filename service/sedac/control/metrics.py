@@ -19,7 +19,7 @@ class ControlMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        make = {"registry": self.registry}
+        make: dict[str, Any] = {"registry": self.registry}
         self.revision = Gauge("sedac_control_policy_revision", "Newest policy revision; 0: none yet.", **make)
         self.engines = Gauge("sedac_control_engines", "Engines by state.", ["state"], **make)
         self.changes = Counter("sedac_control_policy_changes", "Policy changes asked for, by result.", ["result"], **make)
@@ -40,7 +40,7 @@ class ControlMetrics:
             self.engines.labels(state).set(count)
 
 
-class MetricsInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class MetricsInterceptor(grpc.aio.ServerInterceptor):
     """Counts calls and times unary ones, with the metric names that gRPC dashboards expect."""
 
     def __init__(self, metrics: ControlMetrics) -> None:

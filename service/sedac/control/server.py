@@ -47,8 +47,8 @@ class ControlServer:
             ],
             migration_thread_pool=futures.ThreadPoolExecutor(max_workers=4),
         )
-        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(self._store, fleet, self._metrics), self._server)  # type: ignore[no-untyped-call]
-        control_pb2_grpc.add_DiscoveryServicer_to_server(DiscoveryServicer(self._store, fleet, self._metrics), self._server)  # type: ignore[no-untyped-call]
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(self._store, fleet, self._metrics), self._server)
+        control_pb2_grpc.add_DiscoveryServicer_to_server(DiscoveryServicer(self._store, fleet, self._metrics), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
@@ -68,13 +68,21 @@ class ControlServer:
             try:
                 start_http_server(settings.metrics_port, settings.metrics_host, registry=self._metrics.registry)
             except OSError as error:
-                raise ConfigError(f"metrics port {settings.metrics_host}:{settings.metrics_port}: {error}; change SEDAC_CONTROL_METRICS_PORT") from error
+                raise ConfigError(
+                    f"metrics port {settings.metrics_host}:{settings.metrics_port}: {error}; change SEDAC_CONTROL_METRICS_PORT"
+                ) from error
         await self._server.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         newest = self._store.find_newest()
         self._metrics.revision.set(newest.revision if newest else 0)
-        _log.info("control service on %s:%d, database %s, revision %s", settings.host, self.port, settings.database, newest.revision if newest else "none yet")
+        _log.info(
+            "control service on %s:%d, database %s, revision %s",
+            settings.host,
+            self.port,
+            settings.database,
+            newest.revision if newest else "none yet",
+        )
         if not _is_loopback(settings.host):
             _log.warning("listening on %s without authentication: let only trusted networks reach it", settings.host)
 

@@ -70,7 +70,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 policy = _merge(newest.policy if newest else Policy(), request)
                 self._validate(policy)
                 if request.validate_only:
-                    return wire.policy_to_proto(policy, name=POLICY_NAME, etag=newest.etag if newest else "", revision=newest.revision if newest else 0)
+                    return wire.policy_to_proto(
+                        policy, name=POLICY_NAME, etag=newest.etag if newest else "", revision=newest.revision if newest else 0
+                    )
                 return await self._append(policy, context, request.policy.comment, request.policy.etag, request.request_id)
         raise AssertionError("unreachable: answering() ends the call")
 
@@ -138,9 +140,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         for engine in self._fleet.connected():
             validate(policy, engine.layout)
 
-    async def _append(
-        self, policy: Policy, context: grpc.aio.ServicerContext, comment: str, etag: str, request_id: str
-    ) -> control_pb2.Policy:
+    async def _append(self, policy: Policy, context: grpc.aio.ServicerContext, comment: str, etag: str, request_id: str) -> control_pb2.Policy:
         author = _find_author(context)
         made = await _run(lambda: self._store.append(policy, author=author, comment=comment, expected_etag=etag, request_id=request_id))
         _log.info("policy revision %d by %s%s", made.revision, made.author, f": {made.comment}" if made.comment else "")
@@ -186,7 +186,7 @@ class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
                 self._metrics.set_engines(self._fleet.count_states())
 
     async def _seed(self, hello: control_pb2.EngineHello) -> None:
-        if not hello.HasField("initial_policy") or await _run(self._store.find_newest):
+        if not hello.HasField("initial_policy") or await _run(self._store.find_newest) is not None:
             return
         policy = wire.policy_from_proto(hello.initial_policy)
         validate(policy)
@@ -276,4 +276,3 @@ def _check_comment(comment: str) -> None:
 def _find_author(context: grpc.aio.ServicerContext) -> str:
     metadata = dict(context.invocation_metadata() or ())
     return str(metadata.get("sedac-author") or context.peer())[:128]
-

@@ -113,9 +113,8 @@ class Store:
         newest = self._find_newest()
         current_etag = newest.etag if newest else ""
         if expected_etag and expected_etag != current_etag:
-            raise StaleEtag(
-                f"etag {expected_etag!r} is not the one in force ({current_etag!r}, revision {newest.revision if newest else 0}); read the policy again and retry"
-            )
+            number = newest.revision if newest else 0
+            raise StaleEtag(f"etag {expected_etag!r} is not the one in force ({current_etag!r}, revision {number}); read the policy again and retry")
         number = newest.revision + 1 if newest else 1
         body = json.dumps(policy.to_dict(), sort_keys=True)
         etag = hashlib.sha256(f"{number}:{body}".encode()).hexdigest()[:16]

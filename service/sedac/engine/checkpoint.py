@@ -32,7 +32,7 @@ direct_register_custom_op("sedac_checkpoint", _checkpoint, mutates_args=["exited
 
 
 @functools.cache
-def _with_checkpoint(base: type[nn.Module]) -> type[nn.Module]:
+def _with_checkpoint(base: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
@@ -44,10 +44,11 @@ def _with_checkpoint(base: type[nn.Module]) -> type[nn.Module]:
     return type(f"Checkpointed{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
 
 
-def attach(layer: nn.Module, index: int, name: str, state: State) -> None:
+def attach(layer: Any, index: int, name: str, state: State) -> None:
     """Put a checkpoint behind the decoder layer `index`, called `name` in the model."""
     _STATES[name] = state
     layer.sedac_layer, layer.sedac_name = index, name
-    layer.sedac_state = state  # type: ignore[assignment]
+    layer.sedac_state = state
     layer.register_buffer("sedac_exited_T", state.exited_T, persistent=False)
-    layer.__class__ = _with_checkpoint(type(layer))
+    base: Any = type(layer)
+    layer.__class__ = _with_checkpoint(base)

@@ -42,7 +42,7 @@ direct_register_custom_op("sedac_gated_mlp", _gated_mlp, fake_impl=_gated_mlp_fa
 
 
 @functools.cache
-def _gated(base: type[nn.Module]) -> type[nn.Module]:
+def _gated(base: Any) -> type[nn.Module]:
     def forward(self: Any, x_TD: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             out_TD: Tensor = torch.ops.vllm.sedac_gated_mlp(x_TD, self.sedac_exited_T, self.sedac_name)
@@ -52,10 +52,11 @@ def _gated(base: type[nn.Module]) -> type[nn.Module]:
     return type(f"Gated{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
 
 
-def attach(mlp: nn.Module, name: str, state: State) -> None:
+def attach(mlp: Any, name: str, state: State) -> None:
     """Gate the MLP called `name` in the model."""
     _MLPS[name] = mlp
     mlp.sedac_name = name
-    mlp.sedac_state = state  # type: ignore[assignment]
+    mlp.sedac_state = state
     mlp.register_buffer("sedac_exited_T", state.exited_T, persistent=False)
-    mlp.__class__ = _gated(type(mlp))
+    base: Any = type(mlp)
+    mlp.__class__ = _gated(base)

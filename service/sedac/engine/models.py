@@ -91,14 +91,18 @@ def _refuse_layout(vllm_config: VllmConfig) -> None:
     if parallel.num_ubatches > 1:
         raise UnsupportedModel(f"{parallel.num_ubatches} micro-batches per step; SEDAC supports 1: turn dual batch overlap off")
     if vllm_config.speculative_config is not None:
-        raise UnsupportedModel(f"speculative method {vllm_config.speculative_config.method!r} beside SEDAC is not supported yet: drop --speculative-config")
+        raise UnsupportedModel(
+            f"speculative method {vllm_config.speculative_config.method!r} beside SEDAC is not supported yet: drop --speculative-config"
+        )
     if vllm_config.use_v2_model_runner:
         raise UnsupportedModel("Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0")
     if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE) and compilation.mode != CompilationMode.NONE and parallel.world_size:
         from vllm.platforms import current_platform
 
         if not current_platform.is_cpu():
-            raise UnsupportedModel(f"cudagraph_mode is {compilation.cudagraph_mode.name}; decisions inside CUDA graphs are not supported yet: set NONE")
+            raise UnsupportedModel(
+                f"cudagraph_mode is {compilation.cudagraph_mode.name}; decisions inside CUDA graphs are not supported yet: set NONE"
+            )
 
 
 def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
@@ -117,7 +121,9 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
     wanted = tuple(sorted(static.checkpoint_layers))
     outside = [i for i in wanted if not 0 <= i < num_layers - 1]
     if outside:
-        raise ConfigError(f"checkpoint layers {outside} are outside 0..{num_layers - 2} (the model has {num_layers} layers); change SEDAC_PROBE_LAYERS")
+        raise ConfigError(
+            f"checkpoint layers {outside} are outside 0..{num_layers - 2} (the model has {num_layers} layers); change SEDAC_PROBE_LAYERS"
+        )
     probe_set = None
     if not static.record or static.probe_set:
         probe_set = artifact.load(Path(static.probe_set), wanted or None)
@@ -140,7 +146,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
     first = min(layout.checkpoint_layers, default=num_layers)
     for i in range(first + 1, num_layers):
-        mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", state)  # type: ignore[arg-type]
+        mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", state)
     return state
 
 

@@ -31,7 +31,7 @@ class Recorder:
         """Close the pass: `requests` are (id, first position, number of tokens) in row order, `final_TD` the normed state."""
         num_tokens = sum(n for _, _, n in requests)
         entropy, logprob = [], []
-        for rows_ND in final_TD[:num_tokens].split(_LOGIT_ROWS):
+        for rows_ND in torch.split(final_TD[:num_tokens], _LOGIT_ROWS):
             logits = compute_logits(rows_ND)
             assert logits is not None
             logprobs_NV = logits.float().log_softmax(-1)
