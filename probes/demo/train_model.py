@@ -23,12 +23,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from muon import Muon
+from sedac_probes import corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-from sedac_probes import corpus
 
 HERE = Path(__file__).resolve().parent
 END = "<|endoftext|>"

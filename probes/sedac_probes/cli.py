@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-
 from sedac.errors import SedacError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="From a model and some text to a probe set that `sedac serve` serves.")
@@ -69,9 +68,9 @@ def train(
     Example: sedac-probes train --collection build/streams --out build/probe-set --name demo
     """
     import torch
-
     from sedac.probe import artifact
     from sedac.probe.manifest import Manifest, ProbeRecord
+
     from sedac_probes.train import TARGET, read_description, train_probe
 
     description: Any = read_description(collection)
@@ -113,6 +112,7 @@ def validate(
     every saving. Example: sedac-probes validate --samples 64
     """
     from sedac.probe.manifest import read_manifest
+
     from sedac_probes.validate import validate as run
 
     manifest = read_manifest(probe_set)
@@ -122,7 +122,9 @@ def validate(
         typer.echo(json.dumps([{"quantile": q, **asdict(r)} for q, r in zip(_QUANTILES, results, strict=True)], indent=2))
         return
     columns = [f"exit at {p.layer}" for p in manifest.probes]
-    table = Table("quantile", *columns, "MLP FLOPs saved", "perplexity ratio", "agreement", title=f"{results[0].num_tokens} held-out tokens", box=None)
+    table = Table(
+        "quantile", *columns, "MLP FLOPs saved", "perplexity ratio", "agreement", title=f"{results[0].num_tokens} held-out tokens", box=None
+    )
     for q, r in zip(_QUANTILES, results, strict=True):
         rates = [f"{rate:.1%}" for rate in r.exit_rates.values()]
         table.add_row(f"{q:.0%}", *rates, f"{r.skipped:.1%}", f"{r.perplexity_ratio:.4f}", f"{r.agreement:.4f}")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from sedac.errors import ConfigError
 from tqdm import tqdm
 
-from sedac.errors import ConfigError
 from sedac_probes import corpus
 from sedac_probes.recording import LLM, start_engine, tokenise
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from scipy import stats
+from sedac.errors import ConfigError
+from sedac.probe.probe import LREProbe
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-
-from sedac.errors import ConfigError
-from sedac.probe.probe import LREProbe
 
 TARGET = "log1p(final entropy in nats)"
 _HELDOUT_EVERY = 10  # every tenth document

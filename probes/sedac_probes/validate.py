@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sedac.policy import Checkpoint, Policy
+
 from sedac_probes.recording import LLM, start_engine, tokenise
 
 

@@ -163,7 +163,7 @@ def __getattr__(name: str) -> type[nn.Module]:
     module_name, class_name = _TEXT_GENERATION_MODELS[architecture]
     base = getattr(importlib.import_module(f"vllm.model_executor.models.{module_name}"), class_name)
 
-    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
+    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:  # noqa: N807
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.sedac_state = attach(self, vllm_config)
 

@@ -98,10 +98,9 @@ class State:
         rows = (self._may_exit_T & ~self.exited_T[:num_tokens]).nonzero().squeeze(1)
         if not rows.numel():
             return
-        if rows.numel() == num_tokens:
-            stream_ND = hidden_TD[:num_tokens] + residual_TD[:num_tokens]
-        else:
-            stream_ND = hidden_TD[rows] + residual_TD[rows]
+        everyone = rows.numel() == num_tokens
+        picked = slice(num_tokens) if everyone else rows  # a slice saves the copy
+        stream_ND = hidden_TD[picked] + residual_TD[picked]
         risk_N = self.probes[layer](stream_ND)
         exiting = rows[choose_exits(risk_N, self._thresholds[layer], self.policy.scope)]
         counts, num_exiting = self._counts[layer], exiting.numel()

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.config.compilation import CompilationMode
 from vllm.platforms import current_platform
 
+from sedac.engine import mlp
 from sedac.engine.state import State
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
 from sedac.policy import TIER_KEY, Policy
@@ -60,6 +62,14 @@ class SedacWorker(_Worker):
             ", recording" if self.sedac_state.recorder else "",
         )
         self.model_runner._model_forward = functools.partial(self._sedac_forward, self.model_runner._model_forward)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up, and also the gated MLPs at the sizes that only exits bring."""
+        result = super().compile_or_warm_up_model()
+        gated = [m for m in self.model_runner.get_model().modules() if type(m).__name__.startswith("Gated") and hasattr(m, "sedac_state")]
+        if gated and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            mlp.warm_up(gated[-1], self.sedac_state.layout.hidden_size, self.model_config.dtype)
+        return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one step, remembering which requests asked for tier `exact`."""

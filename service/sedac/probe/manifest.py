@@ -58,9 +58,9 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / "manifest.json"
     if not path.is_file():
         legacy = sorted(directory.glob("sedac_probe_layer*.pth")) if directory.is_dir() else []
-        remedy = f"{legacy[0].name} and the like are pickles, which are never loaded here; train a probe set with `sedac-probes demo`" if legacy else (
-            "point SEDAC_PROBE_DIR at a directory with manifest.json and probes.safetensors"
-        )  # fmt: skip
+        remedy = "point SEDAC_PROBE_DIR at a directory with manifest.json and probes.safetensors"
+        if legacy:
+            remedy = f"{legacy[0].name} and the like are pickles, which are never loaded here; train a probe set with `sedac-probes`"
         raise ArtifactError(f"SEDAC probe set missing: {path}; {remedy}")
     try:
         data = json.loads(path.read_text())
