@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 
-JOB = json.load(open(sys.argv[1])) if __name__ == "__main__" else {}
+JOB = json.loads(Path(sys.argv[1]).read_text()) if __name__ == "__main__" else {}
 os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
