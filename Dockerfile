@@ -7,6 +7,10 @@
 # With a pip configuration of your own:       --secret id=pip_conf,src=$HOME/.config/pip/pip.conf
 # With wheels that no index of yours has:     put them into constraints/wheels/
 # None of the three leaves a trace in the image.
+#
+# To run one:   docker run --init --shm-size 1g -p 127.0.0.1:8000:8000 -p 127.0.0.1:50051:50051 sedac:cpu
+# It stands --read-only --tmpfs /tmp --cap-drop ALL; what it keeps lies in the volumes /var/lib/sedac and /var/cache/sedac.
+# docker-compose.yml does it all.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 
@@ -15,6 +19,7 @@ ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_CERT=/etc/ssl/certs/ca-certificates.crt \
     PIP_FIND_LINKS=/wheels \
     PATH=/opt/sedac/bin:$PATH
 
@@ -31,7 +36,7 @@ COPY service /build/service
 COPY probes/sedac_probes /build/probes/sedac_probes
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist /build
 
-# Dependencies come before the code, so that a change of code rebuilds one small layer.
+# Dependencies only: the wheel is installed in the final stage, so that a change of code makes one small layer.
 FROM python AS control-venv
 RUN python3 -m venv /opt/sedac
 COPY constraints/cpu.txt pyproject.toml /build/
@@ -40,7 +45,6 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=bind,source=constraints/wheels,target=/wheels \
     python -c 'import tomllib; print(*tomllib.load(open("/build/pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >/build/needs.txt \
     && pip install --constraint /build/cpu.txt --requirement /build/needs.txt
-RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-deps /dist/*.whl && pip uninstall --yes pip setuptools
 
 FROM python AS cpu-venv
 RUN python3 -m venv /opt/sedac
@@ -50,14 +54,12 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=bind,source=constraints/wheels,target=/wheels \
     python /build/install.py --torch-index "${TORCH_INDEX}" /build/cpu.txt
-RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-deps /dist/*.whl
-
 
 # vLLM for CUDA, resolved when the image is built: torch and the CUDA libraries come from the package index, the driver from the host.
 # No test builds or runs this target.
 FROM ${CUDA_IMAGE} AS cuda
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ python3 python3-dev python3-venv \
+    && apt-get install -y --no-install-recommends ca-certificates g++ python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -66,7 +68,7 @@ RUN python3 -m venv /opt/sedac
 RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     --mount=type=bind,from=package,source=/dist,target=/dist \
-    pip install --no-cache-dir "$(echo /dist/*.whl)[cuda]"
+    PIP_CERT=/etc/ssl/certs/ca-certificates.crt pip install --no-cache-dir "$(echo /dist/*.whl)[cuda]"
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/sedac sedac \
     && install -d -o sedac -g sedac /var/lib/sedac /var/cache/sedac
 ENV HOME=/var/cache/sedac \
@@ -90,18 +92,16 @@ HEALTHCHECK --interval=10s --timeout=6s --start-period=600s --retries=3 \
     CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
 ENTRYPOINT ["sedac"]
 CMD ["serve", "--host", "0.0.0.0"]
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="sedac" \
+      org.opencontainers.image.description="Serve a language model through vLLM and spend less computing on the tokens that need less" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${REVISION}"
 
 # What both images for a CPU run on: uid 10001, a read-only root file system, two writable folders.
 FROM ${PYTHON_IMAGE} AS runtime
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/sedac sedac \
     && install -d -o sedac -g sedac /var/lib/sedac /var/cache/sedac
-ARG VERSION=0.1.0
-ARG REVISION=unknown
-LABEL org.opencontainers.image.title="sedac" \
-      org.opencontainers.image.description="Adaptive computing for language models served by vLLM" \
-      org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}"
 # Inside a container the services listen on every interface; what is published, and where, is the operator's choice.
 ENV PATH=/opt/sedac/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -116,17 +116,24 @@ ENTRYPOINT ["sedac"]
 
 FROM runtime AS control
 COPY --from=control-venv /opt/sedac /opt/sedac
+RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl
 USER 10001:10001
 VOLUME ["/var/lib/sedac"]
 EXPOSE 50051 9464
 HEALTHCHECK --interval=5s --timeout=6s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as h, health_pb2_grpc as g; assert g.HealthStub(grpc.insecure_channel('127.0.0.1:50051')).Check(h.HealthCheckRequest(), timeout=5).status == 1"]
 CMD ["control"]
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="sedac" \
+      org.opencontainers.image.description="SEDAC's control service: policies for engines, over gRPC" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${REVISION}"
 
 FROM runtime AS cpu
 # vLLM's kernels load libnuma; its torch.compile calls a C++ compiler when the engine starts.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-venv /opt/sedac /opt/sedac
+RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl
 # `sedac serve` looks for the demo model where a clone has it, beside the folder of the package.
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
 COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model
@@ -144,3 +151,8 @@ EXPOSE 8000 50051 9464
 HEALTHCHECK --interval=10s --timeout=6s --start-period=300s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
 CMD ["serve", "--host", "0.0.0.0"]
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="sedac" \
+      org.opencontainers.image.description="Serve a language model through vLLM and spend less computing on the tokens that need less" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.revision="${REVISION}"

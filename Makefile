@@ -26,7 +26,7 @@ setup: $(STAMP) ## build .venv from constraints/ (PYTHON=python3.11, TORCH_INDEX
 $(STAMP): $(wildcard constraints/*) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 12) else f"setup: the pinned set is made for Python 3.11, $(PYTHON) is {v.major}.{v.minor}; make setup PYTHON=python3.11")'
 	@test -x $(BIN)/python || { echo "setup: virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@$(BIN)/python constraints/install.py --torch-index "$(TORCH_INDEX)"
+	@$(BIN)/python constraints/install.py --check-system --torch-index "$(TORCH_INDEX)"
 	@echo "setup: SEDAC itself, editable"
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -65,16 +65,17 @@ demo-probes: $(STAMP) ## collect, train and pack the demo model's probe set
 	$(BIN)/sedac-probes demo $(ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## attached and idle against plain vLLM, and the other ratios of benchmarks/
-	$(BIN)/python -m benchmarks $(ARGS)
+bench: $(STAMP) ## what attaching costs, interleaved with plain vLLM (ARGS="--batch 1 8 32 --rounds 15 ...")
+	$(BIN)/python benchmarks/attached.py $(ARGS)
 
 .PHONY: image
 image: ## build the images sedac:cpu and sedac:control (TARGETS=cuda; ARGS='--secret ...': see Dockerfile)
-	for target in $(TARGETS); do DOCKER_BUILDKIT=1 $(DOCKER) build --target $$target --tag sedac:$$target $(ARGS) .; done
+	for target in $(TARGETS); do DOCKER_BUILDKIT=1 $(DOCKER) build --target $$target --tag sedac:$$target \
+		--build-arg REVISION=$(shell git rev-parse HEAD 2>/dev/null || echo unknown) $(ARGS) .; done
 
 .PHONY: up
 up: ## engine, control service, Prometheus and Grafana in containers; answers on 127.0.0.1:8000
-	$(COMPOSE) up --detach $(ARGS)
+	DOCKER_BUILDKIT=1 COMPOSE_DOCKER_CLI_BUILD=1 $(COMPOSE) up --detach $(ARGS)
 
 .PHONY: down
 down: ## stop the containers (ARGS=--volumes forgets policies and metrics too)

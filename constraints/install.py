@@ -9,9 +9,11 @@ torchvision and its kin (see cpu.txt). It never installs SEDAC itself, and never
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,9 +63,20 @@ def install_torch(version: str, index: str | None) -> None:
     )
 
 
+def name_missing_system_parts() -> None:
+    """Say what serving will miss on this machine that pip cannot bring."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        say("missing: libnuma.so.1, without which vLLM's kernels do not load; install it (Debian: apt-get install libnuma1)")
+    if not any(shutil.which(compiler) for compiler in ("g++", "c++", "clang++")):
+        say("missing: a C++ compiler, which torch.compile calls when the engine starts; install it (Debian: apt-get install g++)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--torch-index", default="", metavar="URL", help="package index to take torch from, and no other")
+    parser.add_argument("--check-system", action="store_true", help="also say what this machine lacks for serving")
     parser.add_argument("files", nargs="*", type=Path, default=[HERE / "cpu.txt", HERE / "tools.txt"], metavar="FILE")
     args = parser.parse_args()
     if sys.prefix == sys.base_prefix:
@@ -81,6 +94,8 @@ def main() -> None:
     check = "import torch; assert torch.version.cuda is None, f'{torch.__version__} is a CUDA build'; print('setup: torch', torch.__version__)"
     if "torch" in pins and subprocess.run([sys.executable, "-c", check], check=False).returncode:
         raise SystemExit("setup: torch is not a CPU build that imports; its message is above. Remove .venv and run make setup again")
+    if args.check_system:
+        name_missing_system_parts()
 
 
 if __name__ == "__main__":
