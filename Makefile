@@ -65,7 +65,7 @@ demo-probes: $(STAMP) ## collect, train and pack the demo model's probe set
 	$(BIN)/sedac-probes demo $(ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## what attaching costs, interleaved with plain vLLM (ARGS="--batch 1 8 32 --rounds 15 ...")
+bench: $(STAMP) ## what attaching costs and exits save, against plain vLLM in the same run (ARGS=--help)
 	$(BIN)/python benchmarks/attached.py $(ARGS)
 
 .PHONY: image
