@@ -1,6 +1,6 @@
 """Recipe of the demo model: tokenizer and Qwen2-architecture weights from the standard library's sources.
 
-    python probes/demo/train_model.py            about 50 minutes on 2 free cores; resumes where it was stopped
+    python probes/demo/train_model.py            about an hour on 2 free cores; resumes where it was stopped
 
 Two single-threaded processes share each batch and average gradients once a step; this stands contention better than two
 threads in one process. Writes `probes/demo/model/`: weights in bf16, config, tokenizer, chat template, loss curve and
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "model", help="where the finished model goes")
     parser.add_argument("--work", type=Path, default=Path("build/demo-model"), help="tokens and resumable state")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1300, help="optimizer steps")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank and step")
     parser.add_argument("--ranks", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--port", type=int, default=29511, help="loopback port on which the ranks meet")

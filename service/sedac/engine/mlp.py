@@ -54,7 +54,7 @@ def _gated(base: Any) -> type[nn.Module]:
 
 def warm_up(mlp: Any, hidden_size: int, dtype: torch.dtype) -> None:
     """Run the base MLP on one and on two rows, so that what vLLM compiles inside it by size is ready before requests come."""
-    base = type(mlp).__bases__[0]
+    base: Any = type(mlp).__bases__[0]
     with torch.inference_mode():
         for rows in (1, 2):
             base.forward(mlp, torch.zeros(rows, hidden_size, dtype=dtype, device=mlp.sedac_exited_T.device))

@@ -62,18 +62,12 @@ class State:
         """Whether prompt tokens may exit too."""
         return self.policy.phase == "all"
 
-    @property
-    def reduces(self) -> bool:
-        """Whether any token can exit under the policy in force."""
-        return bool(self._thresholds)
-
     def begin_step(self, num_tokens: int, may_exit_T: Tensor | None) -> None:
         """Start a forward pass over `num_tokens` tokens; `may_exit_T` (T,) bool, None: no token may exit."""
         self._num_tokens, self._step_revision = num_tokens, self.revision
         self._may_exit_T = may_exit_T
         self._active = may_exit_T is not None and bool(self._thresholds)
-        if self._active:
-            assert may_exit_T is not None
+        if may_exit_T is not None:
             self._stats["num_decode_tokens"] += int(may_exit_T.sum())
 
     def end_step(self) -> None:

@@ -91,7 +91,7 @@ class SedacWorker(_Worker):
         state, runner = self.sedac_state, self.model_runner
         batch = runner.input_batch
         bounds = runner.query_start_loc.np[: batch.num_reqs + 1]
-        state.begin_step(int(bounds[-1]), self._sedac_may_exit(bounds) if state.reduces else None)
+        state.begin_step(int(bounds[-1]), self._sedac_may_exit(bounds) if state.policy.enabled else None)
         try:
             hidden = forward(**inputs)
         finally:
