@@ -5,6 +5,9 @@
     |- PolicyInvalid          a policy has bad fields (all of them are listed)
     |- StaleEtag              somebody else changed the policy since it was read
     |- RevisionNotFound       no such revision (or no policy yet)
+    |- RequestIdReused        a request_id was sent again with another request
+    |- StoreFailed            the control service's database can't be read or written
+    |- EngineReplaced         a newer connection of the same engine took over
     |- ArtifactError          a probe set is missing, broken, or made for another model
     |- UnsupportedModel       the model or the engine's layout can't carry SEDAC
     |- ControlUnavailable     the control service can't be reached or did not answer in time
@@ -52,6 +55,18 @@ class StaleEtag(SedacError):
 
 class RevisionNotFound(SedacError):
     """No such revision of the policy."""
+
+
+class RequestIdReused(SedacError):
+    """A request_id was sent again with another request."""
+
+
+class StoreFailed(SedacError):
+    """The control service's database can't be read or written."""
+
+
+class EngineReplaced(SedacError):
+    """A newer connection of the same engine took over."""
 
 
 class ArtifactError(SedacError):

@@ -9,11 +9,16 @@ import datetime
 
 from google.rpc import error_details_pb2, status_pb2
 
+from sedac import errors
 from sedac.control.v1 import control_pb2
-from sedac.errors import FieldViolation, PolicyInvalid
+from sedac.errors import FieldViolation, PolicyInvalid, SedacError
 from sedac.policy import Checkpoint, Phase, Policy, Scope
 from sedac.stats import Stats
 
+AUTHOR_METADATA = "sedac-author"
+"""request metadata: who asks for a change, in percent-encoded UTF-8"""
+_DOMAIN = "sedac"
+_MAX_VIOLATIONS, _MAX_FIELD_CHARS, _MAX_DESCRIPTION_CHARS, _MAX_MESSAGE_CHARS = 8, 64, 256, 1000  # gRPC refuses trailers from 8 KiB on
 _PHASES: dict[int, Phase] = {control_pb2.PHASE_UNSPECIFIED: "decode", control_pb2.PHASE_DECODE: "decode", control_pb2.PHASE_ALL: "all"}
 _SCOPES: dict[int, Scope] = {control_pb2.SCOPE_UNSPECIFIED: "token", control_pb2.SCOPE_TOKEN: "token", control_pb2.SCOPE_BATCH: "batch"}
 _PHASE_NUMBERS = {"decode": control_pb2.PHASE_DECODE, "all": control_pb2.PHASE_ALL}
@@ -85,21 +90,31 @@ def stats_to_report(stats: Stats) -> control_pb2.EngineReport:
 
 
 def error_to_status(error: Exception, code: int) -> status_pb2.Status:
-    """Write an error under a google.rpc code: ErrorInfo always, BadRequest for the fields of a refused policy."""
-    status = status_pb2.Status(code=code, message=str(error))
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain="sedac"))
+    """Write an error under a google.rpc code: ErrorInfo always, BadRequest for the fields of a refused policy; both cut to fit a trailer."""
+    status = status_pb2.Status(code=code, message=_cut(str(error), _MAX_MESSAGE_CHARS))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN))
     if isinstance(error, PolicyInvalid):
         bad = error_details_pb2.BadRequest()
-        for violation in error.violations:
-            bad.field_violations.add(field=violation.field, description=violation.description)
+        for violation in error.violations[:_MAX_VIOLATIONS]:
+            bad.field_violations.add(field=_cut(violation.field, _MAX_FIELD_CHARS), description=_cut(violation.description, _MAX_DESCRIPTION_CHARS))
         status.details.add().Pack(bad)
     return status
 
 
-def error_from_status(status: status_pb2.Status) -> PolicyInvalid | None:
-    """Read the bad fields of a status; None where it names none."""
+def error_from_status(status: status_pb2.Status) -> SedacError | None:
+    """Read the error that `error_to_status` wrote; None where it is none of sedac.errors."""
+    reason, violations = "", []
     for detail in status.details:
-        bad = error_details_pb2.BadRequest()
-        if detail.Unpack(bad):
-            return PolicyInvalid([FieldViolation(v.field, v.description) for v in bad.field_violations])
-    return None
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        if detail.Unpack(info) and info.domain == _DOMAIN:
+            reason = info.reason
+        elif detail.Unpack(bad):
+            violations = [FieldViolation(v.field, v.description) for v in bad.field_violations]
+    if violations:
+        return PolicyInvalid(violations)
+    kind = getattr(errors, reason, None)
+    return kind(status.message) if isinstance(kind, type) and issubclass(kind, SedacError) and kind is not PolicyInvalid else None
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import getpass
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import grpc
 from google.protobuf import field_mask_pb2
@@ -14,7 +16,7 @@ from grpc_status import rpc_status
 
 from sedac import wire
 from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.errors import ControlUnavailable, NotSynced, RevisionNotFound, SedacError, StaleEtag
+from sedac.errors import ControlUnavailable, NotSynced, SedacError
 from sedac.policy import Policy
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -24,13 +26,14 @@ _T = TypeVar("_T")
 class ControlClient:
     """One channel to a control service; use it as a context manager.
 
-    Every call raises sedac.errors: PolicyInvalid with the fields at fault, StaleEtag, RevisionNotFound, ControlUnavailable.
+    Every call raises sedac.errors: PolicyInvalid with the fields at fault, StaleEtag, RevisionNotFound, RequestIdReused,
+    ControlUnavailable; SedacError itself for what has no class of its own.
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, author: str | None = None, timeout_seconds: float = 10.0) -> None:
         self.address = address
         self._timeout = timeout_seconds
-        self._metadata = (("sedac-author", author or getpass.getuser()),)
+        self._metadata = ((wire.AUTHOR_METADATA, quote(author or _find_user())),)
         self._channel = grpc.insecure_channel(address)
         self._stub = control_pb2_grpc.ControlStub(self._channel)
 
@@ -66,9 +69,10 @@ class ControlClient:
             if not token:
                 return
 
-    def rollback(self, revision: int, *, comment: str = "", etag: str = "") -> control_pb2.Policy:
+    def rollback(self, revision: int, *, comment: str = "", etag: str = "", request_id: str = "") -> control_pb2.Policy:
         """Make the content of `revision` the newest revision."""
-        return self._call(self._stub.RollbackPolicy, control_pb2.RollbackPolicyRequest(revision=revision, comment=comment, etag=etag))
+        request = control_pb2.RollbackPolicyRequest(revision=revision, comment=comment, etag=etag, request_id=request_id)
+        return self._call(self._stub.RollbackPolicy, request)
 
     def get_status(self) -> control_pb2.Status:
         """Return the desired policy and every engine's state."""
@@ -76,10 +80,13 @@ class ControlClient:
 
     def watch_status(self, interval_seconds: float = 1.0) -> Iterator[control_pb2.Status]:
         """Yield the status now, on every change and at least once per interval, until the caller stops."""
+        stream = self._stub.WatchStatus(control_pb2.WatchStatusRequest(interval_seconds=interval_seconds), metadata=self._metadata)
         try:
-            yield from self._stub.WatchStatus(control_pb2.WatchStatusRequest(interval_seconds=interval_seconds), metadata=self._metadata)
+            yield from stream
         except grpc.RpcError as error:
             raise self._translate(error) from error
+        finally:
+            stream.cancel()
 
     def wait_until_synced(self, revision: int, timeout_seconds: float) -> control_pb2.Status:
         """Return once every connected engine runs `revision` or a newer one.
@@ -87,19 +94,21 @@ class ControlClient:
         Raises:
             NotSynced: an engine refused it, none is connected, or the time is up.
         """
-        deadline, missing = time.monotonic() + timeout_seconds, "no engine is connected"
-        while time.monotonic() < deadline:
+        deadline = time.monotonic() + timeout_seconds
+        while True:
             status = self.get_status()
             live = [e for e in status.engines if e.state != control_pb2.ENGINE_STATE_STALE]
             for engine in live:
                 if engine.state == control_pb2.ENGINE_STATE_NACKED and engine.desired_revision >= revision:
-                    raise NotSynced(f"engine {engine.engine.engine_id} refused revision {revision}: {engine.error.message}")
-            late = [e.engine.engine_id for e in live if e.active_revision < revision]
+                    refused = engine.desired_revision
+                    raise NotSynced(f"engine {engine.engine.engine_id} refused revision {refused}: {engine.error.message}")
+            late = [e.engine.engine_id for e in live if e.state != control_pb2.ENGINE_STATE_SYNCED or e.desired_revision < revision]
             if live and not late:
                 return status
-            missing = f"waiting for {', '.join(late)}" if late else "no engine is connected"
-            time.sleep(0.05)
-        raise NotSynced(f"revision {revision} is not in force everywhere after {timeout_seconds:g} s: {missing}")
+            if time.monotonic() >= deadline:
+                missing = f"waiting for {', '.join(late)}" if late else "no engine is connected"
+                raise NotSynced(f"revision {revision} is not in force everywhere after {timeout_seconds:g} s: {missing}")
+            time.sleep(min(0.05, timeout_seconds))
 
     def _call(self, method: Callable[..., _T], request: Any) -> _T:
         try:
@@ -108,16 +117,17 @@ class ControlClient:
             raise self._translate(error) from error
 
     def _translate(self, error: grpc.RpcError) -> SedacError:
-        code, details = error.code(), error.details()
-        status = rpc_status.from_call(error)
-        invalid = wire.error_from_status(status) if status else None
-        if invalid:
-            return invalid
-        kinds: dict[Any, type[SedacError]] = {grpc.StatusCode.ABORTED: StaleEtag, grpc.StatusCode.NOT_FOUND: RevisionNotFound}
-        if code in kinds:
-            return kinds[code](details)
+        code, status = error.code(), rpc_status.from_call(error)
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            reason = status.message if status else code.name
             return ControlUnavailable(
-                f"control service at {self.address} does not answer ({code.name}); is it running? set --address or SEDAC_CONTROL_ADDRESS"
+                f"control service at {self.address} does not answer ({reason}); is it running? set --address or SEDAC_CONTROL_ADDRESS"
             )
-        return SedacError(f"{code.name}: {details}")
+        return (wire.error_from_status(status) if status else None) or SedacError(f"{code.name}: {error.details()}")
+
+
+def _find_user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id need not have a name
+        return f"uid {os.getuid()}"

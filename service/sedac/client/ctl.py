@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +26,8 @@ from sedac.client.client import DEFAULT_ADDRESS, ControlClient
 from sedac.control.v1 import control_pb2
 from sedac.errors import ControlUnavailable, NotSynced, SedacError
 from sedac.policy import Checkpoint, Policy
+
+_RATE_WINDOW_SECONDS = 10.0
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 policy_app = typer.Typer(no_args_is_help=True, help="Read and change the policy; every change is a revision.")
@@ -68,15 +72,27 @@ def status(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
 def watch(
     address: Address = DEFAULT_ADDRESS, as_json: AsJson = False, interval: Annotated[float, typer.Option(help="Seconds, 0.1 to 60.")] = 1.0
 ) -> None:
-    """Show the status as it changes, until Ctrl-C; with --json one line per change."""
+    """Show the status as it changes, until Ctrl-C; with --json one line per change.
+
+    Rates are those of the last ten seconds, so that the effect of a changed knob shows; `status` has those since the start.
+    """
     with _connect(address) as client, contextlib.suppress(KeyboardInterrupt):
         if as_json:
             for update in client.watch_status(interval):
                 typer.echo(_to_json(update, indent=None))
         else:
             with Live(auto_refresh=False, screen=sys.stdout.isatty()) as live:
-                for update in client.watch_status(interval):
-                    live.update(tables.make_status(update), refresh=True)
+                for update, before in _pair_with_earlier(client.watch_status(interval)):
+                    live.update(tables.make_status(update, before), refresh=True)
+
+
+def _pair_with_earlier(updates: Iterator[control_pb2.Status]) -> Iterator[tuple[control_pb2.Status, control_pb2.Status | None]]:
+    seen: deque[tuple[float, control_pb2.Status]] = deque()
+    for update in updates:
+        seen.append((time.monotonic(), update))
+        while len(seen) > 2 and seen[1][0] <= seen[-1][0] - _RATE_WINDOW_SECONDS:
+            seen.popleft()
+        yield update, seen[0][1] if len(seen) > 1 else None
 
 
 @policy_app.command("get")
@@ -145,15 +161,24 @@ def apply_policy(
     wait: Wait = 0.0,
     as_json: AsJson = False,
 ) -> None:
-    """Make a whole policy from a file the one in force."""
-    text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    """Make a whole policy from a file the one in force; knobs that the file leaves out get their defaults.
+
+    An etag in the file guards against changes made since it was read; leave it out to apply the file whatever is in force.
+
+    Examples:
+
+        sedac ctl policy get --json > policy.json     then edit it
+
+        sedac ctl policy apply policy.json --comment "new thresholds" --wait 5
+    """
     try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         message = json_format.Parse(text, control_pb2.Policy())
-    except json_format.ParseError as error:
-        raise typer.BadParameter(f"{file} is not a policy: {error}") from None
+    except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+        raise typer.BadParameter(f"{file} can't be read as a policy: {error}") from None
     with _connect(address) as client:
         policy: Policy = wire.policy_from_proto(message)
-        made = client.update_policy(policy, comment=comment or message.comment, validate_only=validate_only)
+        made = client.update_policy(policy, etag=message.etag, comment=comment or message.comment, validate_only=validate_only)
         _finish(client, made, wait if not validate_only else 0.0, as_json)
 
 

@@ -1,7 +1,7 @@
-"""The fleet: every engine that the control service has heard of since it started, and what each one runs.
+"""The fleet: every engine that the control service has heard of since it started, what each one should run and what it runs.
 
-Lives on the event loop; the servicer writes, watchers wait for the next version. A slow watcher misses versions, it never
-holds anyone up.
+Lives on the event loop; the servicers write, watchers wait for the next version. A slow watcher misses versions and a slow
+engine misses revisions; neither holds anyone up. It never touches the store.
 """
 
 from __future__ import annotations
@@ -12,27 +12,36 @@ from dataclasses import dataclass, field
 
 from google.rpc import status_pb2
 
+from sedac.control.metrics import STATES, ControlMetrics
+from sedac.control.store import Revision
 from sedac.control.v1 import control_pb2
-from sedac.policy import Layout
+from sedac.errors import FieldViolation, PolicyInvalid
+from sedac.policy import Layout, Policy, validate
 
-STATES = {
-    control_pb2.ENGINE_STATE_PENDING: "pending",
-    control_pb2.ENGINE_STATE_SYNCED: "synced",
-    control_pb2.ENGINE_STATE_NACKED: "nacked",
-    control_pb2.ENGINE_STATE_STALE: "stale",
-}
+_FORGET_AFTER = datetime.timedelta(days=1)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Engine:
-    """One engine's last known state."""
+    """One connection of an engine, and what it last said."""
 
     hello: control_pb2.EngineHello
-    state: control_pb2.EngineState = control_pb2.ENGINE_STATE_PENDING
-    active_revision: int = 0
+    active_revision: int
+    peer: str = ""
+    connected: bool = True
+    answered_revision: int = 0
+    """the newest push that this connection answered; 0: none yet"""
     error: status_pb2.Status | None = None
+    """the NACK, where that answer was one"""
     report: control_pb2.EngineReport = field(default_factory=control_pb2.EngineReport)
     last_seen: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    """set when the connection's task should look again: a new policy, an answer, the end"""
+
+    @property
+    def id(self) -> str:
+        """The engine's name, stable over reconnects."""
+        return self.hello.engine_id
 
     @property
     def layout(self) -> Layout:
@@ -42,69 +51,136 @@ class Engine:
             num_layers=hello.num_layers, hidden_size=hello.hidden_size, checkpoint_layers=tuple(hello.checkpoint_layers), probe_set=hello.probe_set
         )
 
+    def find_state(self, desired_revision: int) -> control_pb2.EngineState:
+        """Return the state that follows from what was pushed and answered."""
+        if not self.connected:
+            return control_pb2.ENGINE_STATE_STALE
+        if self.answered_revision != desired_revision:
+            return control_pb2.ENGINE_STATE_PENDING
+        return control_pb2.ENGINE_STATE_NACKED if self.error else control_pb2.ENGINE_STATE_SYNCED
+
     def to_status(self, desired_revision: int) -> control_pb2.EngineStatus:
         """Write the engine's part of a status message."""
+        state = self.find_state(desired_revision)
         status = control_pb2.EngineStatus(
             engine=self.hello,
-            state=self.state,
+            state=state,
             desired_revision=desired_revision,
             active_revision=self.active_revision,
-            error=self.error,
+            error=self.error if state == control_pb2.ENGINE_STATE_NACKED else None,
             report=self.report,
         )
         status.last_seen_time.FromDatetime(self.last_seen)
         return status
 
+    def touch(self) -> None:
+        """Note that the engine was heard of."""
+        self.last_seen = datetime.datetime.now(datetime.UTC)
+
 
 class Fleet:
-    """All engines by id, and the version that watchers wait for."""
+    """All engines by id, the revision they should run, and the version that watchers wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: ControlMetrics) -> None:
         self.engines: dict[str, Engine] = {}
-        self.version = 0
+        self.desired: Revision | None = None
+        self.closing = False
+        self._version = 0
         self._changed = asyncio.Event()
+        self._metrics = metrics
 
-    def join(self, hello: control_pb2.EngineHello) -> Engine:
-        """Register a new connection of an engine; an older one of the same id is forgotten."""
-        engine = Engine(hello=hello, active_revision=hello.active_revision)
-        self.engines[hello.engine_id] = engine
-        self.touch(engine)
-        return engine
+    def set_desired(self, revision: Revision | None) -> None:
+        """Announce a stored revision to every engine and watcher; one older than the last announced is ignored."""
+        if revision is None or (self.desired and self.desired.revision >= revision.revision):
+            return
+        self.desired = revision
+        self._wake_engines()
+
+    def join(self, hello: control_pb2.EngineHello, peer: str) -> tuple[Engine, Engine | None]:
+        """Register a new connection of an engine; returns it and the live one of the same id that it replaces."""
+        long_ago = datetime.datetime.now(datetime.UTC) - _FORGET_AFTER
+        self.engines = {id: e for id, e in self.engines.items() if e.connected or e.last_seen > long_ago}
+        before = self.engines.get(hello.engine_id)
+        engine = Engine(hello=hello, active_revision=hello.active_revision, peer=peer)
+        self.engines[engine.id] = engine
+        self.notify()
+        if before is None or not before.connected:
+            return engine, None
+        before.wake.set()  # no longer among the engines, so nobody else wakes it
+        return engine, before
 
     def leave(self, engine: Engine) -> None:
-        """Mark a lost connection's engine STALE, unless a newer connection has taken its place."""
-        if self.engines.get(engine.hello.engine_id) is engine:
-            engine.state = control_pb2.ENGINE_STATE_STALE
-            self.notify()
-
-    def touch(self, engine: Engine) -> None:
-        """Note that an engine was heard of, and wake the watchers."""
-        engine.last_seen = datetime.datetime.now(datetime.UTC)
+        """Mark a lost connection's engine STALE; where a newer connection took over, nothing changes."""
+        engine.connected = False
         self.notify()
 
+    def is_replaced(self, engine: Engine) -> bool:
+        """Whether a newer connection of the same engine took over."""
+        return self.engines.get(engine.id) is not engine
+
+    def close(self) -> None:
+        """Tell every stream to end."""
+        self.closing = True
+        self._wake_engines()
+
     def notify(self) -> None:
-        """Wake everyone who waits for a change."""
-        self.version += 1
+        """Wake the watchers, and show the change in the metrics."""
+        self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()
+        desired = self.desired.revision if self.desired else 0
+        counts = dict.fromkeys(STATES.values(), 0)
+        for engine in self.engines.values():
+            counts[STATES[engine.find_state(desired)]] += 1
+        self._metrics.show_fleet(desired, counts)
 
-    async def wait(self, seen: int, timeout_seconds: float | None = None) -> int:
+    def _wake_engines(self) -> None:
+        for engine in self.engines.values():
+            engine.wake.set()
+        self.notify()
+
+    async def wait(self, seen: int, timeout_seconds: float) -> int:
         """Return the version once it is newer than `seen`, or after the timeout."""
-        if self.version == seen:
+        if self._version == seen:
             try:
                 async with asyncio.timeout(timeout_seconds):
                     await self._changed.wait()
             except TimeoutError:
-                return self.version
-        return self.version
+                pass
+        return self._version
 
-    def connected(self) -> list[Engine]:
-        """Return the engines with a live connection."""
-        return [e for e in self.engines.values() if e.state != control_pb2.ENGINE_STATE_STALE]
+    def to_status(self) -> control_pb2.Status:
+        """Write the desired policy and every engine's state."""
+        desired = self.desired
+        engines = [engine.to_status(desired.revision if desired else 0) for _, engine in sorted(self.engines.items())]
+        return control_pb2.Status(policy=desired.to_proto() if desired else None, engines=engines)
 
-    def count_states(self) -> dict[str, int]:
-        """Return how many engines are in each state; every state has a number."""
-        counts = dict.fromkeys(STATES.values(), 0)
+    def check(self, policy: Policy) -> None:
+        """Check a policy against every connected engine, as far as the policy in force fits it.
+
+        What an engine refuses of the policy in force already is no reason to refuse a change: one engine that doesn't fit
+        must not keep the others from being switched off.
+
+        Raises:
+            PolicyInvalid: with every field at fault, and the engines that it doesn't fit.
+        """
+        found: dict[FieldViolation, list[str]] = {}
         for engine in self.engines.values():
-            counts[STATES[engine.state]] += 1
-        return counts
+            if engine.connected:
+                known = _violations(self.desired.policy, engine.layout) if self.desired else set()
+                for violation in sorted(_violations(policy, engine.layout) - known, key=str):
+                    found.setdefault(violation, []).append(engine.id)
+        if found:
+            raise PolicyInvalid([FieldViolation(v.field, f"{v.description} (engine {_name(ids)})") for v, ids in found.items()])
+
+
+def _violations(policy: Policy, layout: Layout) -> set[FieldViolation]:
+    try:
+        validate(policy, layout)
+    except PolicyInvalid as refused:
+        return set(refused.violations)
+    return set()
+
+
+def _name(ids: list[str]) -> str:
+    return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"

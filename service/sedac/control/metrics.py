@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable
+import asyncio
+import contextlib
+import inspect
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from sedac.control.fleet import STATES
+from sedac.control.v1 import control_pb2
 
+STATES = {number: name.removeprefix("ENGINE_STATE_").lower() for name, number in control_pb2.EngineState.items() if number}
+"""the states of an engine as label values"""
 _RPC_LABELS = ["grpc_service", "grpc_method"]
 
 
@@ -33,11 +37,36 @@ class ControlMetrics:
             self.changes.labels(result)
         for result in ("ack", "nack"):
             self.answers.labels(result)
+        for service in control_pb2.DESCRIPTOR.services_by_name.values():
+            for method in service.methods:
+                self.started.labels(service.full_name, method.name)
+                for code in grpc.StatusCode:
+                    self.handled.labels(service.full_name, method.name, code.name)
+                if not method.server_streaming:
+                    self.seconds.labels(service.full_name, method.name)
 
-    def set_engines(self, counts: dict[str, int]) -> None:
-        """Show how many engines are in each state."""
+    def show_fleet(self, revision: int, counts: dict[str, int]) -> None:
+        """Show the desired revision and how many engines are in each state."""
+        self.revision.set(revision)
         for state, count in counts.items():
             self.engines.labels(state).set(count)
+
+    @contextlib.contextmanager
+    def observe(self, service: str, method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
+        """Count one call from its start to its end, with the code it ended with."""
+        self.started.labels(service, method).inc()
+        code = grpc.StatusCode.UNKNOWN  # what gRPC makes of an exception that nobody turned into a status
+        try:
+            yield
+            code = _find_code(context) or grpc.StatusCode.OK
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception:
+            code = _find_code(context) or code
+            raise
+        finally:
+            self.handled.labels(service, method, code.name).inc()
 
 
 class MetricsInterceptor(grpc.aio.ServerInterceptor):
@@ -47,40 +76,33 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """Wrap the handler of one call."""
+        """Wrap the handler of one call; a method that nobody serves is not counted, so that callers can't make labels."""
         handler = await continuation(details)
         if handler is None:
             return None
         _, service, method = details.method.split("/")
         metrics, inner = self._metrics, handler.unary_unary or handler.unary_stream or handler.stream_stream or handler.stream_unary
-        if handler.response_streaming:
 
-            async def stream(request: Any, context: grpc.aio.ServicerContext) -> Any:
-                metrics.started.labels(service, method).inc()
-                try:
-                    async for response in inner(request, context):
-                        yield response
-                finally:
-                    metrics.handled.labels(service, method, _code_name(context)).inc()
-
-            make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
-            return make(stream, handler.request_deserializer, handler.response_serializer)
+        async def stream(request: Any, context: grpc.aio.ServicerContext) -> None:
+            with metrics.observe(service, method, context):
+                if inspect.isasyncgenfunction(inner):
+                    async with contextlib.aclosing(inner(request, context)) as responses:
+                        async for response in responses:
+                            await context.write(response)
+                else:
+                    await inner(request, context)
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            metrics.started.labels(service, method).inc()
-            started = time.monotonic()
-            try:
+            with metrics.observe(service, method, context), metrics.seconds.labels(service, method).time():
                 return await inner(request, context)
-            finally:
-                metrics.handled.labels(service, method, _code_name(context)).inc()
-                metrics.seconds.labels(service, method).observe(time.monotonic() - started)
 
+        if handler.response_streaming:
+            make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+            return make(stream, handler.request_deserializer, handler.response_serializer)
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         return make(unary, handler.request_deserializer, handler.response_serializer)
 
 
-def _code_name(context: grpc.aio.ServicerContext) -> str:
-    code = context.code()
-    if isinstance(code, grpc.StatusCode):
-        return str(code.name)
-    return next((c.name for c in grpc.StatusCode if c.value[0] == code), "OK")
+def _find_code(context: grpc.aio.ServicerContext) -> grpc.StatusCode | None:
+    code = context.code()  # None, a StatusCode or its number: grpcio 1.80 to 1.85 keep what was set
+    return next((c for c in grpc.StatusCode if code in (c, c.value[0])), None)

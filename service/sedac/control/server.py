@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import logging
 import signal
+from collections.abc import Callable
 from concurrent import futures
 
 import grpc
@@ -13,9 +14,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from sedac.control.discovery import DiscoveryServicer
 from sedac.control.fleet import Fleet
 from sedac.control.metrics import ControlMetrics, MetricsInterceptor
-from sedac.control.servicer import ControlServicer, DiscoveryServicer
+from sedac.control.servicer import ControlServicer
 from sedac.control.settings import ControlSettings
 from sedac.control.store import Store
 from sedac.control.v1 import control_pb2, control_pb2_grpc
@@ -35,15 +37,17 @@ class ControlServer:
         self._store = Store(settings.database)
         self._metrics = ControlMetrics()
         self._health = health.aio.HealthServicer()
-        fleet = Fleet()
+        self._fleet = fleet = Fleet(self._metrics)
+        self._close_metrics: Callable[[], None] = lambda: None
         self._server = grpc.aio.server(
             interceptors=[MetricsInterceptor(self._metrics)],
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
+                ("grpc.keepalive_time_ms", 20_000),  # an engine whose host vanished is STALE after 30 s, not after hours
+                ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-                ("grpc.http2.max_ping_strikes", 0),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping every 10 s; half of it allows for jitter
             ],
             migration_thread_pool=futures.ThreadPoolExecutor(max_workers=4),
         )
@@ -59,37 +63,50 @@ class ControlServer:
             ConfigError: a port is taken or the address can't be used.
         """
         settings = self.settings
-        address = f"{settings.host}:{settings.port}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
-            self.port = self._server.add_insecure_port(address)
+            self.port = self._server.add_insecure_port(f"{host}:{settings.port}")
         except RuntimeError as error:
-            raise ConfigError(f"{address} can't be listened on ({error}); another control service may run: change SEDAC_CONTROL_PORT") from error
+            raise ConfigError(
+                f"{host}:{settings.port} can't be listened on ({error}); another control service may run: change SEDAC_CONTROL_PORT"
+            ) from error
+        newest = self._store.find_newest()
+        self._fleet.set_desired(newest)
         if settings.metrics_port:
-            try:
-                start_http_server(settings.metrics_port, settings.metrics_host, registry=self._metrics.registry)
-            except OSError as error:
-                raise ConfigError(
-                    f"metrics port {settings.metrics_host}:{settings.metrics_port}: {error}; change SEDAC_CONTROL_METRICS_PORT"
-                ) from error
+            self._serve_metrics()
         await self._server.start()
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        newest = self._store.find_newest()
-        self._metrics.revision.set(newest.revision if newest else 0)
         _log.info(
-            "control service on %s:%d, database %s, revision %s",
-            settings.host,
+            "control service on %s:%d, metrics on %s, database %s, revision %s",
+            host,
             self.port,
+            f"{settings.metrics_host}:{settings.metrics_port}" if settings.metrics_port else "no port",
             settings.database,
             newest.revision if newest else "none yet",
         )
         if not _is_loopback(settings.host):
             _log.warning("listening on %s without authentication: let only trusted networks reach it", settings.host)
 
+    def _serve_metrics(self) -> None:
+        host, port = self.settings.metrics_host, self.settings.metrics_port
+        try:
+            server, _ = start_http_server(port, host, registry=self._metrics.registry)
+        except OSError as error:
+            raise ConfigError(f"metrics port {host}:{port} can't be listened on ({error}); change SEDAC_CONTROL_METRICS_PORT") from error
+
+        def close() -> None:
+            server.shutdown()
+            server.server_close()
+
+        self._close_metrics = close
+
     async def stop(self) -> None:
-        """Report not serving, let running calls finish, close the store."""
+        """Report not serving, end the streams, let running calls finish, close the store; also after a failed start."""
         await self._health.enter_graceful_shutdown()
+        self._fleet.close()
         await self._server.stop(self.settings.drain_seconds)
+        await asyncio.to_thread(self._close_metrics)
         self._store.close()
 
 
@@ -106,9 +123,12 @@ async def serve(settings: ControlSettings) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    await server.start()
-    await stopping.wait()
-    await server.stop()
+    try:
+        await server.start()
+        await stopping.wait()
+        _log.info("control service stops")
+    finally:
+        await server.stop()
 
 
 def run(settings: ControlSettings) -> None:

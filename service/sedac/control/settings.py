@@ -1,20 +1,28 @@
-"""Settings of the control service: SEDAC_CONTROL_* environment variables."""
+"""Settings of the control service: SEDAC_CONTROL_* environment variables, checked once at the edge."""
 
 from __future__ import annotations
 
+import difflib
+import os
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sedac.errors import ConfigError
+
+_PREFIX = "SEDAC_CONTROL_"
+_CLIENTS_OWN = "SEDAC_CONTROL_ADDRESS"
 
 
 class ControlSettings(BaseSettings):
     """Where the control service listens and what it keeps."""
 
-    model_config = SettingsConfigDict(env_prefix="SEDAC_CONTROL_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True)
 
     host: str = "127.0.0.1"
-    """address to listen on; there is no authentication yet, so anything but loopback wants a fence around it"""
+    """address to listen on; there is no authentication yet: anything but loopback wants a fence around it"""
     port: int = Field(default=50051, ge=0, le=65535)
     """gRPC port; 0: any free one"""
     metrics_host: str = "127.0.0.1"
@@ -24,6 +32,24 @@ class ControlSettings(BaseSettings):
     database: Path = Path("var/control.sqlite3")
     """SQLite file of the revisions; made with its directory"""
     max_message_bytes: int = Field(default=1 << 20, ge=1 << 12)
-    """largest gRPC message taken"""
+    """bytes; largest gRPC message taken"""
     drain_seconds: float = Field(default=5.0, ge=0)
-    """how long running calls may finish after SIGTERM"""
+    """seconds that running calls have to finish after SIGTERM; streams end at once"""
+
+    def __init__(self, **values: Any) -> None:
+        """Read the environment; `values` win.
+
+        Raises:
+            ConfigError: names the variable, its value and the remedy.
+        """
+        known = {_PREFIX + name.upper() for name in type(self).model_fields}
+        for name in os.environ:
+            if name.startswith(_PREFIX) and name not in known and name != _CLIENTS_OWN:
+                close = difflib.get_close_matches(name, known, n=1)
+                raise ConfigError(f"{name} is unknown; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"))
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = _PREFIX + "_".join(map(str, first["loc"])).upper()
+            raise ConfigError(f"{name}={first['input']!r}: {first['msg']}") from error

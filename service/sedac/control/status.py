@@ -1,4 +1,4 @@
-"""Errors as gRPC statuses: ErrorInfo always, BadRequest for the fields at fault. The servicer alone uses it."""
+"""Errors as gRPC statuses: ErrorInfo always, BadRequest for the fields at fault. The servicers alone use it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from google.rpc import code_pb2
 from grpc_status import rpc_status
 
 from sedac import wire
-from sedac.errors import ConfigError, FieldViolation, PolicyInvalid, RevisionNotFound, SedacError, StaleEtag
+from sedac.errors import (
+    ControlUnavailable,
+    EngineReplaced,
+    FieldViolation,
+    PolicyInvalid,
+    RequestIdReused,
+    RevisionNotFound,
+    SedacError,
+    StaleEtag,
+)
 
 _CODES: dict[type[SedacError], int] = {
     PolicyInvalid: code_pb2.INVALID_ARGUMENT,
-    ConfigError: code_pb2.INVALID_ARGUMENT,
     StaleEtag: code_pb2.ABORTED,
     RevisionNotFound: code_pb2.NOT_FOUND,
+    RequestIdReused: code_pb2.ALREADY_EXISTS,
+    EngineReplaced: code_pb2.ABORTED,
+    ControlUnavailable: code_pb2.UNAVAILABLE,
 }
 
 

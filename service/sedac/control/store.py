@@ -1,28 +1,37 @@
 """The store: every revision of the policy, in SQLite, durable before a call returns.
 
-Called by the servicer from worker threads; one connection, one lock, so writes are serial and two writers with one etag
-cannot both win. Never talks to engines.
+Called by the servicers from worker threads, because an fsync must not hold up the event loop; one connection, one lock, so
+writes are serial and two writers with one etag cannot both win. Never talks to engines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import hashlib
 import json
 import sqlite3
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sedac.errors import ConfigError, RevisionNotFound, StaleEtag
+from sedac import wire
+from sedac.control.v1 import control_pb2
+from sedac.errors import ConfigError, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy import Policy
 
+POLICY_NAME = "policies/default"
+"""the one policy there is"""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS revisions (
     revision INTEGER PRIMARY KEY, etag TEXT NOT NULL, policy TEXT NOT NULL,
     author TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS requests (request_id TEXT PRIMARY KEY, revision INTEGER NOT NULL, created REAL NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS request_ids (
+    request_id TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, revision INTEGER NOT NULL, created REAL NOT NULL
+) STRICT;
 """
 _REQUEST_LIFE_SECONDS = 24 * 3600.0
 
@@ -39,34 +48,56 @@ class Revision:
     created: datetime.datetime
     """UTC"""
 
+    def to_proto(self) -> control_pb2.Policy:
+        """Write the revision as the contract shows it."""
+        return wire.policy_to_proto(
+            self.policy,
+            name=POLICY_NAME,
+            etag=self.etag,
+            revision=self.revision,
+            create_time=self.created,
+            author=self.author,
+            comment=self.comment,
+        )
+
 
 class Store:
     """The revisions of one policy; see the module's docstring."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the database.
+    def __init__(self, path: Path, *, now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)) -> None:
+        """Open or create the database, for this process alone.
 
         Raises:
-            ConfigError: the file can't be opened or is not a database of this kind.
+            ConfigError: the file can't be opened, is not a database of this kind, or another control service uses it.
         """
+        self.path, self._now, self._lock = path, now, threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._lock_file = open(f"{path}.lock", "w")  # noqa: SIM115  held until close; the kernel lets go after a kill -9
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock_file.close()
+            raise ConfigError(f"database {path} is in use by another control service; stop that one or change SEDAC_CONTROL_DATABASE") from error
+        except OSError as error:
+            raise ConfigError(f"database {path} can't be used ({error}); name a writable file in SEDAC_CONTROL_DATABASE") from error
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        try:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
-        except (OSError, sqlite3.Error) as error:
+        except sqlite3.Error as error:
+            self.close()
             raise ConfigError(f"database {path} can't be used ({error}); name a writable file in SEDAC_CONTROL_DATABASE") from error
-        self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Close the database."""
+        """Close the database and let another process use it."""
         with self._lock:
             self._db.close()
+            self._lock_file.close()
 
     def find_newest(self) -> Revision | None:
         """Return the revision in force; None before the first."""
-        with self._lock:
+        with self._guarded():
             return self._find_newest()
 
     def get(self, revision: int) -> Revision:
@@ -75,42 +106,65 @@ class Store:
         Raises:
             RevisionNotFound: there is no such revision.
         """
-        with self._lock:
+        with self._guarded():
             return self._get(revision)
 
     def list(self, *, before: int | None, limit: int) -> list[Revision]:
         """Return at most `limit` revisions older than `before` (None: from the newest), newest first."""
-        with self._lock:
-            rows = self._db.execute("SELECT * FROM revisions WHERE revision < ? ORDER BY revision DESC LIMIT ?", (before or 1 << 62, limit))
+        with self._guarded():
+            newer = 1 << 62 if before is None else before
+            rows = self._db.execute("SELECT * FROM revisions WHERE revision < ? ORDER BY revision DESC LIMIT ?", (newer, limit))
             return [_to_revision(row) for row in rows]
 
-    def append(self, policy: Policy, *, author: str, comment: str = "", expected_etag: str = "", request_id: str = "") -> Revision:
-        """Store a new revision and return it; on disk when this returns.
-
-        A `request_id` seen within a day returns the revision that it made the first time. Equal content still makes a
-        revision: a change is an act with an author and a comment.
+    def find_request(self, request_id: str, fingerprint: str) -> Revision | None:
+        """Return the revision that a request made within a day; None where there was no such request.
 
         Raises:
-            StaleEtag: `expected_etag` is given and not the one in force.
+            RequestIdReused: the request of that id was another one.
         """
-        now = datetime.datetime.now(datetime.UTC)
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._guarded():
+            return self._find_request(request_id, fingerprint)
+
+    def append(
+        self,
+        policy: Policy,
+        *,
+        author: str,
+        comment: str = "",
+        expected_etag: str = "",
+        first: bool = False,
+        request_id: str = "",
+        fingerprint: str = "",
+    ) -> Revision:
+        """Store a new revision and return it; on disk when this returns.
+
+        A `request_id` seen within a day returns the revision that it made the first time; `fingerprint` tells its request
+        from others. `first` asks that there be no policy yet. Equal content still makes a revision: a change is an act with
+        an author and a comment.
+
+        Raises:
+            StaleEtag: `expected_etag` is given and not the one in force, or this is not the first revision.
+            RequestIdReused: the request of that id was another one.
+            StoreFailed: nothing was stored, for want of space or a working disk.
+        """
+        with self._guarded():
             try:
-                made = self._append(policy, author, comment, expected_etag, request_id, now)
+                self._db.execute("BEGIN IMMEDIATE")
+                seen = self._find_request(request_id, fingerprint) if request_id else None
+                made = seen or self._append(policy, author, comment, expected_etag, first)
+                if request_id and not seen:
+                    self._remember(request_id, fingerprint, made)
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite rolls back by itself where the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
             return made
 
-    def _append(self, policy: Policy, author: str, comment: str, expected_etag: str, request_id: str, now: datetime.datetime) -> Revision:
-        if request_id:
-            self._db.execute("DELETE FROM requests WHERE created < ?", (now.timestamp() - _REQUEST_LIFE_SECONDS,))
-            seen = self._db.execute("SELECT revision FROM requests WHERE request_id = ?", (request_id,)).fetchone()
-            if seen:
-                return self._get(seen[0])
+    def _append(self, policy: Policy, author: str, comment: str, expected_etag: str, first: bool) -> Revision:
         newest = self._find_newest()
+        if newest and first:
+            raise StaleEtag(f"there is a policy already (revision {newest.revision}); read it, then retry")
         current_etag = newest.etag if newest else ""
         if expected_etag and expected_etag != current_etag:
             number = newest.revision if newest else 0
@@ -118,10 +172,30 @@ class Store:
         number = newest.revision + 1 if newest else 1
         body = json.dumps(policy.to_dict(), sort_keys=True)
         etag = hashlib.sha256(f"{number}:{body}".encode()).hexdigest()[:16]
-        self._db.execute("INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?)", (number, etag, body, author, comment, now.timestamp()))
-        if request_id:
-            self._db.execute("INSERT INTO requests VALUES (?, ?, ?)", (request_id, number, now.timestamp()))
+        self._db.execute("INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?)", (number, etag, body, author, comment, self._now().timestamp()))
         return self._get(number)
+
+    def _remember(self, request_id: str, fingerprint: str, made: Revision) -> None:
+        now = self._now().timestamp()
+        self._db.execute("DELETE FROM request_ids WHERE created <= ?", (now - _REQUEST_LIFE_SECONDS,))
+        self._db.execute("INSERT INTO request_ids VALUES (?, ?, ?, ?)", (request_id, fingerprint, made.revision, now))
+
+    def _find_request(self, request_id: str, fingerprint: str) -> Revision | None:
+        oldest = self._now().timestamp() - _REQUEST_LIFE_SECONDS
+        seen = self._db.execute("SELECT fingerprint, revision FROM request_ids WHERE request_id = ? AND created > ?", (request_id, oldest)).fetchone()
+        if seen is None:
+            return None
+        if seen[0] != fingerprint:
+            raise RequestIdReused(f"request_id {request_id!r} made revision {seen[1]} from another request; send a new one, or none")
+        return self._get(seen[1])
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        with self._lock:
+            try:
+                yield
+            except sqlite3.Error as error:
+                raise StoreFailed(f"database {self.path} failed: {error}; nothing was stored: look at the disk, then retry") from error
 
     def _find_newest(self) -> Revision | None:
         row = self._db.execute("SELECT * FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()
