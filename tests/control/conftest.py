@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import pytest
@@ -26,12 +26,20 @@ class RunningServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self.server = self._run(self._make(settings))
+        try:
+            self.server = self._run(self._make(settings))
+        except BaseException:
+            self._end_loop()
+            raise
         self.address = f"127.0.0.1:{self.server.port}"
 
     async def _make(self, settings: ControlSettings) -> ControlServer:
         server = ControlServer(settings)
-        await server.start()
+        try:
+            await server.start()
+        except BaseException:
+            await server.stop()
+            raise
         return server
 
     def _run(self, coroutine):
@@ -39,6 +47,9 @@ class RunningServer:
 
     def stop(self) -> None:
         self._run(self.server.stop())
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
@@ -47,14 +58,16 @@ class RunningServer:
 class FakeEngine:
     """An engine on the discovery stream that answers as it is told; everything but the engine is real."""
 
-    def __init__(self, address: str, engine_id: str = "e1", *, answer: bool = True, initial: Policy | None = FIRST) -> None:
+    def __init__(
+        self, address: str, engine_id: str = "e1", *, answer: bool = True, initial: Policy | None = FIRST, layers: Sequence[int] = (2, 5, 8)
+    ) -> None:
         self._outbox: queue.Queue[control_pb2.EngineMessage | None] = queue.Queue()
         self.pushes: queue.Queue[control_pb2.PolicyPush] = queue.Queue()
         self.error: grpc.RpcError | None = None
         self.refuse: str = ""
-        self._answer = answer
+        self.answers = answer
         self._channel = grpc.insecure_channel(address)
-        hello = control_pb2.EngineHello(engine_id=engine_id, model="m", num_layers=12, hidden_size=8, checkpoint_layers=[2, 5, 8], probe_set="demo")
+        hello = control_pb2.EngineHello(engine_id=engine_id, model="m", num_layers=12, hidden_size=8, checkpoint_layers=layers, probe_set="demo")
         if initial is not None:
             hello.initial_policy.CopyFrom(wire.policy_to_proto(initial))
         self.send(control_pb2.EngineMessage(hello=hello))
@@ -75,14 +88,20 @@ class FakeEngine:
         try:
             for push in self._call:
                 self.pushes.put(push)
-                if self._answer:
+                if self.answers:
                     self.answer(push)
         except grpc.RpcError as error:
             self.error = error
 
+    def wait_for_end(self) -> grpc.RpcError | None:
+        """Return how the stream ended; None: in peace."""
+        self._thread.join(5)
+        assert not self._thread.is_alive(), "the stream has not ended"
+        return self.error
+
     def close(self) -> None:
-        self._outbox.put(None)
         self._call.cancel()
+        self._outbox.put(None)
         self._thread.join(5)
         self._channel.close()
 

@@ -6,7 +6,8 @@ import time
 
 import grpc
 import pytest
-from sedac.control.v1 import control_pb2
+from sedac.client.client import ControlClient
+from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import NotSynced
 from sedac.policy import Policy
 
@@ -84,13 +85,79 @@ def test_a_lost_engine_is_stale_and_comes_back_by_itself(client, make_engine):
 
 
 def test_a_newer_stream_replaces_the_older_of_the_same_engine(client, make_engine):
-    make_engine().pushes.get(timeout=5)
+    older = make_engine()
+    older.pushes.get(timeout=5)
     newer = make_engine()
     newer.pushes.get(timeout=5)
+    ended = older.wait_for_end()
+    assert ended.code() == grpc.StatusCode.ABORTED
+    assert "a newer connection of engine 'e1' took over; two engines need two ids (SEDAC_ENGINE_ID)" in ended.details()
     client.update_policy(FIRST)
     assert newer.pushes.get(timeout=5).policy.revision == 2
     assert [e.engine.engine_id for e in client.get_status().engines] == ["e1"]
     _get_engine(client, state=control_pb2.ENGINE_STATE_SYNCED)
+
+
+def test_a_replaced_stream_ends_even_while_its_push_is_unanswered(client, make_engine):
+    silent = make_engine(answer=False)
+    silent.pushes.get(timeout=5)
+    make_engine().pushes.get(timeout=5)
+    assert silent.wait_for_end().code() == grpc.StatusCode.ABORTED
+    _get_engine(client, state=control_pb2.ENGINE_STATE_SYNCED)
+
+
+def test_engines_that_start_at_once_bring_one_first_policy(client, make_engine):
+    engines = [make_engine(f"e{i}") for i in range(8)]
+    assert {engine.pushes.get(timeout=5).policy.revision for engine in engines} == {1}
+    assert [p.revision for p in client.list_revisions()] == [1]
+
+
+def test_a_new_revision_is_pending_until_it_is_answered(client, make_engine):
+    """A NACK of the revision before must not be taken for one of this."""
+    engine = make_engine()
+    client.wait_until_synced(1, 5)
+    engine.refuse = "no"
+    client.update_policy(FIRST)
+    _get_engine(client, state=control_pb2.ENGINE_STATE_NACKED)
+    engine.refuse, engine.answers = "", False
+    client.update_policy(FIRST)
+    shown = _get_engine(client)
+    assert (shown.state, shown.desired_revision, shown.active_revision) == (control_pb2.ENGINE_STATE_PENDING, 3, 1)
+    assert not shown.HasField("error")
+    with pytest.raises(NotSynced, match=r"revision 3 is not in force everywhere after 0.2 s: waiting for e1"):
+        client.wait_until_synced(3, 0.2)
+
+
+def test_an_ack_of_another_revision_counts_as_a_refusal(client, make_engine):
+    engine = make_engine(answer=False)
+    push = engine.pushes.get(timeout=5)
+    engine.send(control_pb2.EngineMessage(answer=control_pb2.PolicyAnswer(nonce=push.nonce, revision=7)))
+    assert "acknowledged revision 1 but runs 7" in _get_engine(client, state=control_pb2.ENGINE_STATE_NACKED).error.message
+
+
+def test_an_engine_without_a_first_policy_waits_for_one(client, make_engine):
+    engine = make_engine(initial=None)
+    _get_engine(client)
+    assert engine.pushes.empty()
+    client.update_policy(FIRST)
+    assert engine.pushes.get(timeout=5).policy.author == "tester"
+
+
+def test_an_engine_that_has_nothing_more_to_say_is_stale(client, make_engine):
+    engine = make_engine()
+    client.wait_until_synced(1, 5)
+    engine.send(None)
+    assert engine.wait_for_end() is None
+    _get_engine(client, state=control_pb2.ENGINE_STATE_STALE)
+
+
+def test_a_stopping_service_tells_its_engines(settings):
+    running = RunningServer(settings.model_copy(update={"drain_seconds": 60}))
+    engine = FakeEngine(running.address)
+    engine.pushes.get(timeout=5)
+    running.stop()
+    assert engine.wait_for_end().code() == grpc.StatusCode.UNAVAILABLE
+    engine.close()
 
 
 def test_reports_are_shown(client, make_engine):
@@ -103,17 +170,28 @@ def test_reports_are_shown(client, make_engine):
     assert _get_engine(client).report.num_steps == 7
 
 
-def test_the_first_message_must_be_a_hello(server):
-    engine = FakeEngine(server.address, engine_id="")
-    engine._thread.join(5)
-    assert engine.error.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "the first message must be a hello" in engine.error.details()
-    engine.close()
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        (control_pb2.EngineMessage(report=control_pb2.EngineReport()), "hello: the first message must be a hello"),
+        (control_pb2.EngineMessage(hello=control_pb2.EngineHello()), "hello.engine_id: 0 characters; give 1 to 128"),
+        (
+            control_pb2.EngineMessage(hello=control_pb2.EngineHello(engine_id="e", initial_policy=control_pb2.Policy(phase=9))),
+            "hello.initial_policy.phase: 9 is unknown",
+        ),
+    ],
+)
+def test_a_stream_without_a_good_hello_is_refused(server, client, message, complaint):
+    with grpc.insecure_channel(server.address) as channel:
+        call = control_pb2_grpc.DiscoveryStub(channel).Follow(iter([message]))
+        with pytest.raises(grpc.RpcError) as refused:
+            next(call)
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert complaint in refused.value.details()
+    assert not client.get_status().engines, "who was refused is no engine"
 
 
 def test_a_restarted_service_pushes_the_same_revision(settings):
-    from sedac.client.client import ControlClient
-
     first = RunningServer(settings)
     with ControlClient(first.address) as client:
         client.update_policy(FIRST)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
+from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.errors import ConfigError, PolicyInvalid, RevisionNotFound, StaleEtag
+from sedac.errors import PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag
 from sedac.policy import Checkpoint, Policy
 
-from tests.control.conftest import FIRST, RunningServer
+from tests.control.conftest import FIRST
 
 
 def _with_threshold(value: float) -> Policy:
@@ -52,6 +52,8 @@ def test_validate_only_stores_nothing(client):
     assert client.update_policy(_with_threshold(0.9), validate_only=True).checkpoints[0].threshold == 0.9
     with pytest.raises(PolicyInvalid):
         client.update_policy(_with_threshold(-1), validate_only=True)
+    with pytest.raises(StaleEtag, match="read the policy again"):
+        client.update_policy(_with_threshold(0.9), etag="old", validate_only=True)
     assert client.get_policy().revision == 1
 
 
@@ -97,6 +99,88 @@ def test_thresholds_of_layers_without_a_probe_are_refused_before_they_are_stored
     assert client.get_policy().revision == 1
 
 
+def test_an_engine_that_is_gone_is_not_asked(client, make_engine):
+    make_engine("e1").pushes.get(timeout=5)
+    gone = make_engine("e2", layers=[2, 5])
+    client.wait_until_synced(1, 5)
+    only_e1_fits = Policy(checkpoints=(Checkpoint(layer=8, threshold=1),))
+    with pytest.raises(PolicyInvalid, match=r"attached: 2, 5\).*\(engine e2\)"):
+        client.update_policy(only_e1_fits)
+    gone.close()
+    deadline = time.monotonic() + 5
+    while all(e.state != control_pb2.ENGINE_STATE_STALE for e in client.get_status().engines) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert client.update_policy(only_e1_fits).revision == 2
+
+
+def test_an_engine_that_does_not_fit_does_not_keep_the_others_from_being_switched_off(client, make_engine):
+    make_engine().pushes.get(timeout=5)
+    misfit = make_engine("e2", layers=[2])
+    misfit.refuse = "checkpoints[1].layer: 5 has no probe attached"
+    client.update_policy(Policy(enabled=False), fields=["enabled"])
+    assert not client.get_policy().enabled
+    with pytest.raises(PolicyInvalid) as refused:
+        client.update_policy(Policy(checkpoints=(Checkpoint(layer=2, threshold=1), Checkpoint(layer=8, threshold=1))), fields=["checkpoints"])
+    (violation,) = refused.value.violations
+    assert violation.field == "checkpoints[1].layer"
+    assert violation.description.endswith("(engine e2)"), "what was broken before is not the change's fault; what it breaks names the engine"
+
+
+def test_an_update_without_a_policy_is_refused(client, server):
+    client.update_policy(FIRST)
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="policy: is missing; send the fields to set"):
+        control_pb2_grpc.ControlStub(channel).UpdatePolicy(control_pb2.UpdatePolicyRequest())
+    assert client.get_policy().enabled
+
+
+def test_an_error_about_many_long_fields_still_arrives(client):
+    bad = Policy(probe_set="x" * 200, checkpoints=tuple(Checkpoint(layer=i, threshold=-1) for i in range(256)))
+    with pytest.raises(PolicyInvalid, match=r"checkpoints\[0\].threshold: -1.0 is not a finite number"):
+        client.update_policy(bad)
+
+
+@pytest.mark.parametrize("knobs", [{"comment": "x" * 1025}, {"request_id": "x" * 129}])
+def test_texts_have_limits(client, knobs):
+    with pytest.raises(PolicyInvalid, match=r"[0-9]+ characters; at most [0-9]+"):
+        client.update_policy(FIRST, **knobs)
+
+
+def test_authors_may_have_any_name(server):
+    with ControlClient(server.address, author="Zoë 100% [/]") as client:
+        assert client.update_policy(FIRST).author == "Zoë 100% [/]"
+    with ControlClient(server.address, author="x" * 129) as client, pytest.raises(PolicyInvalid, match="129 characters; at most 128"):
+        client.update_policy(FIRST)
+    with grpc.insecure_channel(server.address) as channel:
+        made = control_pb2_grpc.ControlStub(channel).UpdatePolicy(control_pb2.UpdatePolicyRequest(policy=control_pb2.Policy()))
+    assert made.author.startswith("ipv4:127.0.0.1:"), "who does not say a name is known by the peer's address"
+
+
+def test_masked_updates_of_different_fields_lose_nothing(client):
+    client.update_policy(FIRST)
+    for phase in ("all", "decode"):
+        knobs = [(Policy(phase=phase), ["phase"]), (Policy(scope="batch" if phase == "all" else "token"), ["scope"])]
+        threads = [threading.Thread(target=client.update_policy, args=(policy,), kwargs={"fields": fields}) for policy, fields in knobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        made = client.get_policy()
+        assert (made.phase == control_pb2.PHASE_ALL) == (made.scope == control_pb2.SCOPE_BATCH) == (phase == "all")
+
+
+def test_a_change_whose_caller_gives_up_is_announced_or_not_made(client, server, make_engine):
+    engine = make_engine()
+    engine.pushes.get(timeout=5)
+    with grpc.insecure_channel(server.address) as channel:
+        update = control_pb2_grpc.ControlStub(channel).UpdatePolicy
+        for _ in range(20):
+            update.future(control_pb2.UpdatePolicyRequest(policy=control_pb2.Policy(enabled=True))).cancel()
+    time.sleep(0.3)
+    stored = next(iter(client.list_revisions())).revision
+    assert client.get_policy().revision == stored
+    client.wait_until_synced(stored, 5)
+
+
 def test_two_writers_with_one_etag_exactly_one_wins(client):
     for round_number in range(1, 26):
         etag = client.update_policy(FIRST).etag
@@ -107,15 +191,14 @@ def test_two_writers_with_one_etag_exactly_one_wins(client):
             try:
                 results.append(client.update_policy(_with_threshold(value), etag=etag).revision)
             except StaleEtag:
-                results.append(None)
+                results.append(0)
 
         threads = [threading.Thread(target=write, args=(i / 10,)) for i in range(1, 5)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(10)
-        assert sorted(results, key=str)[:-1].count(None) + results.count(None) >= 3
-        assert [r for r in results if r] == [2 * round_number]
+        assert sorted(results) == [0, 0, 0, 2 * round_number]
 
 
 def test_a_repeated_request_id_returns_the_first_answer(client):
@@ -123,6 +206,25 @@ def test_a_repeated_request_id_returns_the_first_answer(client):
     client.update_policy(_with_threshold(0.3))
     assert client.update_policy(FIRST, request_id="abc") == first
     assert client.get_policy().revision == 2
+    rolled_back = client.rollback(1, request_id="def")
+    assert client.rollback(1, request_id="def") == rolled_back
+    assert client.get_policy().revision == 3
+
+
+def test_a_repeat_is_answered_even_where_it_would_be_refused_by_now(client):
+    etag = client.update_policy(FIRST).etag
+    made = client.update_policy(_with_threshold(0.3), etag=etag, request_id="abc")
+    client.update_policy(FIRST)
+    assert client.update_policy(_with_threshold(0.3), etag=etag, request_id="abc") == made
+
+
+def test_a_request_id_with_another_request_is_refused(client):
+    client.update_policy(FIRST, request_id="abc")
+    with pytest.raises(RequestIdReused, match="'abc' made revision 1 from another request; send a new one"):
+        client.update_policy(_with_threshold(0.3), request_id="abc")
+    with pytest.raises(RequestIdReused):
+        client.rollback(1, request_id="abc")
+    assert client.get_policy().revision == 1
 
 
 def test_rollback_brings_content_back_under_a_new_number(client):
@@ -143,7 +245,7 @@ def test_revisions_are_listed_in_pages(client, server):
         assert [p.revision for p in page.policies] == [7, 6, 5]
         page = stub.ListPolicyRevisions(control_pb2.ListPolicyRevisionsRequest(page_size=3, page_token=page.next_page_token))
         assert [p.revision for p in page.policies] == [4, 3, 2]
-        for bad in ({"page_size": -1}, {"page_size": 1001}, {"page_token": "x"}):
+        for bad in ({"page_size": -1}, {"page_size": 1001}, {"page_token": "x"}, {"page_token": "²"}, {"page_token": "9" * 30}):
             with pytest.raises(grpc.RpcError, match="INVALID_ARGUMENT"):
                 stub.ListPolicyRevisions(control_pb2.ListPolicyRevisionsRequest(**bad))
     assert [p.revision for p in client.list_revisions()] == [7, 6, 5, 4, 3, 2, 1]
@@ -155,22 +257,30 @@ def test_watch_sends_now_and_on_every_change(client):
     assert next(watch).policy.revision == 1
     client.update_policy(FIRST)
     assert next(watch).policy.revision == 2
+    watch.close()
 
 
-def test_health_and_reflection_answer(server):
+def test_watch_sends_once_per_interval_and_checks_it(client):
+    watch = client.watch_status(0.1)
+    assert [next(watch).policy.revision for _ in range(3)] == [0, 0, 0]
+    watch.close()
+    for interval in (0.05, 61, -1, float("nan")):
+        with pytest.raises(PolicyInvalid, match=r"interval_seconds: .* is outside 0.1..60"):
+            next(client.watch_status(interval))
+
+
+def test_a_watcher_that_does_not_read_holds_nobody_up(client, server, make_engine):
     with grpc.insecure_channel(server.address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        for service in ("", "sedac.control.v1.Control", "sedac.control.v1.Discovery"):
-            assert health.Check(health_pb2.HealthCheckRequest(service=service)).status == health_pb2.HealthCheckResponse.SERVING
-        request = reflection_pb2.ServerReflectionRequest(list_services="")
-        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]))
-        assert {"sedac.control.v1.Control", "sedac.control.v1.Discovery"} <= {s.name for s in answer.list_services_response.service}
-
-
-def test_a_second_server_on_the_port_fails_with_the_remedy(server, settings, tmp_path):
-    taken = settings.model_copy(update={"port": server.server.port, "database": tmp_path / "other.sqlite3"})
-    with pytest.raises(ConfigError, match="change SEDAC_CONTROL_PORT"):
-        RunningServer(taken)
+        stuck = control_pb2_grpc.ControlStub(channel).WatchStatus(control_pb2.WatchStatusRequest(interval_seconds=60))
+        make_engine().pushes.get(timeout=5)
+        for i in range(150):
+            client.update_policy(_with_threshold(i), comment="x" * 1000)
+        client.wait_until_synced(151, 5)
+        revisions = []
+        while not revisions or revisions[-1] < 151:
+            revisions.append(next(stuck).policy.revision)
+        assert revisions == sorted(revisions)
+        stuck.cancel()
 
 
 def test_oversized_messages_are_refused(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sedac.control.store import Store
-from sedac.errors import ConfigError, RevisionNotFound, StaleEtag
+from sedac.errors import ConfigError, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy import Checkpoint, Policy
 
 _policies = st.builds(
@@ -103,6 +104,60 @@ def test_acknowledged_writes_survive_kill_9(tmp_path):
         assert [r.revision for r in revisions] == list(range(revisions[0].revision, 0, -1))
         assert all(r.policy.checkpoints[0].layer == r.revision for r in revisions), "no revision is half written"
     assert acknowledged >= 25
+
+
+def test_a_request_id_is_forgotten_after_a_day(tmp_path):
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    store = Store(tmp_path / "s.sqlite3", now=lambda: now)
+    assert store.append(Policy(), author="x", request_id="a").revision == 1
+    now += datetime.timedelta(hours=23, minutes=59)
+    assert store.append(Policy(), author="x", request_id="a").revision == 1
+    assert store.find_request("a", "").revision == 1
+    now += datetime.timedelta(minutes=1)
+    assert store.find_request("a", "") is None
+    assert store.append(Policy(), author="x", request_id="a").revision == 2
+    assert store.append(Policy(), author="x", request_id="a").revision == 2
+    store.close()
+
+
+def test_a_first_revision_is_made_once(tmp_path):
+    store = Store(tmp_path / "s.sqlite3")
+    assert store.append(Policy(), author="x", first=True).revision == 1
+    with pytest.raises(StaleEtag, match=r"there is a policy already \(revision 1\)"):
+        store.append(Policy(), author="x", first=True)
+    store.close()
+
+
+def test_a_full_disk_stores_nothing_and_is_survived(tmp_path):
+    store = Store(tmp_path / "s.sqlite3")
+    store.append(Policy(), author="x")
+    pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    for _ in range(2):
+        with pytest.raises(StoreFailed, match="disk is full; nothing was stored"):
+            store.append(Policy(), author="x", comment="x" * 100_000)
+    store._db.execute("PRAGMA max_page_count = 1000000")
+    assert store.append(Policy(), author="x", comment="x" * 100_000).revision == 2
+    store.close()
+
+
+def test_one_database_serves_one_process(tmp_path):
+    path = tmp_path / "s.sqlite3"
+    store = Store(path)
+    with pytest.raises(ConfigError, match="in use by another control service"):
+        Store(path)
+    store.append(Policy(), author="x")
+    store.close()
+    again = Store(path)
+    assert again.find_newest().revision == 1
+    again.close()
+
+
+def test_writes_reach_the_disk_before_they_return(tmp_path):
+    store = Store(tmp_path / "s.sqlite3")
+    assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert store._db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    store.close()
 
 
 def test_a_file_that_is_no_database_is_refused_with_the_remedy(tmp_path):
