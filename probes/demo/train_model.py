@@ -24,10 +24,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from muon import Muon
 from sedac_probes import corpus
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 HERE = Path(__file__).resolve().parent
 END = "<|endoftext|>"
@@ -41,23 +42,31 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(work: Path, documents: list[corpus.Document]) -> PreTrainedTokenizerFast:
-    """Train (or load) the byte-level BPE tokenizer."""
+def make_tokenizer(work: Path, documents: list[corpus.Document]) -> Qwen2Tokenizer:
+    """Train (or load) the byte-level BPE tokenizer.
+
+    It must split text as `Qwen2Tokenizer` does: transformers loads that class for every model of type qwen2, whatever
+    pre-tokenizer tokenizer.json names.
+    """
     path = work / "tokenizer.json"
     if not path.exists():
         bpe = Tokenizer(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet)
         bpe.train_from_iterator((d.text for d in documents), trainer, length=len(documents))
         bpe.save(str(path))
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(path), bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT, chat_template=CHAT_TEMPLATE
+    learned = json.loads(path.read_text())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    return Qwen2Tokenizer(
+        learned["vocab"], merges, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT, chat_template=CHAT_TEMPLATE
     )
 
 
-def tokenise(work: Path, tokenizer: PreTrainedTokenizerFast, split: corpus.Split) -> np.ndarray[Any, Any]:
+def tokenise(work: Path, tokenizer: Qwen2Tokenizer, split: corpus.Split) -> np.ndarray[Any, Any]:
     """Return the split's token stream (uint16), each file led by the end-of-text token."""
     path = work / f"{split}.npy"
     if not path.exists():
@@ -177,7 +186,7 @@ def plot(curve: list[dict[str, float]], path: Path, tokens_per_step: int) -> Non
     figure.savefig(path, dpi=110)
 
 
-def export(args: argparse.Namespace, work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def export(args: argparse.Namespace, work: Path, tokenizer: Qwen2Tokenizer) -> None:
     """Write the model directory, measure the written bf16 weights on held-out text and print samples."""
     state = torch.load(work / "state.pt", weights_only=True)
     model = make_model()
@@ -187,6 +196,9 @@ def export(args: argparse.Namespace, work: Path, tokenizer: PreTrainedTokenizerF
     args.out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    sample = corpus.read_stdlib("heldout")[0].text
+    if AutoTokenizer.from_pretrained(args.out)(sample)["input_ids"] != tokenizer(sample)["input_ids"]:
+        raise RuntimeError(f"{args.out}: the tokenizer that is loaded from there splits text in another way than in training")
     heldout = np.load(work / "heldout.npy")
     final = evaluate(model, heldout, args.eval_windows)
     tokens_per_step = args.tokens * args.ranks

@@ -44,4 +44,4 @@ def start_engine(model: str, *, layers: tuple[int, ...] = (), probe_set: Path | 
 def tokenise(llm: LLM, texts: list[str], max_length: int) -> list[list[int]]:
     """Tokenise texts and cut them to `max_length` tokens, leaving room for the one token that vLLM must generate."""
     tokenizer = llm.get_tokenizer()
-    return [tokenizer(text, truncation=True, max_length=max_length - 1)["input_ids"] for text in texts]
+    return [tokenizer(text)["input_ids"][: max_length - 1] for text in texts]  # vLLM's tokenizers cut from the left
