@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +136,7 @@ def train(rank: int, args: argparse.Namespace, work: Path) -> None:
             o.load_state_dict(saved)
         first, curve = state["step"], state["curve"]
     compiled = torch.compile(model, dynamic=False)
-    started, params = time.monotonic(), list(model.parameters())
+    params = list(model.parameters())
     with tqdm(total=args.steps, initial=first, desc="train", unit="step", disable=rank > 0) as bar:
         for step in range(first, args.steps):
             scale = min(1.0, (step + 1) / 60) * (0.5 + 0.5 * math.cos(math.pi * step / args.steps))
@@ -161,7 +160,7 @@ def train(rank: int, args: argparse.Namespace, work: Path) -> None:
                     bar.set_postfix(loss=f"{loss.item():.3f}")
                 if done % 100 == 0 or done == args.steps:
                     heldout_loss = evaluate(model, heldout, 64)
-                    curve.append({"step": done, "train": loss.item(), "heldout": heldout_loss, "seconds": time.monotonic() - started})
+                    curve.append({"step": done, "train": loss.item(), "heldout": heldout_loss})
                     tqdm.write(f"step {done}: train {loss.item():.3f}, held out {heldout_loss:.3f} nats per token")
                     state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": done, "curve": curve}
                     torch.save(state, work / "state.tmp")
