@@ -77,7 +77,8 @@ def test_thresholds_at_their_ends_and_prompts_in_full(demo_model, demo_probes, h
     assert all(c["num_exited"] == 0 for c in zero["checkpoints"])
     # Of max_tokens new tokens the last is never fed back; the first comes from the prompt's last position.
     num_decode = len(prompts) * (max_tokens - 1)
-    assert high["num_decode_tokens"] == num_decode
+    assert zero["num_decode_tokens"] == num_decode
+    assert high["num_decode_tokens"] == 2 * num_decode
     assert [c["num_exited"] for c in high["checkpoints"]] == [num_decode, *[0] * (len(layers) - 1)]
     assert high["num_torn_steps"] == 0
     assert refused[0]["revision"] == 2
