@@ -37,7 +37,7 @@ def test_exits_and_counts_equal_a_naive_loop(num_tokens, seed, thresholds, scope
         state.begin_step(num_tokens, may_exit if enabled else None)
         gone = set()
         for layer, threshold in zip((1, 3), thresholds, strict=True):
-            state.observe(layer, hidden, residual)
+            state.observe(layer, hidden + residual)
             candidates = [t for t in range(num_tokens) if may_exit[t] and t not in gone]
             if enabled and threshold > 0:
                 risks = {t: PROBES[layer]((hidden + residual)[t : t + 1]).item() for t in candidates}

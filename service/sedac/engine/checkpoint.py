@@ -19,11 +19,11 @@ _STATES: dict[str, State] = {}
 """by layer name; operators can carry names, not objects"""
 
 
-def _checkpoint(hidden_TD: Tensor, residual_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
-    _STATES[layer_name].observe(layer, hidden_TD, residual_TD)
+def _checkpoint(stream_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
+    _STATES[layer_name].observe(layer, stream_TD)
 
 
-def _checkpoint_fake(hidden_TD: Tensor, residual_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
+def _checkpoint_fake(stream_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
     return None
 
 
@@ -36,9 +36,12 @@ def _with_checkpoint(base: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            torch.ops.vllm.sedac_checkpoint(hidden_TD, residual_TD, self.sedac_exited_T, self.sedac_layer, self.sedac_name)
-        else:
-            self.sedac_state.observe(self.sedac_layer, hidden_TD, residual_TD)
+            # The sum, not its parts: handing `residual` itself to an opaque operator would make the compiler round it to
+            # bf16 where plain vLLM keeps it in fp32 between two fused kernels, and idle would no longer equal plain.
+            stream_TD = hidden_TD.float() + residual_TD.float()
+            torch.ops.vllm.sedac_checkpoint(stream_TD, self.sedac_exited_T, self.sedac_layer, self.sedac_name)
+        elif self.sedac_state.is_watching(self.sedac_layer):
+            self.sedac_state.observe(self.sedac_layer, hidden_TD.float() + residual_TD.float())
         return hidden_TD, residual_TD
 
     return type(f"Checkpointed{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})

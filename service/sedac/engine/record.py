@@ -24,7 +24,7 @@ class Recorder:
     _streams: dict[int, Tensor] = field(default_factory=dict)
 
     def add_stream(self, layer: int, stream_TD: Tensor) -> None:
-        """Keep the residual stream after `layer` (T, D) of the running pass, in the engine's dtype."""
+        """Keep the residual stream after `layer` (T, D), fp32, of the running pass."""
         self._streams[layer] = stream_TD.detach().clone()
 
     def finish_step(self, requests: list[tuple[str, int, int]], final_TD: Tensor, compute_logits: Callable[[Tensor], Tensor | None]) -> None:

@@ -81,10 +81,14 @@ class State:
             self.kept_rows = None
             self.exited_T.zero_()
 
-    def observe(self, layer: int, hidden_TD: Tensor, residual_TD: Tensor) -> None:
-        """Run the checkpoint after `layer` on the stream `hidden + residual` and mark the tokens that exit."""
+    def is_watching(self, layer: int) -> bool:
+        """Whether the checkpoint after `layer` has anything to do in this step."""
+        return self.recorder is not None or (self._active and layer in self._thresholds)
+
+    def observe(self, layer: int, stream_TD: Tensor) -> None:
+        """Run the checkpoint after `layer` on the residual stream (T, D), fp32, and mark the tokens that exit."""
         if self.recorder is not None and self._num_tokens:
-            self.recorder.add_stream(layer, hidden_TD[: self._num_tokens] + residual_TD[: self._num_tokens])
+            self.recorder.add_stream(layer, stream_TD[: self._num_tokens])
         if not self._active or layer not in self._thresholds:
             return
         num_tokens = self._num_tokens
@@ -93,9 +97,7 @@ class State:
         if not rows.numel():
             return
         everyone = rows.numel() == num_tokens
-        picked = slice(num_tokens) if everyone else rows  # a slice saves the copy
-        stream_ND = hidden_TD[picked] + residual_TD[picked]
-        risk_N = self.probes[layer](stream_ND)
+        risk_N = self.probes[layer](stream_TD[slice(num_tokens) if everyone else rows])  # a slice saves the copy
         exiting = rows[choose_exits(risk_N, self._thresholds[layer], self.policy.scope)]
         counts, num_exiting = self._counts[layer], exiting.numel()
         counts.num_evaluated += rows.numel()
