@@ -7,27 +7,76 @@ what depends on the attached model takes its `Layout`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from sedac.errors import FieldViolation, PolicyInvalid
 
 Phase = Literal["decode", "all"]
 Scope = Literal["token", "batch"]
+Rule = Literal["first", "accumulate", "single"]
 
 MAX_CHECKPOINTS = 256
-TIER_KEY = "sedac_tier"
-"""in `vllm_xargs` of a request (SamplingParams.extra_args); `exact` keeps every token of the request in full"""
+MAX_TIERS = 31
+MAX_LEVELS = 16
+FULL, SKIP = "full", "skip"
+"""the levels that every engine has, in this order; a probe set may add others after them"""
+EXACT = "exact"
+"""the tier that always exists and that no policy may redefine"""
+TIER_KEY, SCALE_KEY, LEVEL_KEY = "sedac_tier", "sedac_threshold_scale", "sedac_level"
+"""in `vllm_xargs` of a request (SamplingParams.extra_args): its tier, and where the policy allows overrides, its own knobs"""
+_TIER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A probe's place and its threshold."""
+    """A probe's place and what counts as confident there."""
 
     layer: int
     """decoder layer, 0-based"""
     threshold: float
     """risk below it counts as confident; >= 0 and finite; 0 never exits"""
+    weight: float = 1.0
+    """of this checkpoint's confidence in the sum of rule `accumulate`; >= 0"""
+    target: float = 0.5
+    """accumulated confidence from which on a token counts as confident, rule `accumulate` alone; > 0"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tier:
+    """What requests that name this tier get."""
+
+    name: str
+    floor: str = FULL
+    """level of every token that the phase allows, in all layers"""
+    level: str = SKIP
+    """level of confident tokens, in the layers above the checkpoint"""
+    threshold_scale: float = 1.0
+    """multiplies every threshold; 0: no token is confident"""
+    soft_exit: bool = False
+    """spend less the more confident, up to `level`: ratio = tanh(2C - 1) / 2 + 1/2 of the accumulated confidence C"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """Thresholds that follow target exit rates; the policy's own are where they start."""
+
+    enabled: bool = False
+    frozen: bool = False
+    """keep the thresholds as they are now"""
+    target_exit_rates: tuple[float, ...] = ()
+    """one per checkpoint: share of the tokens evaluated there that shall exit there, 0 to 1"""
+    alpha: float = 0.1
+    """weight of the newest quantile in the moving average, over 0 up to 1"""
+    warmup_steps: int = 32
+    """steps with evaluated tokens before the first change"""
+    window_tokens: int = 2048
+    """risks remembered per checkpoint, 64 to 65536"""
+    min_threshold: float = 0.0
+    max_threshold: float = 1e6
+    generation: int = 0
+    """another number forgets what was learned and starts again from the policy's thresholds"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +88,22 @@ class Policy:
     checkpoints: tuple[Checkpoint, ...] = ()
     phase: Phase = "decode"
     scope: Scope = "token"
+    rule: Rule = "first"
+    decay: float = 0.9
+    """rule `accumulate`: what the confidence so far keeps at the next checkpoint, 0 to 1"""
+    sensitivity: float = 0.0
+    """how much a request's own prompt risk, against the mean prompt's, lowers its thresholds; 0: not at all"""
+    tiers: tuple[Tier, ...] = ()
+    """beside `exact`; empty: one tier `balanced` with hard exits"""
+    default_tier: str = "balanced"
+    """of requests that name none"""
+    allow_overrides: bool = False
+    """whether a request may bring its own level or threshold scale"""
+    adaptation: Adaptation = field(default_factory=Adaptation)
+
+    def get_tiers(self) -> tuple[Tier, ...]:
+        """Return the tiers beside `exact`, the implied one where none is listed."""
+        return self.tiers or (Tier(name="balanced"),)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` is the inverse."""
@@ -51,7 +116,14 @@ class Policy:
         Raises:
             TypeError: a key is unknown or missing.
         """
-        return cls(**{**data, "checkpoints": tuple(Checkpoint(**c) for c in data.get("checkpoints", ()))})
+        adaptation = dict(data.get("adaptation", {}))
+        adaptation["target_exit_rates"] = tuple(adaptation.get("target_exit_rates", ()))
+        parts = {
+            "checkpoints": tuple(Checkpoint(**c) for c in data.get("checkpoints", ())),
+            "tiers": tuple(Tier(**t) for t in data.get("tiers", ())),
+            "adaptation": Adaptation(**adaptation),
+        }
+        return cls(**{**data, **parts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +134,7 @@ class Layout:
     hidden_size: int
     checkpoint_layers: tuple[int, ...]
     probe_set: str
+    levels: tuple[str, ...] = (FULL, SKIP)
 
 
 def validate(policy: Policy, layout: Layout | None = None) -> None:
@@ -71,14 +144,26 @@ def validate(policy: Policy, layout: Layout | None = None) -> None:
         PolicyInvalid: with every field at fault.
     """
     bad: list[FieldViolation] = []
-    if policy.phase not in ("decode", "all"):
-        bad.append(FieldViolation("phase", f"{policy.phase!r} is unknown; use decode or all"))
-    if policy.scope not in ("token", "batch"):
-        bad.append(FieldViolation("scope", f"{policy.scope!r} is unknown; use token or batch"))
+    for name, value, known in (
+        ("phase", policy.phase, ("decode", "all")),
+        ("scope", policy.scope, ("token", "batch")),
+        ("rule", policy.rule, ("first", "accumulate", "single")),
+    ):
+        if value not in known:
+            bad.append(FieldViolation(name, f"{value!r} is unknown; use {', '.join(known[:-1])} or {known[-1]}"))
     if len(policy.checkpoints) > MAX_CHECKPOINTS:
         bad.append(FieldViolation("checkpoints", f"{len(policy.checkpoints)} checkpoints; at most {MAX_CHECKPOINTS}"))
     else:
         bad += _validate_checkpoints(policy.checkpoints, layout)
+    active = sum(c.threshold > 0 for c in policy.checkpoints)
+    if policy.rule == "single" and active > 1:
+        bad.append(FieldViolation("rule", f"single takes one checkpoint with a threshold over 0, {active} are given; use first, or set the others to 0"))
+    if not 0 <= policy.decay <= 1:
+        bad.append(FieldViolation("decay", f"{policy.decay} is outside 0..1; the earlier versions used 0.9"))
+    if not 0 <= policy.sensitivity <= 10:
+        bad.append(FieldViolation("sensitivity", f"{policy.sensitivity} is outside 0..10; 0 turns it off"))
+    bad += _validate_tiers(policy, layout)
+    bad += _validate_adaptation(policy)
     if layout and policy.probe_set not in ("", layout.probe_set):
         bad.append(
             FieldViolation("probe_set", f"{policy.probe_set!r} is not loaded; the engine has {layout.probe_set!r}: name that one or leave it empty")
@@ -107,4 +192,56 @@ def _validate_checkpoints(checkpoints: tuple[Checkpoint, ...], layout: Layout | 
         last = max(last, layer)
         if not math.isfinite(threshold) or threshold < 0:
             bad.append(FieldViolation(f"checkpoints[{i}].threshold", f"{threshold} is not a finite number >= 0; 0 turns the checkpoint off"))
+        if not math.isfinite(checkpoint.weight) or checkpoint.weight < 0:
+            bad.append(FieldViolation(f"checkpoints[{i}].weight", f"{checkpoint.weight} is not a finite number >= 0; 1 is neutral"))
+        if not math.isfinite(checkpoint.target) or checkpoint.target <= 0:
+            bad.append(FieldViolation(f"checkpoints[{i}].target", f"{checkpoint.target} is not a finite number over 0; 0.5 is usual"))
+    return bad
+
+
+def _validate_tiers(policy: Policy, layout: Layout | None) -> list[FieldViolation]:
+    bad: list[FieldViolation] = []
+    if len(policy.tiers) > MAX_TIERS:
+        return [FieldViolation("tiers", f"{len(policy.tiers)} tiers; at most {MAX_TIERS}")]
+    seen = {EXACT}
+    for i, tier in enumerate(policy.get_tiers()):
+        if not _TIER_NAME.fullmatch(tier.name):
+            bad.append(FieldViolation(f"tiers[{i}].name", f"{tier.name!r}: use 1 to 32 of a-z, 0-9, - and _, a letter first"))
+        elif tier.name in seen:
+            reason = "always exists and can't be redefined" if tier.name == EXACT else "is listed twice"
+            bad.append(FieldViolation(f"tiers[{i}].name", f"{tier.name!r} {reason}; choose another name"))
+        seen.add(tier.name)
+        for knob, level in (("floor", tier.floor), ("level", tier.level)):
+            if layout and level not in layout.levels:
+                bad.append(FieldViolation(f"tiers[{i}].{knob}", f"{level!r} is not a level of this engine; it has {', '.join(layout.levels)}"))
+        if tier.floor == SKIP:
+            bad.append(FieldViolation(f"tiers[{i}].floor", "skip would leave every token without any MLP; use full or a reduced level"))
+        if not math.isfinite(tier.threshold_scale) or tier.threshold_scale < 0:
+            bad.append(FieldViolation(f"tiers[{i}].threshold_scale", f"{tier.threshold_scale} is not a finite number >= 0; 1 is neutral"))
+        if tier.soft_exit and policy.rule != "accumulate":
+            bad.append(FieldViolation(f"tiers[{i}].soft_exit", f"needs accumulated confidence, the rule is {policy.rule}; use rule accumulate"))
+    if policy.default_tier not in seen:
+        bad.append(FieldViolation("default_tier", f"{policy.default_tier!r} is no tier of this policy; it has {', '.join(sorted(seen))}"))
+    return bad
+
+
+def _validate_adaptation(policy: Policy) -> list[FieldViolation]:
+    adaptation = policy.adaptation
+    bad: list[FieldViolation] = []
+    rates = adaptation.target_exit_rates
+    if adaptation.enabled and len(rates) != len(policy.checkpoints):
+        found = f"{len(rates)} rates for {len(policy.checkpoints)} checkpoints"
+        bad.append(FieldViolation("adaptation.target_exit_rates", f"{found}; give one each"))
+    if adaptation.enabled and policy.rule == "accumulate":
+        bad.append(FieldViolation("adaptation.enabled", "follows the quantiles of single risks, the rule is accumulate; use rule first or single"))
+    bad += [FieldViolation(f"adaptation.target_exit_rates[{i}]", f"{r} is outside 0..1") for i, r in enumerate(rates) if not 0 <= r <= 1]
+    if not 0 < adaptation.alpha <= 1:
+        bad.append(FieldViolation("adaptation.alpha", f"{adaptation.alpha} is outside (0, 1]; 0.1 is usual"))
+    if not 0 <= adaptation.warmup_steps <= 1_000_000:
+        bad.append(FieldViolation("adaptation.warmup_steps", f"{adaptation.warmup_steps} is outside 0..1000000"))
+    if not 64 <= adaptation.window_tokens <= 65536:
+        bad.append(FieldViolation("adaptation.window_tokens", f"{adaptation.window_tokens} is outside 64..65536"))
+    low, high = adaptation.min_threshold, adaptation.max_threshold
+    if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
+        bad.append(FieldViolation("adaptation.min_threshold", f"bounds {low} to {high}: give 0 <= min_threshold <= max_threshold, both finite"))
     return bad
