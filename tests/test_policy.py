@@ -7,10 +7,12 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac.errors import PolicyInvalid
-from sedac.policy import MAX_CHECKPOINTS, Checkpoint, Layout, Policy, validate
+from sedac.errors import FieldViolation, PolicyInvalid
+from sedac.policy import MAX_CHECKPOINTS, MAX_TIERS, Adaptation, Checkpoint, Layout, Policy, Tier, validate
 
-LAYOUT = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5, 8), probe_set="demo")
+from tests.strategies import any_policies, valid_policies
+
+LAYOUT = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5, 8), probe_set="demo", levels=("full", "skip", "width-25"))
 _layers = st.one_of(st.integers(-3, 12), st.sampled_from(LAYOUT.checkpoint_layers))
 _thresholds = st.one_of(st.floats(), st.floats(0, 10), st.just(-0.0))
 _policies = st.builds(
@@ -53,7 +55,69 @@ def test_exactly_the_fields_at_fault_are_named(policy, layout, random):
     assert {v.field for v in refused.value.violations} == bad
 
 
-@pytest.mark.parametrize("field", ["phase", "scope"])
+@given(any_policies, st.sampled_from([None, LAYOUT]))
+def test_any_policy_is_accepted_or_refused_by_name(policy, layout):
+    violations: tuple[FieldViolation, ...] = ()
+    try:
+        validate(policy, layout)
+    except PolicyInvalid as refused:
+        violations = refused.violations or (FieldViolation("nothing", "refused without a reason"),)
+    assert {v.field.split("[")[0].split(".")[0] for v in violations} <= set(Policy.__dataclass_fields__)
+
+
+@given(valid_policies(levels=LAYOUT.levels))
+def test_valid_policies_are_accepted_with_every_knob(policy):
+    validate(policy)
+    validate(policy, LAYOUT)
+
+
+_TWO = (Checkpoint(layer=2, threshold=1), Checkpoint(layer=5, threshold=1))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "field", "words"),
+    [
+        ({"checkpoints": (Checkpoint(layer=2, threshold=1, weight=-1),)}, "checkpoints[0].weight", "1 is neutral"),
+        ({"checkpoints": (Checkpoint(layer=2, threshold=1, weight=math.nan),)}, "checkpoints[0].weight", "finite number >= 0"),
+        ({"checkpoints": (Checkpoint(layer=2, threshold=1, target=0),)}, "checkpoints[0].target", "0.5 is usual"),
+        ({"rule": "single", "checkpoints": _TWO}, "rule", "2 are given; use first"),
+        ({"decay": 1.1}, "decay", "outside 0..1"),
+        ({"sensitivity": math.nan}, "sensitivity", "0 turns it off"),
+        ({"tiers": (Tier(name="exact"),), "default_tier": "exact"}, "tiers[0].name", "can't be redefined"),
+        ({"tiers": (Tier(name="a"), Tier(name="a")), "default_tier": "a"}, "tiers[1].name", "listed twice"),
+        ({"tiers": (Tier(name="A b"),), "default_tier": "exact"}, "tiers[0].name", "a-z, 0-9"),
+        ({"tiers": (Tier(name="a", level="width-99"),), "default_tier": "a"}, "tiers[0].level", "it has full, skip, width-25"),
+        ({"tiers": (Tier(name="a", level="x" * 65),), "default_tier": "a"}, "tiers[0].level", "65 characters"),
+        ({"tiers": (Tier(name="a", floor="skip"),), "default_tier": "a"}, "tiers[0].floor", "without any MLP"),
+        ({"tiers": (Tier(name="a", threshold_scale=math.inf),), "default_tier": "a"}, "tiers[0].threshold_scale", "1 is neutral"),
+        ({"tiers": (Tier(name="a", soft_exit=True),), "default_tier": "a"}, "tiers[0].soft_exit", "use rule accumulate"),
+        ({"tiers": tuple(Tier(name=f"t{i}") for i in range(MAX_TIERS + 1)), "default_tier": "t0"}, "tiers", "32 tiers; at most 31"),
+        ({"tiers": (Tier(name="a"),)}, "default_tier", "it has a, exact"),
+        ({"checkpoints": _TWO, "adaptation": Adaptation(enabled=True, target_exit_rates=(0.5,))}, "adaptation.target_exit_rates", "1 rates for 2"),
+        ({"adaptation": Adaptation(target_exit_rates=(0.5, 1.5))}, "adaptation.target_exit_rates[1]", "outside 0..1"),
+        ({"adaptation": Adaptation(target_exit_rates=(0.5,) * 257)}, "adaptation.target_exit_rates", "at most 256"),
+        ({"adaptation": Adaptation(enabled=True), "rule": "accumulate"}, "adaptation.enabled", "use rule first or single"),
+        ({"adaptation": Adaptation(alpha=0)}, "adaptation.alpha", "0.1 is usual"),
+        ({"adaptation": Adaptation(warmup_steps=-1)}, "adaptation.warmup_steps", "-1 is outside"),
+        ({"adaptation": Adaptation(window_tokens=10)}, "adaptation.window_tokens", "64..65536"),
+        ({"adaptation": Adaptation(min_threshold=2, max_threshold=1)}, "adaptation.min_threshold", "min_threshold <= max_threshold"),
+        ({"adaptation": Adaptation(generation=2**31)}, "adaptation.generation", "outside 0.."),
+    ],
+)
+def test_each_knob_has_its_limit_and_its_remedy(knobs, field, words):
+    with pytest.raises(PolicyInvalid) as refused:
+        validate(Policy(**knobs), LAYOUT)
+    (violation,) = refused.value.violations
+    assert violation.field == field
+    assert words in violation.description
+
+
+def test_without_tiers_there_is_one_named_balanced():
+    assert [t.name for t in Policy().get_tiers()] == ["balanced"]
+    validate(Policy(default_tier="exact"))
+
+
+@pytest.mark.parametrize("field", ["phase", "scope", "rule"])
 def test_unknown_words_are_refused_by_name(field):
     with pytest.raises(PolicyInvalid, match=f"{field}: 'sometimes' is unknown; use"):
         validate(Policy(**{field: "sometimes"}))

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+from google.protobuf import json_format
 from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from sedac import wire
 from sedac.control.v1 import control_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
-from sedac.policy import Checkpoint, Policy
-from sedac.stats import CheckpointStats, Stats
+from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
+from sedac.stats import CheckpointStats, Stats, TierStats
+
+from tests.strategies import any_policies
 
 ROOT = Path(__file__).resolve().parents[1]
-_checkpoints = st.lists(st.builds(Checkpoint, layer=st.integers(-(2**31), 2**31 - 1), threshold=st.floats(allow_nan=False)), max_size=5).map(tuple)
-_policies = st.builds(
-    Policy,
-    enabled=st.booleans(),
-    probe_set=st.text(st.characters(codec="utf-8"), max_size=20),
-    checkpoints=_checkpoints,
-    phase=st.sampled_from(["decode", "all"]),
-    scope=st.sampled_from(["token", "batch"]),
-)
+_counts, _amounts = st.integers(0, 2**62), st.floats(0, 1e30)
 
 
 def test_generated_code_is_up_to_date(tmp_path):
@@ -39,21 +35,37 @@ def test_generated_code_is_up_to_date(tmp_path):
         assert (ROOT / "service" / path).read_text() == text, f"{path} is stale: run `make proto`"
 
 
-@given(_policies)
+@given(any_policies)
 def test_policies_survive_the_wire_and_json(policy):
     message = control_pb2.Policy.FromString(wire.policy_to_proto(policy).SerializeToString())
     assert wire.policy_from_proto(message) == policy
-    assert Policy.from_dict(policy.to_dict()) == policy
+    assert Policy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+    text = json_format.MessageToJson(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    assert wire.policy_from_proto(json_format.Parse(text, control_pb2.Policy())) == policy
 
 
-@pytest.mark.parametrize("field", ["phase", "scope"])
+@pytest.mark.parametrize("field", ["phase", "scope", "rule"])
 def test_enum_values_of_a_newer_contract_are_refused_by_name(field):
     with pytest.raises(PolicyInvalid, match=f"{field}: 7 is unknown"):
         wire.policy_from_proto(control_pb2.Policy(**{field: 7}))
 
 
-def test_unset_enums_mean_what_the_contract_says():
-    assert wire.policy_from_proto(control_pb2.Policy()) == Policy(phase="decode", scope="token")
+def test_unset_fields_mean_the_defaults_of_the_policy():
+    assert wire.policy_from_proto(control_pb2.Policy()) == Policy()
+    sparse = control_pb2.Policy(checkpoints=[control_pb2.Checkpoint(layer=3, threshold=1)], tiers=[control_pb2.Tier(name="a")])
+    sparse.adaptation.frozen = True
+    expected = Policy(checkpoints=(Checkpoint(layer=3, threshold=1),), tiers=(Tier(name="a"),), adaptation=Adaptation(frozen=True))
+    assert wire.policy_from_proto(sparse) == expected
+
+
+def test_zero_is_not_unset():
+    policy = Policy(
+        checkpoints=(Checkpoint(layer=3, threshold=0, weight=0, target=0),),
+        tiers=(Tier(name="a", threshold_scale=0),),
+        decay=0,
+        adaptation=Adaptation(alpha=0, warmup_steps=0, window_tokens=0, max_threshold=0),
+    )
+    assert wire.policy_from_proto(control_pb2.Policy.FromString(wire.policy_to_proto(policy).SerializeToString())) == policy
 
 
 _ascii = st.characters(codec="ascii")
@@ -81,11 +93,35 @@ def test_foreign_statuses_are_not_taken_for_ours():
     assert wire.error_from_status(wire.error_to_status(ValueError("x"), 13)) is None
 
 
-@given(st.builds(Stats, **{f.name: st.integers(0, 2**62) for f in dataclasses.fields(Stats) if f.name != "checkpoints"}))
+@given(
+    st.builds(
+        Stats,
+        **{f.name: _amounts if "mlp_blocks" in f.name else _counts for f in dataclasses.fields(Stats) if f.name not in ("checkpoints", "tiers")},
+        checkpoints=st.lists(
+            st.builds(
+                CheckpointStats, layer=st.integers(0, 4096), num_evaluated=_counts, num_exited=_counts, threshold=_amounts, exit_rate=st.floats(0, 1)
+            ),
+            max_size=3,
+        ).map(tuple),
+        tiers=st.lists(
+            st.builds(
+                TierStats, name=st.text(st.characters(codec="ascii")), num_tokens=_counts, num_exited=_counts, num_mlp_blocks_computed=_amounts
+            ),
+            max_size=3,
+        ).map(tuple),
+    )
+)
 def test_counters_survive_the_wire(stats):
-    stats = dataclasses.replace(stats, checkpoints=(CheckpointStats(layer=3, num_evaluated=7, num_exited=5),))
     report = control_pb2.EngineReport.FromString(wire.stats_to_report(stats).SerializeToString())
     for field in dataclasses.fields(Stats):
-        if field.name != "checkpoints":
+        if field.name not in ("checkpoints", "tiers"):
             assert getattr(report, field.name) == getattr(stats, field.name)
-    assert [(c.layer, c.num_evaluated, c.num_exited) for c in report.checkpoints] == [(3, 7, 5)]
+    for entries, read in ((stats.checkpoints, report.checkpoints), (stats.tiers, report.tiers)):
+        assert [vars(e) for e in entries] == [{f.name: getattr(r, f.name) for f in r.DESCRIPTOR.fields} for r in read]
+    assert Stats.from_dict(json.loads(json.dumps(dataclasses.asdict(stats)))) == stats
+
+
+def test_layouts_survive_the_hello():
+    layout = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5), probe_set="demo", levels=("full", "skip", "width-25"))
+    assert wire.layout_from_hello(control_pb2.EngineHello(**vars(layout))) == layout
+    assert wire.layout_from_hello(control_pb2.EngineHello()).levels == ("full", "skip"), "an engine that names none has what every engine has"

@@ -20,12 +20,14 @@ Rule = Literal["first", "accumulate", "single"]
 MAX_CHECKPOINTS = 256
 MAX_TIERS = 31
 MAX_LEVELS = 16
+MAX_GENERATION = 2**31 - 1
 FULL, SKIP = "full", "skip"
 """the levels that every engine has, in this order; a probe set may add others after them"""
 EXACT = "exact"
 """the tier that always exists and that no policy may redefine"""
 TIER_KEY, SCALE_KEY, LEVEL_KEY = "sedac_tier", "sedac_threshold_scale", "sedac_level"
 """in `vllm_xargs` of a request (SamplingParams.extra_args): its tier, and where the policy allows overrides, its own knobs"""
+_MAX_LEVEL_CHARS = 64
 _TIER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
 
@@ -157,7 +159,9 @@ def validate(policy: Policy, layout: Layout | None = None) -> None:
         bad += _validate_checkpoints(policy.checkpoints, layout)
     active = sum(c.threshold > 0 for c in policy.checkpoints)
     if policy.rule == "single" and active > 1:
-        bad.append(FieldViolation("rule", f"single takes one checkpoint with a threshold over 0, {active} are given; use first, or set the others to 0"))
+        bad.append(
+            FieldViolation("rule", f"single takes one checkpoint with a threshold over 0, {active} are given; use first, or set the others to 0")
+        )
     if not 0 <= policy.decay <= 1:
         bad.append(FieldViolation("decay", f"{policy.decay} is outside 0..1; the earlier versions used 0.9"))
     if not 0 <= policy.sensitivity <= 10:
@@ -212,7 +216,9 @@ def _validate_tiers(policy: Policy, layout: Layout | None) -> list[FieldViolatio
             bad.append(FieldViolation(f"tiers[{i}].name", f"{tier.name!r} {reason}; choose another name"))
         seen.add(tier.name)
         for knob, level in (("floor", tier.floor), ("level", tier.level)):
-            if layout and level not in layout.levels:
+            if not 0 < len(level) <= _MAX_LEVEL_CHARS:
+                bad.append(FieldViolation(f"tiers[{i}].{knob}", f"{len(level)} characters; name a level in 1 to {_MAX_LEVEL_CHARS}"))
+            elif layout and level not in layout.levels:
                 bad.append(FieldViolation(f"tiers[{i}].{knob}", f"{level!r} is not a level of this engine; it has {', '.join(layout.levels)}"))
         if tier.floor == SKIP:
             bad.append(FieldViolation(f"tiers[{i}].floor", "skip would leave every token without any MLP; use full or a reduced level"))
@@ -229,6 +235,8 @@ def _validate_adaptation(policy: Policy) -> list[FieldViolation]:
     adaptation = policy.adaptation
     bad: list[FieldViolation] = []
     rates = adaptation.target_exit_rates
+    if len(rates) > MAX_CHECKPOINTS:
+        return [FieldViolation("adaptation.target_exit_rates", f"{len(rates)} rates; at most {MAX_CHECKPOINTS}")]
     if adaptation.enabled and len(rates) != len(policy.checkpoints):
         found = f"{len(rates)} rates for {len(policy.checkpoints)} checkpoints"
         bad.append(FieldViolation("adaptation.target_exit_rates", f"{found}; give one each"))
@@ -241,6 +249,8 @@ def _validate_adaptation(policy: Policy) -> list[FieldViolation]:
         bad.append(FieldViolation("adaptation.warmup_steps", f"{adaptation.warmup_steps} is outside 0..1000000"))
     if not 64 <= adaptation.window_tokens <= 65536:
         bad.append(FieldViolation("adaptation.window_tokens", f"{adaptation.window_tokens} is outside 64..65536"))
+    if not 0 <= adaptation.generation <= MAX_GENERATION:
+        bad.append(FieldViolation("adaptation.generation", f"{adaptation.generation} is outside 0..{MAX_GENERATION}"))
     low, high = adaptation.min_threshold, adaptation.max_threshold
     if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
         bad.append(FieldViolation("adaptation.min_threshold", f"bounds {low} to {high}: give 0 <= min_threshold <= max_threshold, both finite"))

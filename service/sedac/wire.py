@@ -6,23 +6,28 @@ Used by the control service, the agent and the client.
 from __future__ import annotations
 
 import datetime
+from typing import Any, TypeVar
 
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from sedac import errors
 from sedac.control.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid, SedacError
-from sedac.policy import Checkpoint, Phase, Policy, Scope
+from sedac.policy import FULL, SKIP, Adaptation, Checkpoint, Layout, Phase, Policy, Rule, Scope, Tier
 from sedac.stats import Stats
 
 AUTHOR_METADATA = "sedac-author"
 """request metadata: who asks for a change, in percent-encoded UTF-8"""
 _DOMAIN = "sedac"
 _MAX_VIOLATIONS, _MAX_FIELD_CHARS, _MAX_DESCRIPTION_CHARS, _MAX_MESSAGE_CHARS = 8, 64, 256, 1000  # gRPC refuses trailers from 8 KiB on
-_PHASES: dict[int, Phase] = {control_pb2.PHASE_UNSPECIFIED: "decode", control_pb2.PHASE_DECODE: "decode", control_pb2.PHASE_ALL: "all"}
-_SCOPES: dict[int, Scope] = {control_pb2.SCOPE_UNSPECIFIED: "token", control_pb2.SCOPE_TOKEN: "token", control_pb2.SCOPE_BATCH: "batch"}
-_PHASE_NUMBERS = {"decode": control_pb2.PHASE_DECODE, "all": control_pb2.PHASE_ALL}
-_SCOPE_NUMBERS = {"token": control_pb2.SCOPE_TOKEN, "batch": control_pb2.SCOPE_BATCH}
+_PHASES: dict[control_pb2.Phase, Phase] = {control_pb2.PHASE_DECODE: "decode", control_pb2.PHASE_ALL: "all"}
+_SCOPES: dict[control_pb2.Scope, Scope] = {control_pb2.SCOPE_TOKEN: "token", control_pb2.SCOPE_BATCH: "batch"}
+_RULES: dict[control_pb2.Rule, Rule] = {control_pb2.RULE_FIRST: "first", control_pb2.RULE_ACCUMULATE: "accumulate", control_pb2.RULE_SINGLE: "single"}
+_PHASE_NUMBERS, _SCOPE_NUMBERS = {word: number for number, word in _PHASES.items()}, {word: number for number, word in _SCOPES.items()}
+_RULE_NUMBERS = {word: number for number, word in _RULES.items()}
+_N = TypeVar("_N", bound=int)
+_T = TypeVar("_T")
 
 
 def policy_from_proto(message: control_pb2.Policy) -> Policy:
@@ -31,20 +36,50 @@ def policy_from_proto(message: control_pb2.Policy) -> Policy:
     Raises:
         PolicyInvalid: an enum holds a number that this version does not know.
     """
-    bad = []
-    if message.phase not in _PHASES:
-        bad.append(FieldViolation("phase", f"{message.phase} is unknown; use PHASE_DECODE or PHASE_ALL"))
-    if message.scope not in _SCOPES:
-        bad.append(FieldViolation("scope", f"{message.scope} is unknown; use SCOPE_TOKEN or SCOPE_BATCH"))
-    if bad:
-        raise PolicyInvalid(bad)
-    return Policy(
+    bad: list[FieldViolation] = []
+    policy = Policy(
         enabled=message.enabled,
         probe_set=message.probe_set,
-        checkpoints=tuple(Checkpoint(layer=c.layer, threshold=c.threshold) for c in message.checkpoints),
-        phase=_PHASES[message.phase],
-        scope=_SCOPES[message.scope],
+        checkpoints=tuple(Checkpoint(layer=c.layer, threshold=c.threshold, **_read(c, "weight", "target")) for c in message.checkpoints),
+        phase=_read_word(bad, message, "phase", _PHASES, control_pb2.Phase),
+        scope=_read_word(bad, message, "scope", _SCOPES, control_pb2.Scope),
+        rule=_read_word(bad, message, "rule", _RULES, control_pb2.Rule),
+        sensitivity=message.sensitivity,
+        tiers=tuple(
+            Tier(name=t.name, floor=t.floor or FULL, level=t.level or SKIP, soft_exit=t.soft_exit, **_read(t, "threshold_scale"))
+            for t in message.tiers
+        ),
+        default_tier=message.default_tier or Policy.default_tier,
+        allow_overrides=message.allow_overrides,
+        adaptation=_read_adaptation(message.adaptation),
+        **_read(message, "decay"),
     )
+    if bad:
+        raise PolicyInvalid(bad)
+    return policy
+
+
+def _read_adaptation(message: control_pb2.Adaptation) -> Adaptation:
+    return Adaptation(
+        enabled=message.enabled,
+        frozen=message.frozen,
+        target_exit_rates=tuple(message.target_exit_rates),
+        min_threshold=message.min_threshold,
+        generation=message.generation,
+        **_read(message, "alpha", "warmup_steps", "window_tokens", "max_threshold"),
+    )
+
+
+def _read(message: Message, *names: str) -> dict[str, Any]:
+    """Return the optional fields that are set; the others keep the defaults of policy.py, so that these are given once."""
+    return {name: getattr(message, name) for name in names if message.HasField(name)}
+
+
+def _read_word(bad: list[FieldViolation], message: control_pb2.Policy, name: str, words: dict[_N, _T], enum: Any) -> _T:
+    number = getattr(message, name)
+    if number and number not in words:
+        bad.append(FieldViolation(name, f"{number} is unknown; use {' or '.join(map(enum.Name, words))}"))
+    return words.get(number, next(iter(words.values())))
 
 
 def policy_to_proto(
@@ -66,27 +101,40 @@ def policy_to_proto(
         comment=comment,
         enabled=policy.enabled,
         probe_set=policy.probe_set,
-        checkpoints=[control_pb2.Checkpoint(layer=c.layer, threshold=c.threshold) for c in policy.checkpoints],
+        checkpoints=[control_pb2.Checkpoint(**vars(c)) for c in policy.checkpoints],
         phase=_PHASE_NUMBERS[policy.phase],
         scope=_SCOPE_NUMBERS[policy.scope],
+        rule=_RULE_NUMBERS[policy.rule],
+        decay=policy.decay,
+        sensitivity=policy.sensitivity,
+        tiers=[control_pb2.Tier(**vars(t)) for t in policy.tiers],
+        default_tier=policy.default_tier,
+        allow_overrides=policy.allow_overrides,
+        adaptation=control_pb2.Adaptation(**vars(policy.adaptation)),
     )
     if create_time is not None:
         message.revision_create_time.FromDatetime(create_time)
     return message
 
 
+def layout_from_hello(hello: control_pb2.EngineHello) -> Layout:
+    """Read what an engine has attached."""
+    return Layout(
+        num_layers=hello.num_layers,
+        hidden_size=hello.hidden_size,
+        checkpoint_layers=tuple(hello.checkpoint_layers),
+        probe_set=hello.probe_set,
+        levels=tuple(hello.levels) or (FULL, SKIP),
+    )
+
+
 def stats_to_report(stats: Stats) -> control_pb2.EngineReport:
     """Write a worker's totals."""
-    return control_pb2.EngineReport(
-        active_revision=stats.active_revision,
-        num_steps=stats.num_steps,
-        num_torn_steps=stats.num_torn_steps,
-        num_tokens=stats.num_tokens,
-        num_decode_tokens=stats.num_decode_tokens,
-        num_mlp_blocks_computed=stats.num_mlp_blocks_computed,
-        num_mlp_blocks_skipped=stats.num_mlp_blocks_skipped,
-        checkpoints=[control_pb2.CheckpointReport(**vars(c)) for c in stats.checkpoints],
-    )
+    parts = {
+        "checkpoints": [control_pb2.CheckpointReport(**vars(c)) for c in stats.checkpoints],
+        "tiers": [control_pb2.TierReport(**vars(t)) for t in stats.tiers],
+    }
+    return control_pb2.EngineReport(**{**vars(stats), **parts})
 
 
 def error_to_status(error: Exception, code: int) -> status_pb2.Status:

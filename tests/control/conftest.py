@@ -59,7 +59,14 @@ class FakeEngine:
     """An engine on the discovery stream that answers as it is told; everything but the engine is real."""
 
     def __init__(
-        self, address: str, engine_id: str = "e1", *, answer: bool = True, initial: Policy | None = FIRST, layers: Sequence[int] = (2, 5, 8)
+        self,
+        address: str,
+        engine_id: str = "e1",
+        *,
+        answer: bool = True,
+        initial: Policy | None = FIRST,
+        layers: Sequence[int] = (2, 5, 8),
+        levels: Sequence[str] = (),
     ) -> None:
         self._outbox: queue.Queue[control_pb2.EngineMessage | None] = queue.Queue()
         self.pushes: queue.Queue[control_pb2.PolicyPush] = queue.Queue()
@@ -68,6 +75,7 @@ class FakeEngine:
         self.answers = answer
         self._channel = grpc.insecure_channel(address)
         hello = control_pb2.EngineHello(engine_id=engine_id, model="m", num_layers=12, hidden_size=8, checkpoint_layers=layers, probe_set="demo")
+        hello.levels.extend(levels)
         if initial is not None:
             hello.initial_policy.CopyFrom(wire.policy_to_proto(initial))
         self.send(control_pb2.EngineMessage(hello=hello))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 
@@ -9,12 +10,16 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sedac import wire
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag
-from sedac.policy import Checkpoint, Policy
+from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 
 from tests.control.conftest import FIRST
+from tests.strategies import valid_policies
 
 
 def _with_threshold(value: float) -> Policy:
@@ -43,8 +48,41 @@ def test_field_mask_changes_only_what_it_names(client):
     assert made.phase == control_pb2.PHASE_ALL
     assert [c.layer for c in made.checkpoints] == [2, 5]
     for path in ("revision", "etag", "speed"):
-        with pytest.raises(PolicyInvalid, match=f"'{path}' can't be set; fields: enabled, probe_set"):
+        with pytest.raises(PolicyInvalid, match=f"'{path}' can't be set; fields: enabled, probe_set, checkpoints"):
             client.update_policy(FIRST, fields=[path])
+
+
+def test_field_mask_reaches_into_adaptation_and_takes_lists_whole(client):
+    rates = (0.2, 0.4)
+    client.update_policy(dataclasses.replace(FIRST, adaptation=Adaptation(enabled=True, target_exit_rates=rates, alpha=0.5)))
+    client.update_policy(Policy(adaptation=Adaptation(frozen=True)), fields=["adaptation.frozen"])
+    made = wire.policy_from_proto(client.update_policy(Policy(adaptation=Adaptation(generation=3)), fields=["adaptation.generation"]))
+    assert made == dataclasses.replace(FIRST, adaptation=Adaptation(enabled=True, frozen=True, target_exit_rates=rates, alpha=0.5, generation=3))
+    tiers = (Tier(name="mine", threshold_scale=0.0), Tier(name="yours"))
+    made = wire.policy_from_proto(client.update_policy(Policy(tiers=tiers, default_tier="mine"), fields=["tiers", "default_tier"]))
+    assert (made.tiers, made.default_tier, made.adaptation.generation) == (tiers, "mine", 3)
+    assert not client.update_policy(Policy(), fields=["adaptation", "adaptation.alpha"]).adaptation.enabled
+    for path in ("adaptation.speed", "tiers.name", "adaptation."):
+        with pytest.raises(PolicyInvalid, match=f"'{path}' can't be set; .* as adaptation.frozen"):
+            client.update_policy(FIRST, fields=[path])
+
+
+@given(st.lists(valid_policies(), min_size=1, max_size=3))
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_whole_policies_are_stored_and_read_as_they_were_sent(client, policies):
+    for policy in policies:
+        made = client.update_policy(policy)
+        assert wire.policy_from_proto(client.get_policy(made.revision)) == policy
+
+
+def test_levels_are_checked_against_every_engine(client, make_engine):
+    make_engine("e1", levels=["full", "skip", "width-25"]).pushes.get(timeout=5)
+    policy = dataclasses.replace(FIRST, tiers=(Tier(name="balanced", floor="width-25"),))
+    assert client.update_policy(policy).tiers[0].floor == "width-25"
+    make_engine("e2")
+    client.wait_until_synced(2, 5)
+    with pytest.raises(PolicyInvalid, match=r"tiers\[0\].level: 'width-50' is not a level of this engine; it has full, skip \(engine e2\)"):
+        client.update_policy(dataclasses.replace(FIRST, tiers=(Tier(name="balanced", level="width-50"),)))
 
 
 def test_validate_only_stores_nothing(client):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -19,12 +21,7 @@ from sedac.control.store import Store
 from sedac.errors import ConfigError, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy import Checkpoint, Policy
 
-_policies = st.builds(
-    Policy,
-    enabled=st.booleans(),
-    checkpoints=st.lists(st.builds(Checkpoint, layer=st.integers(0, 50), threshold=st.floats(0, 1e9)), max_size=3).map(tuple),
-    phase=st.sampled_from(["decode", "all"]),
-)
+from tests.strategies import valid_policies
 
 
 class StoreAgainstModel(RuleBasedStateMachine):
@@ -38,7 +35,7 @@ class StoreAgainstModel(RuleBasedStateMachine):
         self.model: list[Policy] = []
         self.requests: dict[str, int] = {}
 
-    @rule(policy=_policies, request_id=st.sampled_from(["", "a", "b", "c"]), guard=st.sampled_from(["none", "good", "stale"]))
+    @rule(policy=valid_policies(), request_id=st.sampled_from(["", "a", "b", "c"]), guard=st.sampled_from(["none", "good", "stale"]))
     def append(self, policy, request_id, guard):
         newest = self.store.find_newest()
         etag = {"none": "", "good": newest.etag if newest else "", "stale": "stale"}[guard]
@@ -165,3 +162,14 @@ def test_a_file_that_is_no_database_is_refused_with_the_remedy(tmp_path):
     path.write_bytes(b"this is not a database" * 100)
     with pytest.raises(ConfigError, match="name a writable file in SEDAC_CONTROL_DATABASE"):
         Store(path)
+
+
+def test_revisions_stored_without_the_newer_knobs_get_their_defaults(tmp_path):
+    path = tmp_path / "control.sqlite3"
+    Store(path).close()
+    body = '{"enabled": true, "probe_set": "", "checkpoints": [{"layer": 2, "threshold": 0.5}], "phase": "decode", "scope": "token"}'
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("INSERT INTO revisions VALUES (1, 'e', ?, 'a', '', 0.0)", (body,))
+    store = Store(path)
+    assert store.find_newest().policy == Policy(enabled=True, checkpoints=(Checkpoint(layer=2, threshold=0.5),))
+    store.close()

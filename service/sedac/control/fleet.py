@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from google.rpc import status_pb2
 
+from sedac import wire
 from sedac.control.metrics import STATES, ControlMetrics
 from sedac.control.store import Revision
 from sedac.control.v1 import control_pb2
@@ -46,10 +47,7 @@ class Engine:
     @property
     def layout(self) -> Layout:
         """What the engine has attached."""
-        hello = self.hello
-        return Layout(
-            num_layers=hello.num_layers, hidden_size=hello.hidden_size, checkpoint_layers=tuple(hello.checkpoint_layers), probe_set=hello.probe_set
-        )
+        return wire.layout_from_hello(self.hello)
 
     def find_state(self, desired_revision: int) -> control_pb2.EngineState:
         """Return the state that follows from what was pushed and answered."""

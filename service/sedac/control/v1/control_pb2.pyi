@@ -24,6 +24,13 @@ class Scope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCOPE_TOKEN: _ClassVar[Scope]
     SCOPE_BATCH: _ClassVar[Scope]
 
+class Rule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RULE_UNSPECIFIED: _ClassVar[Rule]
+    RULE_FIRST: _ClassVar[Rule]
+    RULE_ACCUMULATE: _ClassVar[Rule]
+    RULE_SINGLE: _ClassVar[Rule]
+
 class EngineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENGINE_STATE_UNSPECIFIED: _ClassVar[EngineState]
@@ -37,6 +44,10 @@ PHASE_ALL: Phase
 SCOPE_UNSPECIFIED: Scope
 SCOPE_TOKEN: Scope
 SCOPE_BATCH: Scope
+RULE_UNSPECIFIED: Rule
+RULE_FIRST: Rule
+RULE_ACCUMULATE: Rule
+RULE_SINGLE: Rule
 ENGINE_STATE_UNSPECIFIED: EngineState
 ENGINE_STATE_PENDING: EngineState
 ENGINE_STATE_SYNCED: EngineState
@@ -44,15 +55,55 @@ ENGINE_STATE_NACKED: EngineState
 ENGINE_STATE_STALE: EngineState
 
 class Checkpoint(_message.Message):
-    __slots__ = ("layer", "threshold")
+    __slots__ = ("layer", "threshold", "weight", "target")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
     layer: int
     threshold: float
-    def __init__(self, layer: _Optional[int] = ..., threshold: _Optional[float] = ...) -> None: ...
+    weight: float
+    target: float
+    def __init__(self, layer: _Optional[int] = ..., threshold: _Optional[float] = ..., weight: _Optional[float] = ..., target: _Optional[float] = ...) -> None: ...
+
+class Tier(_message.Message):
+    __slots__ = ("name", "floor", "level", "threshold_scale", "soft_exit")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    LEVEL_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_SCALE_FIELD_NUMBER: _ClassVar[int]
+    SOFT_EXIT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    floor: str
+    level: str
+    threshold_scale: float
+    soft_exit: bool
+    def __init__(self, name: _Optional[str] = ..., floor: _Optional[str] = ..., level: _Optional[str] = ..., threshold_scale: _Optional[float] = ..., soft_exit: _Optional[bool] = ...) -> None: ...
+
+class Adaptation(_message.Message):
+    __slots__ = ("enabled", "frozen", "target_exit_rates", "alpha", "warmup_steps", "window_tokens", "min_threshold", "max_threshold", "generation")
+    ENABLED_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
+    TARGET_EXIT_RATES_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    WARMUP_STEPS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    MAX_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    enabled: bool
+    frozen: bool
+    target_exit_rates: _containers.RepeatedScalarFieldContainer[float]
+    alpha: float
+    warmup_steps: int
+    window_tokens: int
+    min_threshold: float
+    max_threshold: float
+    generation: int
+    def __init__(self, enabled: _Optional[bool] = ..., frozen: _Optional[bool] = ..., target_exit_rates: _Optional[_Iterable[float]] = ..., alpha: _Optional[float] = ..., warmup_steps: _Optional[int] = ..., window_tokens: _Optional[int] = ..., min_threshold: _Optional[float] = ..., max_threshold: _Optional[float] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Policy(_message.Message):
-    __slots__ = ("name", "etag", "revision", "revision_create_time", "author", "comment", "enabled", "probe_set", "checkpoints", "phase", "scope")
+    __slots__ = ("name", "etag", "revision", "revision_create_time", "author", "comment", "enabled", "probe_set", "checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "default_tier", "allow_overrides", "adaptation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +115,13 @@ class Policy(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     SCOPE_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    DECAY_FIELD_NUMBER: _ClassVar[int]
+    SENSITIVITY_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_TIER_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_OVERRIDES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     etag: str
     revision: int
@@ -75,7 +133,14 @@ class Policy(_message.Message):
     checkpoints: _containers.RepeatedCompositeFieldContainer[Checkpoint]
     phase: Phase
     scope: Scope
-    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., revision: _Optional[int] = ..., revision_create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., author: _Optional[str] = ..., comment: _Optional[str] = ..., enabled: _Optional[bool] = ..., probe_set: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., scope: _Optional[_Union[Scope, str]] = ...) -> None: ...
+    rule: Rule
+    decay: float
+    sensitivity: float
+    tiers: _containers.RepeatedCompositeFieldContainer[Tier]
+    default_tier: str
+    allow_overrides: bool
+    adaptation: Adaptation
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., revision: _Optional[int] = ..., revision_create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., author: _Optional[str] = ..., comment: _Optional[str] = ..., enabled: _Optional[bool] = ..., probe_set: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., rule: _Optional[_Union[Rule, str]] = ..., decay: _Optional[float] = ..., sensitivity: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., default_tier: _Optional[str] = ..., allow_overrides: _Optional[bool] = ..., adaptation: _Optional[_Union[Adaptation, _Mapping]] = ...) -> None: ...
 
 class GetPolicyRequest(_message.Message):
     __slots__ = ("name", "revision")
@@ -176,7 +241,7 @@ class EngineMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., answer: _Optional[_Union[PolicyAnswer, _Mapping]] = ..., report: _Optional[_Union[EngineReport, _Mapping]] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy")
+    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy", "levels")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VLLM_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -189,6 +254,7 @@ class EngineHello(_message.Message):
     NUM_WORKERS_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_REVISION_FIELD_NUMBER: _ClassVar[int]
     INITIAL_POLICY_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     model: str
     vllm_version: str
@@ -201,7 +267,8 @@ class EngineHello(_message.Message):
     num_workers: int
     active_revision: int
     initial_policy: Policy
-    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[Policy, _Mapping]] = ...) -> None: ...
+    levels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[Policy, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PolicyAnswer(_message.Message):
     __slots__ = ("nonce", "revision", "error", "apply_seconds")
@@ -216,34 +283,54 @@ class PolicyAnswer(_message.Message):
     def __init__(self, nonce: _Optional[str] = ..., revision: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., apply_seconds: _Optional[float] = ...) -> None: ...
 
 class EngineReport(_message.Message):
-    __slots__ = ("active_revision", "num_steps", "num_tokens", "num_decode_tokens", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "checkpoints", "num_torn_steps")
+    __slots__ = ("active_revision", "num_steps", "num_tokens", "num_decode_tokens", "checkpoints", "num_torn_steps", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "tiers", "num_adaptations")
     ACTIVE_REVISION_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODE_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    NUM_MLP_BLOCKS_COMPUTED_FIELD_NUMBER: _ClassVar[int]
-    NUM_MLP_BLOCKS_SKIPPED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     NUM_TORN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_MLP_BLOCKS_COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    NUM_MLP_BLOCKS_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ADAPTATIONS_FIELD_NUMBER: _ClassVar[int]
     active_revision: int
     num_steps: int
     num_tokens: int
     num_decode_tokens: int
-    num_mlp_blocks_computed: int
-    num_mlp_blocks_skipped: int
     checkpoints: _containers.RepeatedCompositeFieldContainer[CheckpointReport]
     num_torn_steps: int
-    def __init__(self, active_revision: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[int] = ..., num_mlp_blocks_skipped: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointReport, _Mapping]]] = ..., num_torn_steps: _Optional[int] = ...) -> None: ...
+    num_mlp_blocks_computed: float
+    num_mlp_blocks_skipped: float
+    tiers: _containers.RepeatedCompositeFieldContainer[TierReport]
+    num_adaptations: int
+    def __init__(self, active_revision: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointReport, _Mapping]]] = ..., num_torn_steps: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[float] = ..., num_mlp_blocks_skipped: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierReport, _Mapping]]] = ..., num_adaptations: _Optional[int] = ...) -> None: ...
 
 class CheckpointReport(_message.Message):
-    __slots__ = ("layer", "num_evaluated", "num_exited")
+    __slots__ = ("layer", "num_evaluated", "num_exited", "threshold", "exit_rate")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_EVALUATED_FIELD_NUMBER: _ClassVar[int]
     NUM_EXITED_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    EXIT_RATE_FIELD_NUMBER: _ClassVar[int]
     layer: int
     num_evaluated: int
     num_exited: int
-    def __init__(self, layer: _Optional[int] = ..., num_evaluated: _Optional[int] = ..., num_exited: _Optional[int] = ...) -> None: ...
+    threshold: float
+    exit_rate: float
+    def __init__(self, layer: _Optional[int] = ..., num_evaluated: _Optional[int] = ..., num_exited: _Optional[int] = ..., threshold: _Optional[float] = ..., exit_rate: _Optional[float] = ...) -> None: ...
+
+class TierReport(_message.Message):
+    __slots__ = ("name", "num_tokens", "num_exited", "num_mlp_blocks_computed")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXITED_FIELD_NUMBER: _ClassVar[int]
+    NUM_MLP_BLOCKS_COMPUTED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    num_tokens: int
+    num_exited: int
+    num_mlp_blocks_computed: float
+    def __init__(self, name: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_exited: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[float] = ...) -> None: ...
 
 class PolicyPush(_message.Message):
     __slots__ = ("nonce", "policy")
