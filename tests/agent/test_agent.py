@@ -1,59 +1,38 @@
-"""The agent between a real control service and a real `State`: pushes, refusals, a service that goes away."""
+"""The agent between a real control service and two workers: pushes, refusals, a service that goes away, what it shows."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import asdict
+import json
+from dataclasses import replace
 
 import pytest
-import torch
-from prometheus_client import REGISTRY
+from sedac import wire
 from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2
-from sedac.engine.state import State
 from sedac.errors import PolicyInvalid
-from sedac.policy import Checkpoint, Layout, Policy
+from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 from sedac.settings import EngineSettings
+from sedac.stats import CheckpointStats, Stats, TierStats
 
+from tests.agent.test_metrics import get_metric
+from tests.agent.workers import LAYOUT, Workers
 from tests.control.conftest import FIRST, RunningServer, settings  # noqa: F401  fixture
-
-LAYOUT = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5, 8), probe_set="demo")
-
-
-class DirectClient:
-    """Stands in for vLLM's engine client: calls two real `State`s, as two workers would be called."""
-
-    def __init__(self) -> None:
-        self.states = [State(LAYOUT, {}, max_num_tokens=4, device=torch.device("cpu")) for _ in range(2)]
-
-    async def collective_rpc(self, method, timeout=None, args=()):  # noqa: ASYNC109  vLLM's signature
-        return [getattr(self, f"_{method}")(state, *args) for state in self.states]
-
-    def _sedac_describe(self, state):
-        return asdict(state.layout)
-
-    def _sedac_apply(self, state, policy, revision):
-        try:
-            state.apply(Policy.from_dict(policy), revision)
-        except PolicyInvalid as error:
-            return {"revision": state.revision, "violations": [[v.field, v.description] for v in error.violations]}
-        return {"revision": revision, "violations": []}
-
-    def _sedac_get_stats(self, state):
-        return asdict(state.get_stats())
 
 
 async def _make_agent(address: str, name: str, hello_layers=(2, 5, 8)) -> Agent:
-    client = DirectClient()
-    hello = control_pb2.EngineHello(engine_id=name, num_layers=12, hidden_size=8, checkpoint_layers=hello_layers, probe_set="demo")
+    engine = AttachedEngine(client=Workers())
+    layout = await engine.describe()
+    assert layout == LAYOUT
+    hello = control_pb2.EngineHello(engine_id=name, **{**vars(layout), "checkpoint_layers": hello_layers})
     return Agent(
-        engine=AttachedEngine(client=client),
+        engine=engine,
         settings=EngineSettings(control_address=address, engine_id=name, poll_seconds=0.05),
-        layout=LAYOUT,
-        metrics=EngineMetrics(model_name=name, layout=LAYOUT),
+        layout=layout,
+        metrics=EngineMetrics(model_name=name, layout=layout),
         hello=hello,
     )
 
@@ -64,10 +43,6 @@ async def _until(condition, seconds=10.0):
             await asyncio.sleep(0.01)
 
 
-def _get_metric(name: str, model: str, **labels) -> float | None:
-    return REGISTRY.get_sample_value(name, {"model_name": model, "engine": "0", **labels})
-
-
 def test_follows_refuses_and_outlives_the_service(settings):  # noqa: F811
     async def scenario() -> None:
         server = await asyncio.to_thread(RunningServer, settings)
@@ -75,25 +50,28 @@ def test_follows_refuses_and_outlives_the_service(settings):  # noqa: F811
         # The service believes that layer 9 is attached, so that the engine's own check is what refuses.
         agent = await _make_agent(server.address, "follower", hello_layers=(2, 5, 8, 9))
         await agent.start(FIRST)
-        assert agent.is_bounded()
+        assert agent.get_terms().policy == FIRST
         with ControlClient(server.address) as client:
             made = await asyncio.to_thread(client.update_policy, Policy(enabled=False))
             await _until(lambda: agent.revision == made.revision)
-            assert not agent.is_bounded()
-            assert {state.revision for state in agent.engine.client.states} == {made.revision}
+            assert not agent.get_terms().policy.enabled
+            assert set(agent.engine.client.revisions) == {made.revision}
             bad = Policy(enabled=True, checkpoints=(Checkpoint(layer=9, threshold=1),))
             await asyncio.to_thread(client.update_policy, bad)
             await _until(lambda: agent.refusal != "")
             assert "checkpoints[0].layer: 9 has no probe attached" in agent.refusal
-            assert (agent.revision, agent.describe()["state"], agent.is_bounded()) == (made.revision, "NACKED", False)
-            good = await asyncio.to_thread(client.update_policy, FIRST)
+            assert (agent.revision, agent.describe()["state"], agent.get_terms().policy.enabled) == (made.revision, "NACKED", False)
+            full = replace(FIRST, tiers=(Tier(name="mine", floor="width-25"),), default_tier="mine", sensitivity=0.5)
+            good = await asyncio.to_thread(client.update_policy, full)
             await _until(lambda: agent.revision == good.revision)
             assert agent.describe()["state"] == "SYNCED"
-        assert _get_metric("sedac_policy_updates_total", "follower", result="nack") == 1
-        assert _get_metric("sedac_threshold", "follower", checkpoint="5") == 0.25
+            assert agent.engine.client.policies == [full, full], "every knob arrives in every worker"
+            assert list(client.get_status().engines[0].engine.levels) == list(LAYOUT.levels)
+        assert get_metric("sedac_policy_updates_total", "follower", result="nack") == 1
+        assert get_metric("sedac_threshold", "follower", checkpoint="5") == 0.25
         await asyncio.to_thread(server.stop)
         await _until(lambda: agent.describe()["state"] == "STALE")
-        await _until(lambda: _get_metric("sedac_control_connected", "follower") == 0)
+        await _until(lambda: get_metric("sedac_control_connected", "follower") == 0)
         assert agent.revision == good.revision, "the last good policy stays"
         again = await asyncio.to_thread(RunningServer, fixed)
         await _until(lambda: agent.describe()["state"] == "SYNCED")
@@ -103,11 +81,83 @@ def test_follows_refuses_and_outlives_the_service(settings):  # noqa: F811
     asyncio.run(scenario())
 
 
+def test_what_the_workers_count_reaches_the_service(settings):  # noqa: F811
+    async def scenario() -> None:
+        server = await asyncio.to_thread(RunningServer, settings)
+        agent = await _make_agent(server.address, "counter")
+        stats = Stats(
+            num_steps=5,
+            num_mlp_blocks_computed=7.25,
+            num_adaptations=3,
+            checkpoints=(CheckpointStats(layer=2, num_evaluated=9, num_exited=4, threshold=0.375, exit_rate=0.5),),
+            tiers=(TierStats(name="balanced", num_tokens=11, num_exited=4, num_mlp_blocks_computed=100.5),),
+        )
+        agent.engine.client.stats = stats
+        await agent.start(FIRST)
+        with ControlClient(server.address) as client:
+            engines: list[control_pb2.EngineStatus] = []
+
+            def arrived() -> bool:
+                engines[:] = client.get_status().engines
+                return bool(engines) and engines[0].report.num_steps == 5
+
+            await _until(arrived)
+        assert engines[0].report == wire.stats_to_report(stats)
+        await agent.stop()
+        await asyncio.to_thread(server.stop)
+
+    asyncio.run(scenario())
+
+
 def test_a_first_policy_that_does_not_fit_stops_the_start():
     async def scenario() -> None:
         agent = await _make_agent("", "misfit")
         with pytest.raises(PolicyInvalid, match="3 has no probe attached"):
             await agent.start(Policy(enabled=True, checkpoints=(Checkpoint(layer=3, threshold=1),)))
-        assert not agent.is_bounded()
+        assert not agent.get_terms().policy.enabled
+
+    asyncio.run(scenario())
+
+
+def test_while_a_policy_is_on_its_way_the_safer_promise_holds():
+    async def scenario() -> None:
+        agent = await _make_agent("", "between")
+        workers = agent.engine.client
+        await agent.start(FIRST)
+        for new, meanwhile, after in ((replace(FIRST, enabled=False), False, False), (FIRST, False, True), (replace(FIRST, decay=0.5), True, True)):
+            workers.gate.clear()
+            applying = asyncio.create_task(agent._apply(new, 0))
+            await asyncio.sleep(0.01)
+            assert agent.get_terms().policy.enabled == meanwhile
+            workers.gate.set()
+            await applying
+            assert agent.get_terms().policy == new
+            assert agent.get_terms().policy.enabled == after
+        await agent.stop()
+
+    asyncio.run(scenario())
+
+
+def test_status_shows_tiers_levels_and_adaptation():
+    async def scenario() -> None:
+        agent = await _make_agent("", "shown")
+        adaptation = Adaptation(enabled=True, target_exit_rates=(0.2, 0.4), generation=2)
+        agent.engine.client.stats = Stats(
+            num_adaptations=7, checkpoints=(CheckpointStats(layer=2, num_evaluated=9, num_exited=4, threshold=0.375, exit_rate=0.25),)
+        )
+        await agent.start(replace(FIRST, adaptation=adaptation, tiers=(Tier(name="mine"),), default_tier="mine"))
+        await _until(lambda: agent.stats.num_adaptations == 7)
+        shown = json.loads(json.dumps(agent.describe()))
+        await agent.stop()
+        assert [tier["name"] for tier in shown["tiers"]] == ["exact", "mine"]
+        assert shown["default_tier"] == "mine"
+        assert shown["layout"]["levels"] == ["full", "skip", "width-25"]
+        assert shown["stats"]["checkpoints"][0]["threshold"] == 0.375
+        told = shown["adaptation"]
+        assert (told["state"], told["generation"], told["num_adaptations"]) == ("on", 2, 7)
+        assert told["checkpoints"] == [
+            {"layer": 2, "policy_threshold": 0.5, "threshold": 0.375, "exit_rate": 0.25, "target_exit_rate": 0.2},
+            {"layer": 5, "policy_threshold": 0.25, "threshold": 0.25, "exit_rate": 0.0, "target_exit_rate": 0.4},
+        ]
 
     asyncio.run(scenario())

@@ -1,47 +1,142 @@
-"""A request's promise is fixed when it arrives: salt for bounded ones, the exact tier for all others."""
+"""A request's promise is fixed when it arrives: its tier, its own knobs where they are allowed, and the salt that keeps its KV apart."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sedac.agent import promise
-from sedac.policy import TIER_KEY
+from sedac.agent.promise import Terms
+from sedac.policy import LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+
+TIERS = (Tier(name="conservative", threshold_scale=0.5), Tier(name="balanced"))
+POLICY = Policy(enabled=True, tiers=TIERS, allow_overrides=True)
+TERMS = Terms(policy=POLICY, levels=("full", "skip", "width-25"))
+OFF = replace(TERMS, policy=replace(POLICY, enabled=False))
 
 
 def _make_request(salt: str | None = None, **extra):
     return SimpleNamespace(sampling_params=SamplingParams(extra_args=extra or None), cache_salt=salt)
 
 
-def test_bounded_requests_get_a_salt_of_their_own_that_keeps_the_users():
-    plain, salted = _make_request(), _make_request("mine")
-    promise.stamp(plain, bounded=True)
-    promise.stamp(salted, bounded=True)
-    assert plain.cache_salt
-    assert plain.cache_salt != salted.cache_salt
-    assert "mine" in salted.cache_salt
-    assert plain.sampling_params.extra_args is None
+def _stamp(request, terms: Terms = TERMS):
+    promise.stamp(request, terms)
+    return request
 
 
-@pytest.mark.parametrize(("extra", "bounded"), [({}, False), ({TIER_KEY: "exact"}, True), ({TIER_KEY: "exact"}, False)])
-def test_exact_requests_are_marked_and_keep_their_salt(extra, bounded):
-    request = _make_request("mine", **extra, other=1)
-    promise.stamp(request, bounded=bounded)
+def test_a_request_that_names_no_tier_gets_the_default_and_a_salt_that_keeps_the_users():
+    plain, salted = _stamp(_make_request()), _stamp(_make_request("mine", other=1))
+    assert plain.sampling_params.extra_args == {TIER_KEY: "balanced"}
+    assert plain.cache_salt == "sedac-bounded:balanced:"
+    assert salted.sampling_params.extra_args == {TIER_KEY: "balanced", "other": 1}
+    assert salted.cache_salt == "sedac-bounded:balanced:mine"
+
+
+def test_a_named_tier_is_taken():
+    request = _stamp(_make_request(**{TIER_KEY: "conservative"}))
+    assert request.sampling_params.extra_args[TIER_KEY] == "conservative"
+    assert request.cache_salt == "sedac-bounded:conservative:"
+
+
+@pytest.mark.parametrize(
+    ("extra", "terms"),
+    [
+        ({TIER_KEY: "exact"}, TERMS),
+        ({TIER_KEY: "exact"}, OFF),
+        ({}, OFF),
+        ({TIER_KEY: "conservative"}, OFF),
+        ({SCALE_KEY: 2, LEVEL_KEY: "skip"}, OFF),
+        ({}, replace(TERMS, policy=replace(POLICY, default_tier="exact"))),
+    ],
+)
+def test_exact_requests_are_marked_and_keep_their_salt(extra, terms):
+    request = _stamp(_make_request("mine", **extra, other=1), terms)
     assert request.cache_salt == "mine"
-    assert request.sampling_params.extra_args == {TIER_KEY: "exact", "other": 1}
+    assert request.sampling_params.extra_args == {TIER_KEY: "exact", "other": 1}, "and no knob of their own is left for a worker to find"
 
 
-def test_unknown_tiers_are_refused():
-    with pytest.raises(VLLMValidationError, match="tiers: 'exact'"):
-        promise.stamp(_make_request(**{TIER_KEY: "turbo"}), bounded=True)
+@pytest.mark.parametrize("terms", [TERMS, OFF])
+@pytest.mark.parametrize("tier", ["turbo", "", 3, ["exact"]])
+def test_unknown_tiers_are_refused_with_the_list(terms, tier):
+    with pytest.raises(VLLMValidationError, match="tiers: 'exact', 'conservative', 'balanced', or leave it out for 'balanced'"):
+        _stamp(_make_request(**{TIER_KEY: tier}), terms)
+
+
+def test_a_policy_without_tiers_has_balanced():
+    with pytest.raises(VLLMValidationError, match="tiers: 'exact', 'balanced', or"):
+        _stamp(_make_request(**{TIER_KEY: "turbo"}), replace(TERMS, policy=Policy(enabled=True)))
+
+
+@pytest.mark.parametrize("extra", [{SCALE_KEY: 1.0}, {LEVEL_KEY: "skip"}])
+def test_overrides_are_refused_unless_the_policy_allows_them(extra):
+    with pytest.raises(VLLMValidationError, match="sedac ctl policy set --allow-overrides"):
+        _stamp(_make_request(**extra), replace(TERMS, policy=replace(POLICY, allow_overrides=False)))
+
+
+@pytest.mark.parametrize("scale", [-1, float("nan"), float("inf"), "2", True, [1]])
+def test_threshold_scales_must_be_numbers(scale):
+    with pytest.raises(VLLMValidationError, match="not a finite number >= 0"):
+        _stamp(_make_request(**{SCALE_KEY: scale}))
+
+
+@pytest.mark.parametrize("level", ["width-99", 1, ["skip"], ""])
+def test_levels_must_be_the_engines(level):
+    with pytest.raises(VLLMValidationError, match="levels: 'full', 'skip', 'width-25'"):
+        _stamp(_make_request(**{LEVEL_KEY: level}))
+
+
+@pytest.mark.parametrize("terms", [TERMS, replace(TERMS, policy=replace(POLICY, default_tier="exact"))])
+def test_overrides_of_exact_requests_are_refused(terms):
+    extra = {} if terms is not TERMS else {TIER_KEY: "exact"}
+    with pytest.raises(VLLMValidationError, match="has no meaning for tier 'exact'"):
+        _stamp(_make_request(**{SCALE_KEY: 2}, **extra), terms)
+
+
+def test_overrides_reach_the_workers_as_plain_values():
+    extra = _stamp(_make_request(**{SCALE_KEY: 2, LEVEL_KEY: "skip"})).sampling_params.extra_args
+    assert extra == {TIER_KEY: "balanced", SCALE_KEY: 2.0, LEVEL_KEY: "skip"}
+    assert json.loads(json.dumps(extra)) == extra
+    assert type(extra[SCALE_KEY]) is float
+
+
+_salts = st.one_of(st.none(), st.text(max_size=6), st.sampled_from(["balanced:", "+sedac_level=skip:", "a:b"]))
+_promises = st.tuples(
+    st.sampled_from([None, "exact", "conservative", "balanced"]),
+    st.sampled_from([None, 0.5, 1, 2.0]),
+    st.sampled_from([None, "skip", "width-25"]),
+    _salts,
+)
+
+
+@given(_promises, _promises)
+def test_kv_is_shared_only_by_requests_of_one_promise_and_one_salt(first, second):
+    seen = []
+    for tier, scale, level, salt in (first, second):
+        if tier == "exact":
+            scale = level = None
+        extra = {key: value for key, value in ((TIER_KEY, tier), (SCALE_KEY, scale), (LEVEL_KEY, level)) if value is not None}
+        request = _stamp(_make_request(salt, **extra))
+        promised = {key: request.sampling_params.extra_args.get(key) for key in (TIER_KEY, SCALE_KEY, LEVEL_KEY)}
+        seen.append(((promised, salt or ""), request.cache_salt or ""))
+    (one, one_salt), (other, other_salt) = seen
+    assert (one == other) == (one_salt == other_salt)
+
+
+def test_a_salt_that_would_reach_bounded_kv_is_refused():
+    with pytest.raises(VLLMValidationError, match="may not begin with 'sedac-bounded:'"):
+        _stamp(_make_request("sedac-bounded:balanced:", **{TIER_KEY: "exact"}))
 
 
 def test_pooling_requests_pass():
     request = SimpleNamespace(sampling_params=None, cache_salt=None)
-    promise.stamp(request, bounded=True)
+    promise.stamp(request, TERMS)
     assert request.cache_salt is None
 
 
@@ -50,6 +145,6 @@ def test_both_ways_into_the_engine_are_stamped():
         return _make_request()
 
     processor = SimpleNamespace(process_inputs=_make_request, process_inputs_async=process_async)
-    promise.install(processor, lambda: True)
+    promise.install(processor, lambda: TERMS)
     assert processor.process_inputs().cache_salt
     assert asyncio.run(processor.process_inputs_async()).cache_salt

@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -20,10 +20,11 @@ from google.rpc import code_pb2, status_pb2
 
 from sedac import wire
 from sedac.agent.engine import AttachedEngine
-from sedac.agent.metrics import EngineMetrics
+from sedac.agent.metrics import EngineMetrics, get_target_exit_rates
+from sedac.agent.promise import Terms
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid, SedacError
-from sedac.policy import Layout, Policy
+from sedac.policy import EXACT, FULL, Layout, Policy, Tier
 from sedac.settings import EngineSettings
 from sedac.stats import Stats
 
@@ -54,12 +55,12 @@ class Agent:
     refusal: str = ""
     """why the newest push was refused; empty once a push is applied"""
     stats: Stats = field(default_factory=Stats)
-    _bounded: bool = False
+    _is_bounded: bool = False
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
-    def is_bounded(self) -> bool:
-        """Whether requests that arrive now may be reduced."""
-        return self._bounded
+    def get_terms(self) -> Terms:
+        """Return what requests that arrive now are promised by: the policy in force, or nothing but exactness."""
+        return Terms(policy=self.policy if self._is_bounded else replace(self.policy, enabled=False), levels=self.layout.levels)
 
     async def start(self, first: Policy) -> None:
         """Put the first policy into force, then follow the control service in the background.
@@ -88,17 +89,37 @@ class Agent:
             "revision": self.revision,
             "refusal": self.refusal,
             "policy": self.policy.to_dict(),
-            "layout": vars(self.layout),
-            "stats": {**vars(self.stats), "checkpoints": [vars(c) for c in self.stats.checkpoints]},
+            "layout": asdict(self.layout),
+            "tiers": [asdict(tier) for tier in (Tier(name=EXACT, level=FULL, threshold_scale=0.0), *self.policy.get_tiers())],
+            "default_tier": self.policy.default_tier if self.policy.enabled else EXACT,
+            "adaptation": self._describe_adaptation(),
+            "stats": asdict(self.stats),
         }
 
+    def _describe_adaptation(self) -> dict[str, Any]:
+        knobs = self.policy.adaptation
+        state = "off" if not (knobs.enabled and self.policy.enabled) else "frozen" if knobs.frozen else "on"
+        now = {c.layer: c for c in self.stats.checkpoints}
+        targets = get_target_exit_rates(self.policy)
+        checkpoints = [
+            {
+                "layer": c.layer,
+                "policy_threshold": c.threshold,
+                "threshold": now[c.layer].threshold if state != "off" and c.layer in now else c.threshold,
+                "exit_rate": now[c.layer].exit_rate if c.layer in now else 0.0,
+                "target_exit_rate": targets.get(c.layer),
+            }
+            for c in self.policy.checkpoints
+        ]
+        return {"state": state, "generation": knobs.generation, "num_adaptations": self.stats.num_adaptations, "checkpoints": checkpoints}
+
     async def _apply(self, policy: Policy, revision: int) -> None:
-        self._bounded = self._bounded and policy.enabled  # while a policy is on its way, the safer promise of the two
+        self._is_bounded = self._is_bounded and policy.enabled  # while a policy is on its way, the safer promise of the two
         try:
             await self.engine.apply(policy, revision)
             self.policy, self.revision = policy, revision
         finally:
-            self._bounded = self.policy.enabled
+            self._is_bounded = self.policy.enabled
         self.metrics.set_policy(policy, revision, self.layout)
 
     async def _poll(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from sedac.errors import FieldViolation, PolicyInvalid, SedacError
 from sedac.policy import Layout, Policy
-from sedac.stats import CheckpointStats, Stats
+from sedac.stats import Stats
 
 _TIMEOUT_SECONDS = 30.0  # a worker answers between two steps; a long prefill may take this long
 
@@ -35,7 +35,8 @@ class AttachedEngine:
         """Return what is attached, the same in every worker."""
         answers = await self.client.collective_rpc("sedac_describe", _TIMEOUT_SECONDS)
         self.num_workers = len(answers)
-        return Layout(**{**answers[0], "checkpoint_layers": tuple(answers[0]["checkpoint_layers"])})
+        found: dict[str, Any] = answers[0]
+        return Layout(**{**found, "checkpoint_layers": tuple(found["checkpoint_layers"]), "levels": tuple(found["levels"])})
 
     async def apply(self, policy: Policy, revision: int) -> int:
         """Put `policy` into force in every worker, between two steps; returns the revision that all of them confirm.
@@ -56,4 +57,9 @@ class AttachedEngine:
     async def get_stats(self) -> Stats:
         """Return the first worker's totals; tensor-parallel workers see the same tokens."""
         answer = (await self.client.collective_rpc("sedac_get_stats", _TIMEOUT_SECONDS))[0]
-        return Stats(**{**answer, "checkpoints": tuple(CheckpointStats(**c) for c in answer["checkpoints"])})
+        return Stats.from_dict(answer)
+
+    async def find_report(self, request_id: str) -> dict[str, Any] | None:
+        """Return what a response was computed with: tier, revision, tokens, MLPs and their share; None where no worker remembers it."""
+        answers = await self.client.collective_rpc("sedac_get_report", _TIMEOUT_SECONDS, (request_id,))
+        return next((answer for answer in answers if answer is not None), None)

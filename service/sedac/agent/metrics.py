@@ -1,26 +1,44 @@
 """SEDAC's metrics on the engine's own /metrics, beside `vllm:*` and with the same labels `model_name` and `engine`.
 
 Ordinary prometheus_client objects fed with differences of the workers' totals, so they also appear in multi-process mode.
-Label sets are closed and pre-created: a revision is a value, never a label.
+Label sets are closed and pre-created: a revision is a value, never a label; tiers are `exact`, those of the policies seen, and
+`_other` from the 33rd on.
 """
 
 from __future__ import annotations
 
+import math
+
 from prometheus_client import Counter, Gauge, Histogram
 
-from sedac.policy import Layout, Policy
-from sedac.stats import Stats
+from sedac.policy import EXACT, Layout, Policy
+from sedac.stats import Stats, TierStats
 
 _LABELS = ["model_name", "engine"]
 _APPLY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
 
 _EXITED = Counter("sedac_exited_tokens", "Tokens that exited at this checkpoint.", [*_LABELS, "checkpoint"])
 _EVALUATED = Counter("sedac_probe_evaluations", "Tokens whose risk was computed at this checkpoint.", [*_LABELS, "checkpoint"])
-_THRESHOLD = Gauge("sedac_threshold", "Risk below it counts as confident; 0 turns the checkpoint off.", [*_LABELS, "checkpoint"])
+_THRESHOLD = Gauge(
+    "sedac_threshold", "Risk below it counts as confident, adapted where adaptation is on; 0 turns the checkpoint off.", [*_LABELS, "checkpoint"]
+)
+_EXIT_RATE = Gauge("sedac_exit_rate", "Moving average of exits over the tokens evaluated at this checkpoint.", [*_LABELS, "checkpoint"])
+_TARGET_EXIT_RATE = Gauge("sedac_target_exit_rate", "Exit rate that adaptation steers to; NaN while it is off or frozen.", [*_LABELS, "checkpoint"])
+_ADAPTATIONS = Counter("sedac_adaptations", "Changes of thresholds by adaptation.", _LABELS)
+_LAYERS = Gauge("sedac_layers", "Decoder layers, each with one MLP per token.", _LABELS)
+_TIER_TOTALS = {
+    "num_tokens": Counter("sedac_tier_tokens", "Tokens computed for requests of this tier.", [*_LABELS, "tier"]),
+    "num_exited": Counter("sedac_tier_exited_tokens", "Tokens of this tier that exited.", [*_LABELS, "tier"]),
+    "num_mlp_blocks_computed": Counter(
+        "sedac_tier_mlp_blocks_computed", "MLPs of single tokens computed for this tier, a reduced one by its share.", [*_LABELS, "tier"]
+    ),
+}
+_MAX_TIERS = 32
+_OTHER = "_other"
 _TOTALS = {
     "num_tokens": Counter("sedac_tokens", "Tokens computed.", _LABELS),
     "num_decode_tokens": Counter("sedac_decode_tokens", "Tokens that were allowed to exit.", _LABELS),
-    "num_mlp_blocks_computed": Counter("sedac_mlp_blocks_computed", "MLPs of single tokens that were computed.", _LABELS),
+    "num_mlp_blocks_computed": Counter("sedac_mlp_blocks_computed", "MLPs of single tokens that were computed, a reduced one by its share.", _LABELS),
     "num_mlp_blocks_skipped": Counter("sedac_mlp_blocks_skipped", "MLPs of single tokens that were skipped.", _LABELS),
     "num_steps": Counter("sedac_steps", "Forward passes with at least one request.", _LABELS),
     "num_torn_steps": Counter("sedac_torn_steps", "Forward passes that saw two policy revisions; anything but 0 is a bug.", _LABELS),
@@ -39,11 +57,15 @@ class EngineMetrics:
     def __init__(self, *, model_name: str, layout: Layout, engine: str = "0") -> None:
         self._labels = (model_name, engine)
         self._last = Stats()
+        self._tiers: set[str] = set()
+        self._revision, self._is_adapting = 0, False
         for layer in layout.checkpoint_layers:
-            for metric in (_EXITED, _EVALUATED, _THRESHOLD):
+            for metric in (_EXITED, _EVALUATED, _THRESHOLD, _EXIT_RATE, _TARGET_EXIT_RATE):
                 metric.labels(*self._labels, str(layer))
-        for total in _TOTALS.values():
+        for total in (*_TOTALS.values(), _ADAPTATIONS):
             total.labels(*self._labels)
+        self._add_tier(EXACT)
+        _LAYERS.labels(*self._labels).set(layout.num_layers)
         for result in ("ack", "nack"):
             _UPDATES.labels(*self._labels, result)
         for gauge in (_REVISION, _ENABLED, _CONNECTED, _LAST_CONTACT):
@@ -54,9 +76,13 @@ class EngineMetrics:
         """Show the policy in force."""
         _REVISION.labels(*self._labels).set(revision)
         _ENABLED.labels(*self._labels).set(policy.enabled)
-        thresholds = {c.layer: c.threshold for c in policy.checkpoints}
+        thresholds, targets = {c.layer: c.threshold for c in policy.checkpoints}, get_target_exit_rates(policy)
+        self._revision, self._is_adapting = revision, policy.enabled and policy.adaptation.enabled
         for layer in layout.checkpoint_layers:
             _THRESHOLD.labels(*self._labels, str(layer)).set(thresholds.get(layer, 0.0))
+            _TARGET_EXIT_RATE.labels(*self._labels, str(layer)).set(targets.get(layer, math.nan))
+        for tier in policy.get_tiers():
+            self._add_tier(tier.name)
 
     def count_update(self, *, accepted: bool, seconds: float) -> None:
         """Count one pushed policy and the time it took."""
@@ -75,7 +101,35 @@ class EngineMetrics:
             counter.labels(*self._labels).inc(max(0, getattr(stats, name) - getattr(self._last, name)))
         before = {c.layer: c for c in self._last.checkpoints}
         for now in stats.checkpoints:
-            last = before.get(now.layer)
-            _EXITED.labels(*self._labels, str(now.layer)).inc(now.num_exited - (last.num_exited if last else 0))
-            _EVALUATED.labels(*self._labels, str(now.layer)).inc(now.num_evaluated - (last.num_evaluated if last else 0))
+            labels, last = (*self._labels, str(now.layer)), before.get(now.layer)
+            _EXITED.labels(*labels).inc(now.num_exited - (last.num_exited if last else 0))
+            _EVALUATED.labels(*labels).inc(now.num_evaluated - (last.num_evaluated if last else 0))
+            _EXIT_RATE.labels(*labels).set(now.exit_rate)
+            if self._is_adapting and stats.active_revision == self._revision:
+                _THRESHOLD.labels(*labels).set(now.threshold)
+        self._add_tiers(stats.tiers)
+        done, known = stats.num_adaptations, self._last.num_adaptations
+        _ADAPTATIONS.labels(*self._labels).inc(done - known if done >= known else done)  # fewer: adaptation was reset in between
         self._last = stats
+
+    def _add_tiers(self, tiers: tuple[TierStats, ...]) -> None:
+        before = {t.name: t for t in self._last.tiers}
+        for now in tiers:
+            label = now.name if now.name in self._tiers else _OTHER
+            for name, counter in _TIER_TOTALS.items():
+                last = getattr(before[now.name], name) if now.name in before else 0
+                counter.labels(*self._labels, label).inc(max(0, getattr(now, name) - last))
+
+    def _add_tier(self, name: str) -> None:
+        if name not in self._tiers and len(self._tiers) < _MAX_TIERS:
+            self._tiers.add(name)
+            for counter in _TIER_TOTALS.values():
+                counter.labels(*self._labels, name)
+
+
+def get_target_exit_rates(policy: Policy) -> dict[int, float]:
+    """Return by layer the exit rates that adaptation steers to; nothing while it is off or frozen."""
+    knobs = policy.adaptation
+    if not policy.enabled or not knobs.enabled or knobs.frozen:
+        return {}
+    return {c.layer: rate for c, rate in zip(policy.checkpoints, knobs.target_exit_rates, strict=True)}

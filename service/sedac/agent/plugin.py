@@ -1,7 +1,8 @@
-"""Entry point of `vllm.endpoint_plugins`: starts the agent in the API server and adds GET /sedac/status.
+"""Entry point of `vllm.endpoint_plugins`: starts the agent in the API server and adds its routes.
 
-vLLM loads it only where VLLM_PLUGINS names `sedac_agent`. With several API servers only the first runs an agent. Without
-an engine (render server) it does nothing.
+GET /sedac/status says what is attached and in force, GET /sedac/v1/requests/{id} what a response was computed with.
+vLLM loads it only where VLLM_PLUGINS names `sedac_agent`. With several API servers only the first runs an agent; the others
+know no policy and promise every request to be exact. Without an engine (render server) it does nothing.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 from argparse import Namespace
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from starlette.datastructures import State
 
 from sedac import __version__, wire
@@ -19,10 +21,13 @@ from sedac.agent import promise
 from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
+from sedac.agent.promise import Terms
 from sedac.control.v1 import control_pb2
 from sedac.probe.manifest import read_manifest
 from sedac.settings import read_settings
 from sedac.versions import find_vllm_version
+
+_MAX_ID_CHARS = 256
 
 
 class AgentPlugin:
@@ -32,7 +37,7 @@ class AgentPlugin:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the status route, and stop the agent when the application stops (the interface has no hook for that)."""
+        """Add the routes, and stop the agent when the application stops (the interface has no hook for that)."""
         inner = app.router.lifespan_context
 
         @contextlib.asynccontextmanager
@@ -53,14 +58,33 @@ class AgentPlugin:
             agent: Agent | None = getattr(request.app.state, "sedac_agent", None)
             return agent.describe() if agent else {"state": "NOT_ATTACHED"}
 
+        @app.get("/sedac/v1/requests/{request_id}")
+        async def report(request_id: str, request: Request) -> dict[str, Any]:
+            """Return what the response of that id was computed with: tier, policy revision, tokens, MLPs and their share."""
+            agent: Agent | None = getattr(request.app.state, "sedac_agent", None)
+            if agent is None:
+                raise HTTPException(404, "this API server runs no SEDAC agent; ask the first one")
+            try:
+                found = await agent.engine.find_report(request_id[:_MAX_ID_CHARS])
+            except TimeoutError as error:
+                raise HTTPException(503, "the workers did not answer in time; ask again") from error
+            if found is None:
+                known = "the id of a response, such as cmpl-... or chatcmpl-..., while it runs and until 1,000 others have finished"
+                raise HTTPException(404, f"request {request_id[:_MAX_ID_CHARS]!r} is unknown or forgotten; give {known}")
+            return found
+
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Put the first policy into force before the server answers, and start following the control service."""
         state.sedac_agent = None
-        if engine_client is None or engine_client.vllm_config.parallel_config._api_process_rank > 0:
+        if engine_client is None:
             return
         settings = read_settings()
         manifest = read_manifest(settings.probe_dir)
         first = settings.make_policy(manifest)
+        if engine_client.vllm_config.parallel_config._api_process_rank > 0:
+            exact = Terms(policy=replace(first, enabled=False), levels=())
+            promise.install(engine_client.input_processor, lambda: exact)
+            return
         engine = AttachedEngine(client=engine_client)
         layout = await engine.describe()
         model_name = state.openai_serving_models.base_model_paths[0].name
@@ -73,6 +97,7 @@ class AgentPlugin:
             hidden_size=layout.hidden_size,
             checkpoint_layers=layout.checkpoint_layers,
             probe_set=layout.probe_set,
+            levels=layout.levels,
             probe_set_sha256=manifest.sha256,
             num_workers=engine.num_workers,
             initial_policy=wire.policy_to_proto(first),
@@ -80,5 +105,5 @@ class AgentPlugin:
         metrics = EngineMetrics(model_name=model_name, layout=layout)
         agent = Agent(engine=engine, settings=settings, layout=layout, metrics=metrics, hello=hello)
         await agent.start(first)
-        promise.install(engine_client.input_processor, agent.is_bounded)
+        promise.install(engine_client.input_processor, agent.get_terms)
         state.sedac_agent = agent

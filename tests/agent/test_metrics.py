@@ -1,0 +1,86 @@
+"""The engine's metrics: differences of totals, closed label sets, adapted thresholds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from prometheus_client import REGISTRY
+from sedac.agent.metrics import EngineMetrics
+from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.stats import CheckpointStats, Stats, TierStats
+
+from tests.agent.workers import LAYOUT
+
+CHECKPOINTS = (Checkpoint(layer=2, threshold=0.5), Checkpoint(layer=5, threshold=0.25))
+ADAPTING = Policy(enabled=True, checkpoints=CHECKPOINTS, adaptation=Adaptation(enabled=True, target_exit_rates=(0.2, 0.4)))
+
+
+def get_metric(name: str, model: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(name, {"model_name": model, "engine": "0", **labels})
+
+
+def _make_stats(*, revision: int = 1, threshold: float = 0.0, adaptations: int = 0, tiers: dict[str, float] | None = None) -> Stats:
+    return Stats(
+        active_revision=revision,
+        num_adaptations=adaptations,
+        checkpoints=(CheckpointStats(layer=2, num_evaluated=10, num_exited=3, threshold=threshold, exit_rate=0.3),),
+        tiers=tuple(
+            TierStats(name=name, num_tokens=int(blocks), num_exited=int(blocks) // 2, num_mlp_blocks_computed=blocks)
+            for name, blocks in (tiers or {}).items()
+        ),
+    )
+
+
+def test_thresholds_in_force_are_the_adapted_ones_of_the_policy_in_force():
+    metrics = EngineMetrics(model_name="adapted", layout=LAYOUT)
+    metrics.set_policy(ADAPTING, 4, LAYOUT)
+    assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.5
+    assert get_metric("sedac_target_exit_rate", "adapted", checkpoint="5") == 0.4
+    assert math.isnan(get_metric("sedac_target_exit_rate", "adapted", checkpoint="8"))
+    metrics.add(_make_stats(revision=3, threshold=9.0))
+    assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.5, "a reading of before the policy says nothing about it"
+    metrics.add(_make_stats(revision=4, threshold=0.375))
+    assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.375
+    assert get_metric("sedac_exit_rate", "adapted", checkpoint="2") == 0.3
+    metrics.set_policy(replace(ADAPTING, adaptation=replace(ADAPTING.adaptation, frozen=True)), 5, LAYOUT)
+    assert math.isnan(get_metric("sedac_target_exit_rate", "adapted", checkpoint="2")), "nothing steers to it while frozen"
+    metrics.add(_make_stats(revision=5, threshold=0.375))
+    assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.375
+    metrics.set_policy(replace(ADAPTING, adaptation=Adaptation()), 6, LAYOUT)
+    metrics.add(_make_stats(revision=6, threshold=9.0))
+    assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.5
+
+
+def test_adaptations_are_counted_over_resets():
+    metrics = EngineMetrics(model_name="resets", layout=LAYOUT)
+    for total in (3, 5, 5, 2, 4):
+        metrics.add(_make_stats(adaptations=total))
+    assert get_metric("sedac_adaptations_total", "resets") == 5 + 4
+
+
+def test_tiers_are_counted_by_name():
+    metrics = EngineMetrics(model_name="tiers", layout=LAYOUT)
+    assert get_metric("sedac_tier_tokens_total", "tiers", tier="exact") == 0
+    assert get_metric("sedac_layers", "tiers") == 12
+    metrics.set_policy(Policy(tiers=(Tier(name="mine"),), default_tier="mine"), 1, LAYOUT)
+    assert get_metric("sedac_tier_exited_tokens_total", "tiers", tier="mine") == 0
+    metrics.add(_make_stats(tiers={"mine": 10.5}))
+    metrics.add(_make_stats(tiers={"mine": 12.75, "exact": 4.0}))
+    assert get_metric("sedac_tier_tokens_total", "tiers", tier="mine") == 12
+    assert get_metric("sedac_tier_exited_tokens_total", "tiers", tier="mine") == 6
+    assert get_metric("sedac_tier_mlp_blocks_computed_total", "tiers", tier="mine") == 12.75
+    assert get_metric("sedac_tier_mlp_blocks_computed_total", "tiers", tier="exact") == 4
+
+
+def test_the_set_of_tier_labels_is_closed():
+    metrics = EngineMetrics(model_name="many", layout=LAYOUT)
+    for start in (0, 20, 40):
+        metrics.set_policy(Policy(tiers=tuple(Tier(name=f"t{i}") for i in range(start, start + 20)), default_tier=f"t{start}"), 1, LAYOUT)
+    metrics.add(_make_stats(tiers={f"t{i}": 2.0 for i in range(60)}))
+    labels = {
+        s.labels["tier"] for m in REGISTRY.collect() for s in m.samples if s.name == "sedac_tier_tokens_total" and s.labels["model_name"] == "many"
+    }
+    assert len(labels) == 33, "32 tiers, and the rest"
+    assert get_metric("sedac_tier_tokens_total", "many", tier="_other") == 2 * (60 - 31)
+    assert get_metric("sedac_tier_tokens_total", "many", tier="t0") == 2
