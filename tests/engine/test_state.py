@@ -1,71 +1,172 @@
-"""The state of one worker against a naive loop over tokens: random streams, thresholds, exits and steps."""
+"""The state of one worker, native kernel and plain torch, against a naive loop over tokens, checkpoints and steps."""
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedac.engine.state import State
-from sedac.policy import Checkpoint, Layout, Policy
+from sedac.engine import native
+from sedac.engine.levels import LevelTable
+from sedac.engine.state import DECIDES, OBSERVED, SOFT, State, Tokens
+from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
+from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe
 
-LAYOUT = Layout(num_layers=6, hidden_size=8, checkpoint_layers=(1, 3), probe_set="t")
+CPU = torch.device("cpu")
+LEVELS = tuple(Level(name=f"contextual-{s}", reduction="contextual", parameters_L=torch.full((6,), s / 100)) for s in (10, 20, 40))
+SHARES = (0.1, 0.2, 0.4)
+LAYOUT = Layout(num_layers=6, hidden_size=24, checkpoint_layers=(1, 3), probe_set="t", levels=("full", "skip", *(level.name for level in LEVELS)))
 torch.manual_seed(0)
-PROBES = {layer: LREProbe(8, 4).requires_grad_(False) for layer in LAYOUT.checkpoint_layers}
+PROBES = {layer: LREProbe(24, 8).requires_grad_(False) for layer in LAYOUT.checkpoint_layers}
+ALL_SHARES = [0.0, 1.0, *SHARES]
 
 
-@settings(deadline=None, max_examples=60)
+def make_state(use_native: bool) -> State:
+    table = LevelTable(6, LEVELS, SHARES, 64, CPU)
+    state = State(LAYOUT, PROBES, table, max_num_tokens=16, device=CPU)
+    assert state.native, "build the kernels first: make setup"
+    state.native = use_native
+    return state
+
+
+def make_tokens(generator: torch.Generator, num_tokens: int) -> Tokens:
+    def draw(*values: float) -> np.ndarray:
+        return np.array(values)[torch.randint(len(values), (num_tokens,), generator=generator).numpy()]
+
+    return Tokens(
+        role_T=draw(0, DECIDES, DECIDES, DECIDES | SOFT, OBSERVED).astype(np.uint8),
+        floor_T=draw(0, 0, 2, 3).astype(np.uint8),
+        goal_T=draw(1, 2, 4).astype(np.uint8),
+        scale_T=draw(0.0, 0.5, 1.0, 2.0).astype(np.float32),
+        tier_T=draw(0, 1).astype(np.int64),
+    )
+
+
+def soft_level(goal: int, confidence: float) -> int:
+    """The most saving level, up to the goal, that the published ratio allows."""
+    ratio = math.tanh(2 * confidence - 1) / 2 + 0.5
+    allowed = [i for i in (2, 3, 4, 1) if ALL_SHARES[i] <= min(ratio, ALL_SHARES[goal]) + 1e-9 and (i == goal or i != 1)]
+    return max(allowed, key=lambda i: ALL_SHARES[i], default=0)
+
+
+@pytest.mark.parametrize("use_native", [True, False], ids=["native", "plain"])
+@settings(deadline=None, max_examples=80)
 @given(
-    st.integers(0, 12),
-    st.integers(0, 2**31),
-    st.tuples(*[st.sampled_from([0.0, 0.4, 0.7, 1e9])] * 2),
-    st.sampled_from(["token", "batch"]),
-    st.booleans(),
+    num_tokens=st.integers(0, 12),
+    seed=st.integers(0, 2**31),
+    thresholds=st.tuples(*[st.sampled_from([0.0, 0.4, 0.7, 1e9])] * 2),
+    scope=st.sampled_from(["token", "batch"]),
+    rule=st.sampled_from(["first", "accumulate"]),
+    poison=st.sampled_from([0.0, 0.0, math.nan, math.inf]),
 )
-def test_exits_and_counts_equal_a_naive_loop(num_tokens, seed, thresholds, scope, enabled):
+def test_levels_and_counts_equal_a_naive_loop(use_native, num_tokens, seed, thresholds, scope, rule, poison):
     generator = torch.Generator().manual_seed(seed)
-    state = State(LAYOUT, PROBES, max_num_tokens=16, device=torch.device("cpu"))
-    address = state.exited_T.data_ptr()
-    checkpoints = tuple(Checkpoint(layer=layer, threshold=t) for layer, t in zip((1, 3), thresholds, strict=True))
-    state.apply(Policy(enabled=enabled, checkpoints=checkpoints, scope=scope), 7)
-    totals = {"evaluated": {1: 0, 3: 0}, "exited": {1: 0, 3: 0}, "skipped": 0}
-    num_allowed = 0
+    state = make_state(use_native)
+    address = state.level_T.data_ptr()
+    checkpoints = tuple(Checkpoint(layer=layer, threshold=t, weight=0.8, target=0.4) for layer, t in zip((1, 3), thresholds, strict=True))
+    state.apply(Policy(enabled=True, checkpoints=checkpoints, scope=scope, rule=rule, decay=0.5), 7)
+    evaluated, exited, num_decided = {1: 0, 3: 0}, {1: 0, 3: 0}, 0
     for _ in range(2):
-        may_exit = torch.rand(num_tokens, generator=generator) < 0.7
-        num_allowed += int(may_exit.sum()) if enabled else 0
-        hidden, residual = (torch.randn(num_tokens + 2, 8, generator=generator) for _ in range(2))  # two rows of padding
-        state.begin_step(num_tokens, may_exit if enabled else None)
-        gone = set()
-        for layer, threshold in zip((1, 3), thresholds, strict=True):
-            state.observe(layer, hidden + residual)
-            candidates = [t for t in range(num_tokens) if may_exit[t] and t not in gone]
-            if enabled and threshold > 0:
-                risks = {t: PROBES[layer]((hidden + residual)[t : t + 1]).item() for t in candidates}
-                confident = {t for t, risk in risks.items() if risk < threshold}
-                if scope == "batch" and len(confident) < len(candidates):
-                    confident = set()
-                totals["evaluated"][layer] += len(candidates)
-                totals["exited"][layer] += len(confident)
-                totals["skipped"] += len(confident) * (5 - layer)
-                gone |= confident
-            assert set(state.exited_T.nonzero().flatten().tolist()) == gone
-            kept = range(num_tokens) if state.kept_rows is None else state.kept_rows.tolist()
-            assert list(kept) == [t for t in range(num_tokens) if t not in gone]
+        tokens = make_tokens(generator, num_tokens)
+        decides = (tokens.role_T & DECIDES) > 0
+        num_decided += int(decides.sum())
+        stream = torch.randn(num_tokens + 2, 24, generator=generator)  # two rows of padding
+        if num_tokens and poison:
+            stream[0, 0] = poison
+        state.begin_step(num_tokens, tokens)
+        level, confidence, done = tokens.floor_T.tolist(), [0.0] * num_tokens, set()
+        for index, (layer, threshold) in enumerate(zip((1, 3), thresholds, strict=True)):
+            state.observe(layer, stream)
+            if not state.is_active:
+                continue
+            risk = state._risk_CT[index, :num_tokens].tolist()
+            candidates = [t for t in range(num_tokens) if decides[t] and t not in done and threshold > 0]
+            seen = set(candidates) | {t for t in range(num_tokens) if tokens.role_T[t] & OBSERVED}
+            expected = PROBES[layer](stream)[:num_tokens]
+            for t in range(num_tokens):
+                assert (t in seen) or math.isnan(risk[t])
+                if t in seen:
+                    torch.testing.assert_close(torch.tensor(risk[t]), expected[t], rtol=1e-4, atol=1e-5, equal_nan=True)
+            sure = []
+            for t in candidates:
+                limit = float(np.float32(threshold) * tokens.scale_T[t])
+                is_sure = risk[t] < limit
+                if rule == "accumulate":
+                    confidence[t] = confidence[t] * 0.5 + ((limit - risk[t]) / limit if is_sure else 0.0) * 0.8
+                    is_sure = confidence[t] >= 0.4
+                if is_sure:
+                    sure.append(t)
+            evaluated[layer] += len(candidates)
+            if scope == "batch" and len(sure) < len(candidates):
+                sure = []
+            for t in sure:
+                soft, goal = bool(tokens.role_T[t] & SOFT), int(tokens.goal_T[t])
+                wanted = soft_level(goal, confidence[t]) if soft else goal
+                if ALL_SHARES[wanted] > ALL_SHARES[level[t]]:
+                    level[t] = wanted
+                if not soft or level[t] == goal:
+                    done.add(t)
+                    exited[layer] += 1
+            assert state.level_T[:num_tokens].tolist() == level
+        assert not state.level_T[num_tokens:].any()
         state.end_step()
-        assert not state.exited_T.any()
+        assert not state.level_T.any()
     stats = state.get_stats()
-    assert {c.layer: c.num_evaluated for c in stats.checkpoints} == totals["evaluated"]
-    assert {c.layer: c.num_exited for c in stats.checkpoints} == totals["exited"]
-    assert stats.num_decode_tokens == num_allowed
-    assert stats.num_mlp_blocks_skipped == totals["skipped"]
+    assert {c.layer: c.num_evaluated for c in stats.checkpoints} == evaluated
+    assert {c.layer: c.num_exited for c in stats.checkpoints} == exited
+    assert stats.num_decode_tokens == num_decided
     assert stats.num_mlp_blocks_computed + stats.num_mlp_blocks_skipped == 2 * num_tokens * 6
     assert (stats.num_steps, stats.num_torn_steps, stats.active_revision) == (2, 0, 7)
-    assert state.exited_T.data_ptr() == address
+    assert state.level_T.data_ptr() == address
 
 
 def test_a_policy_within_a_step_would_be_counted_as_torn():
-    state = State(LAYOUT, PROBES, max_num_tokens=4, device=torch.device("cpu"))
+    state = make_state(True)
     state.begin_step(1, None)
     state.apply(Policy(), 2)
     state.end_step()
     assert state.get_stats().num_torn_steps == 1
+
+
+def test_adaptation_reaches_target_rates_and_follows_a_change_of_traffic():
+    """Risks of one distribution, then of another twice as risky: the rates come back to their targets."""
+    state = make_state(True)
+    rates = (0.2, 0.5)
+    knobs = Adaptation(enabled=True, target_exit_rates=rates, alpha=0.2, warmup_steps=4, window_tokens=256)
+    checkpoints = tuple(Checkpoint(layer=layer, threshold=0.01) for layer in (1, 3))
+    policy = Policy(enabled=True, checkpoints=checkpoints, adaptation=knobs, tiers=(Tier(name="balanced", threshold_scale=1.0),))
+    state.apply(policy, 1)
+    generator = torch.Generator().manual_seed(1)
+
+    def run(num_steps: int, shift: float) -> list[float]:
+        before = state._counts_C2.clone()
+        for _ in range(num_steps):
+            ones = np.ones(16, dtype=np.uint8)
+            tokens = Tokens(role_T=ones, floor_T=ones * 0, goal_T=ones, scale_T=ones.astype(np.float32), tier_T=ones.astype(np.int64) * 0)
+            state.begin_step(16, tokens)
+            stream = torch.randn(16, 24, generator=generator)
+            for layer in (1, 3):
+                state.observe(layer, stream + shift * PROBES[layer].down.weight[0])
+            state.end_step()
+        seen = (state._counts_C2 - before).double()
+        return (seen[:, 1] / seen[:, 0]).tolist()
+
+    run(60, 0.0)
+    assert all(abs(found - rate) < 0.05 for found, rate in zip(run(120, 0.0), rates, strict=True))
+    run(60, 1.5)
+    assert all(abs(found - rate) < 0.05 for found, rate in zip(run(120, 1.5), rates, strict=True))
+    learned = list(state.adapter.thresholds)
+    frozen = Adaptation(**{**vars(knobs), "frozen": True})
+    state.apply(Policy(**{**vars(policy), "adaptation": frozen}), 2)
+    run(20, 0.0)
+    assert state.adapter.thresholds == learned
+    state.apply(Policy(**{**vars(policy), "adaptation": Adaptation(**{**vars(knobs), "generation": 1})}), 3)
+    assert state.adapter.thresholds == pytest.approx([0.01, 0.01])
+
+
+def test_kernels_are_there():
+    assert native.load()

@@ -19,16 +19,16 @@ _STATES: dict[str, State] = {}
 """by layer name; operators can carry names, not objects"""
 
 
-def _checkpoint(stream_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
+def _checkpoint(stream_TD: Tensor, level_T: Tensor, layer: int, layer_name: str) -> None:
     _STATES[layer_name].observe(layer, stream_TD)
 
 
-def _checkpoint_fake(stream_TD: Tensor, exited_T: Tensor, layer: int, layer_name: str) -> None:
+def _checkpoint_fake(stream_TD: Tensor, level_T: Tensor, layer: int, layer_name: str) -> None:
     return None
 
 
-# `exited_T` is written through the State; naming it here orders this operator before the MLPs that read it.
-direct_register_custom_op("sedac_checkpoint", _checkpoint, mutates_args=["exited_T"], fake_impl=_checkpoint_fake)
+# `level_T` is written through the State; naming it here orders this operator before the MLPs that read it.
+direct_register_custom_op("sedac_checkpoint", _checkpoint, mutates_args=["level_T"], fake_impl=_checkpoint_fake)
 
 
 @functools.cache
@@ -39,7 +39,10 @@ def _with_checkpoint(base: Any) -> type[nn.Module]:
             # The sum, not its parts: handing `residual` itself to an opaque operator would make the compiler round it to
             # bf16 where plain vLLM keeps it in fp32 between two fused kernels, and idle would no longer equal plain.
             stream_TD = hidden_TD.float() + residual_TD.float()
-            torch.ops.vllm.sedac_checkpoint(stream_TD, self.sedac_exited_T, self.sedac_layer, self.sedac_name)
+            if self.sedac_native:
+                torch.ops.sedac.checkpoint(stream_TD, self.sedac_level_T, self.sedac_index)
+            else:
+                torch.ops.vllm.sedac_checkpoint(stream_TD, self.sedac_level_T, self.sedac_layer, self.sedac_name)
         elif self.sedac_state.is_watching(self.sedac_layer):
             self.sedac_state.observe(self.sedac_layer, hidden_TD.float() + residual_TD.float())
         return hidden_TD, residual_TD
@@ -51,7 +54,8 @@ def attach(layer: Any, index: int, name: str, state: State) -> None:
     """Put a checkpoint behind the decoder layer `index`, called `name` in the model."""
     _STATES[name] = state
     layer.sedac_layer, layer.sedac_name = index, name
-    layer.sedac_state = state
-    layer.register_buffer("sedac_exited_T", state.exited_T, persistent=False)
+    layer.sedac_state, layer.sedac_index = state, state.index_of_layer[index]
+    layer.sedac_native = state.native and state.recorder is None
+    layer.register_buffer("sedac_level_T", state.level_T, persistent=False)
     base: Any = type(layer)
     layer.__class__ = _with_checkpoint(base)

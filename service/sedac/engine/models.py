@@ -20,10 +20,11 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
 from sedac.engine import checkpoint, mlp
+from sedac.engine.levels import LevelTable
 from sedac.engine.record import Recorder
 from sedac.engine.state import State
 from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
-from sedac.policy import Layout
+from sedac.policy import FULL, SKIP, Layout
 from sedac.probe import artifact
 
 CONFIG_KEY = "sedac"
@@ -38,6 +39,8 @@ class StaticConfig:
     """directory of the probe set; may be empty only with `record`"""
     checkpoint_layers: tuple[int, ...] = ()
     """decoder layers, 0-based; empty: all that the probe set has"""
+    levels: bool = True
+    """offer the probe set's reduced levels, not only `full` and `skip`"""
     record: bool = False
     """record streams at the checkpoints instead of serving decisions"""
 
@@ -57,7 +60,7 @@ class StaticConfig:
         try:
             return cls(**{**entry, "checkpoint_layers": tuple(entry.get("checkpoint_layers", ()))})
         except TypeError as error:
-            raise ConfigError(f"--additional-config {CONFIG_KEY}: {error}; known keys: probe_set, checkpoint_layers, record") from error
+            raise ConfigError(f"--additional-config {CONFIG_KEY}: {error}; known keys: probe_set, checkpoint_layers, levels, record") from error
 
 
 def find_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
@@ -90,10 +93,6 @@ def _refuse_layout(vllm_config: VllmConfig) -> None:
         )
     if parallel.num_ubatches > 1:
         raise UnsupportedModel(f"{parallel.num_ubatches} micro-batches per step; SEDAC supports 1: turn dual batch overlap off")
-    if vllm_config.speculative_config is not None:
-        raise UnsupportedModel(
-            f"speculative method {vllm_config.speculative_config.method!r} beside SEDAC is not supported yet: drop --speculative-config"
-        )
     if vllm_config.use_v2_model_runner:
         raise UnsupportedModel("Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0")
     if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE) and compilation.mode != CompilationMode.NONE and parallel.world_size:
@@ -112,8 +111,9 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         ConfigError, ArtifactError, UnsupportedModel: what does not fit and what to do.
     """
     static = StaticConfig.from_vllm(vllm_config)
-    if static is None:
-        return None
+    speculative = vllm_config.speculative_config
+    if static is None or (speculative is not None and vllm_config.model_config is speculative.draft_model_config):
+        return None  # a draft model proposes; decisions belong to the model that verifies
     _refuse_layout(vllm_config)
     text_config = vllm_config.model_config.hf_text_config
     num_layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
@@ -133,21 +133,41 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
                 f"probe set {manifest.name!r} was trained for hidden size {manifest.hidden_size} and {manifest.num_layers} layers, the model has "
                 f"{hidden_size} and {num_layers}; train one for this model"
             )
+    device = next(model.parameters()).device
+    lora = vllm_config.lora_config is not None
+    levels = probe_set.levels if probe_set and static.levels else ()
+    if levels:
+        _refuse_levels(list_name, layers, lora)
+    assert probe_set is not None or not levels
     layout = Layout(
         num_layers=num_layers,
         hidden_size=hidden_size,
         checkpoint_layers=wanted or (tuple(sorted(probe_set.probes)) if probe_set else ()),
         probe_set=probe_set.manifest.name if probe_set else "",
+        levels=(FULL, SKIP, *(level.name for level in levels)),
     )
-    device = next(model.parameters()).device
-    state = State(layout, probe_set.probes if probe_set else {}, max_num_tokens=_max_num_tokens(vllm_config), device=device)
+    shares = [record.saved for record in probe_set.manifest.levels] if levels and probe_set else []
+    table = LevelTable(num_layers, levels, shares, probe_set.manifest.intermediate_size if probe_set else 0, device)
+    state = State(layout, probe_set.probes if probe_set else {}, table, max_num_tokens=_max_num_tokens(vllm_config), device=device)
     state.recorder = Recorder() if static.record else None
     for i in layout.checkpoint_layers:
         checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
-    first = min(layout.checkpoint_layers, default=num_layers)
-    for i in range(first + 1, num_layers):
-        mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", state)
+    first = 0 if levels else min(layout.checkpoint_layers, default=num_layers) + 1  # without levels nothing below a checkpoint changes
+    scores_activation = bool(probe_set) and probe_set.manifest.score == "activation"
+    for i in range(first, num_layers):
+        neurons = probe_set.neurons[i] if levels and probe_set else None
+        mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", i, state, neurons, scores_activation=scores_activation, lora=lora)
     return state
+
+
+def _refuse_levels(list_name: str, layers: nn.ModuleList, lora: bool) -> None:
+    """Refuse reduced levels by the name of what can't take them; hard exits need none of this."""
+    remedy = 'offer hard exits only: SEDAC_LEVELS=0 (--additional-config \'{"sedac": {"levels": false, ...}}\')'
+    if lora:
+        raise UnsupportedModel(f"the probe set's reduced levels and LoRA can't be combined (adapters change the neurons); {remedy}")
+    for i, layer in enumerate(layers):
+        if reason := mlp.why_not_dense(layer.mlp):
+            raise UnsupportedModel(f"{list_name}.{i}.mlp {reason} and can't take the probe set's reduced levels; {remedy}")
 
 
 def _max_num_tokens(vllm_config: VllmConfig) -> int:

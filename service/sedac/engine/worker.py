@@ -12,14 +12,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from vllm.config.compilation import CompilationMode
 from vllm.platforms import current_platform
 
 from sedac.engine import mlp
+from sedac.engine.requests import Requests
 from sedac.engine.state import State
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
-from sedac.policy import TIER_KEY, Policy
+from sedac.policy import Policy
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -50,15 +50,20 @@ class SedacWorker(_Worker):
         if model.sedac_state is None:
             raise ConfigError("SedacWorker needs the layout in --additional-config; start the engine with `sedac serve`")
         self.sedac_state = model.sedac_state
-        self._sedac_exact_ids: set[str] = set()
+        self._sedac_requests = Requests(self.sedac_state)
         self._sedac_in_step = False
+        for module in model.modules():
+            if hasattr(module, "sedac_handlers"):
+                mlp.finish(module)
         layout = self.sedac_state.layout
         _log.info(
-            "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r%s",
+            "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r, levels %s, %s kernels%s",
             type(model).__name__.removeprefix("Sedac"),
             layout.num_layers,
             ", ".join(map(str, layout.checkpoint_layers)) or "none",
             layout.probe_set,
+            ", ".join(layout.levels),
+            "native" if self.sedac_state.native else "plain torch",
             ", recording" if self.sedac_state.recorder else "",
         )
         self.model_runner._model_forward = functools.partial(self._sedac_forward, self.model_runner._model_forward)
@@ -66,18 +71,17 @@ class SedacWorker(_Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, and also the gated MLPs at the sizes that only exits bring."""
         result = super().compile_or_warm_up_model()
-        gated = [m for m in self.model_runner.get_model().modules() if type(m).__name__.startswith("Gated") and hasattr(m, "sedac_state")]
+        gated = [m for m in self.model_runner.get_model().modules() if hasattr(m, "sedac_handlers") and not m.sedac_native]
         if gated and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             mlp.warm_up(gated[-1], self.sedac_state.layout.hidden_size, self.model_config.dtype)
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run one step, remembering which requests asked for tier `exact`."""
+        """Run one step, remembering what each new request asked for."""
         for new in scheduler_output.scheduled_new_reqs:
             extra = new.sampling_params.extra_args if new.sampling_params else None
-            if extra and extra.get(TIER_KEY) == "exact":
-                self._sedac_exact_ids.add(new.req_id)
-        self._sedac_exact_ids.difference_update(scheduler_output.finished_req_ids)
+            self._sedac_requests.add(new.req_id, extra or {})
+        self._sedac_requests.finish(scheduler_output.finished_req_ids)
         self._sedac_in_step = scheduler_output.total_num_scheduled_tokens > 0
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
@@ -91,34 +95,19 @@ class SedacWorker(_Worker):
         state, runner = self.sedac_state, self.model_runner
         batch = runner.input_batch
         bounds = runner.query_start_loc.np[: batch.num_reqs + 1]
-        state.begin_step(int(bounds[-1]), self._sedac_may_exit(bounds) if state.policy.enabled else None)
+        starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        tokens = self._sedac_requests.make_tokens(batch.req_ids, bounds, batch.num_prompt_tokens[: batch.num_reqs], starts) if state.policy.enabled else None
+        state.begin_step(int(bounds[-1]), tokens)
         try:
             hidden = forward(**inputs)
         finally:
-            state.end_step()
+            saved_T = state.end_step()
+        self._sedac_requests.count_step(batch.req_ids, bounds, saved_T)
         if state.recorder is not None:
-            starts, counts = batch.num_computed_tokens_cpu, np.diff(bounds)
+            counts = np.diff(bounds)
             requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.req_ids)]
             state.recorder.finish_step(requests, hidden, runner.model.compute_logits)
         return hidden
-
-    def _sedac_may_exit(self, bounds: np.ndarray[Any, Any]) -> torch.Tensor:
-        """Return bool (T,): the tokens that the policy's phase and their request's tier allow to exit.
-
-        A token counts as prompt by its position, not by how it was scheduled, so recomputing a preempted request or
-        splitting a prompt changes nothing.
-        """
-        batch = self.model_runner.input_batch
-        num_reqs, counts = batch.num_reqs, np.diff(bounds)
-        if self.sedac_state.reduces_prompts:
-            num_full = np.zeros(num_reqs, dtype=np.int64)
-        else:
-            num_full = np.clip(batch.num_prompt_tokens[:num_reqs] - batch.num_computed_tokens_cpu[:num_reqs], 0, counts)
-        if self._sedac_exact_ids:
-            exact = np.fromiter((r in self._sedac_exact_ids for r in batch.req_ids), dtype=bool, count=num_reqs)
-            num_full = np.where(exact, counts, num_full)
-        offsets = np.arange(bounds[-1]) - np.repeat(bounds[:-1], counts)
-        return torch.from_numpy(offsets >= np.repeat(num_full, counts)).to(self.sedac_state.exited_T.device)
 
     def sedac_describe(self) -> dict[str, Any]:
         """Return what is attached: the layout as a dict."""
@@ -135,6 +124,10 @@ class SedacWorker(_Worker):
     def sedac_get_stats(self) -> dict[str, Any]:
         """Return the totals since the worker started (`Stats` as a dict)."""
         return asdict(self.sedac_state.get_stats())
+
+    def sedac_get_report(self, request_id: str) -> dict[str, Any] | None:
+        """Return what a running or recently finished request was computed with; None where it is unknown."""
+        return self._sedac_requests.get_report(request_id)
 
     def sedac_take_records(self) -> list[dict[str, Any]]:
         """Return and forget what was recorded since the last call.

@@ -15,6 +15,8 @@ from typing import Any
 from sedac.errors import ArtifactError
 
 FORMAT = "sedac-probe-set/1"
+_ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+_MAX_LEVELS = 14  # the engine has room for 16, `full` and `skip` included
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -28,6 +30,30 @@ class ProbeRecord:
     """the threshold that the set's author proposes"""
     metrics: dict[str, float] = field(default_factory=dict)
     """what training measured on held-out text"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelRecord:
+    """One reduced level of a set; its parameters per layer are in the weights."""
+
+    name: str
+    reduction: str
+    """width or contextual"""
+    saved: float
+    """share of all MLP FLOPs, when every token takes it; on calibration text, 0 to 1"""
+    perplexity_ratio: float
+    """to the full model, the same way"""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierRecord:
+    """A tier that the set's author proposes."""
+
+    name: str
+    floor: str
+    level: str
+    threshold_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +73,15 @@ class Manifest:
     training: dict[str, Any] = field(default_factory=dict)
     """data digest, number of tokens, hyper-parameters"""
     format: str = FORMAT
+    intermediate_size: int = 0
+    """neurons of each MLP; 0: the set has no reduced levels"""
+    activation: str = ""
+    """of the calibrated model's MLPs: silu, gelu or gelu_tanh"""
+    score: str = "gate"
+    """what a neuron's score is made from: gate (the projection's output) or activation"""
+    levels: tuple[LevelRecord, ...] = ()
+    """in ascending order of saving"""
+    tiers: tuple[TierRecord, ...] = ()
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -64,7 +99,13 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtifactError(f"SEDAC probe set missing: {path}; {remedy}")
     try:
         data = json.loads(path.read_text())
-        manifest = Manifest(**{**data, "probes": tuple(ProbeRecord(**p) for p in data["probes"])})
+        parts = {
+            "probes": tuple(ProbeRecord(**p) for p in data["probes"]),
+            "levels": tuple(LevelRecord(**p) for p in data.get("levels", ())),
+            "tiers": tuple(TierRecord(**p) for p in data.get("tiers", ())),
+        }
+        manifest = Manifest(**{**data, **parts})
+        level_names = [level.name for level in manifest.levels]
         checks = {
             "format": manifest.format == FORMAT,
             "name": bool(_NAME.fullmatch(manifest.name)),
@@ -73,6 +114,17 @@ def read_manifest(directory: Path) -> Manifest:
             "num_layers": 0 < manifest.num_layers <= 4096,
             "probes": [p.layer for p in manifest.probes] == sorted({p.layer for p in manifest.probes}) and bool(manifest.probes),
             "probes.layer": all(0 <= p.layer < manifest.num_layers for p in manifest.probes),
+            "intermediate_size": 0 <= manifest.intermediate_size <= 1 << 22 and bool(manifest.intermediate_size) >= bool(manifest.levels),
+            "activation": manifest.activation in (_ACTIVATIONS if manifest.levels else ("", *_ACTIVATIONS)),
+            "score": manifest.score in ("gate", "activation"),
+            "levels": len(level_names) <= _MAX_LEVELS,
+            "levels.name": all(_NAME.fullmatch(n) for n in level_names) and len({"full", "skip", *level_names}) == 2 + len(level_names),
+            "levels.reduction": all(level.reduction in ("width", "contextual") for level in manifest.levels),
+            "levels.saved": all(0 <= level.saved <= 1 for level in manifest.levels),
+            "levels.perplexity_ratio": all(math.isfinite(level.perplexity_ratio) and level.perplexity_ratio > 0 for level in manifest.levels),
+            "tiers.floor": all(tier.floor in ("full", *level_names) for tier in manifest.tiers),
+            "tiers.level": all(tier.level in ("full", "skip", *level_names) for tier in manifest.tiers),
+            "tiers.threshold_scale": all(math.isfinite(t.threshold_scale) and t.threshold_scale >= 0 for t in manifest.tiers),
             "probes.threshold": all(math.isfinite(p.threshold) and p.threshold >= 0 for p in manifest.probes),
         }
     except (ValueError, TypeError, KeyError) as error:

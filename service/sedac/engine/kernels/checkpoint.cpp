@@ -1,0 +1,138 @@
+// The checkpoint: probe and decision rule for every token of the step in one operator.
+//
+// The rule is the one of sedac/probe/cascade.py (`decide`), which tests hold against this file.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "rows.h"
+#include "state.h"
+
+namespace sedac {
+namespace {
+
+struct Checkpoint {
+  at::Tensor down, norm_weight, norm_bias, out_weight, out_bias;  // the LREProbe, fp32
+  at::Tensor knobs;   // (3) float: threshold, weight, target; threshold 0: off
+  at::Tensor counts;  // (2) int64: tokens decided about, tokens that became confident
+};
+
+std::vector<Checkpoint>& checkpoints() {
+  static std::vector<Checkpoint> all;
+  return all;
+}
+
+constexpr int64_t kMaxRank = 4096;
+constexpr float kNormEpsilon = 1e-5f;
+constexpr float kSoftplusLinear = 20.0f;
+
+float get_risk(const Checkpoint& c, const float* stream, int64_t hidden) {
+  const int64_t rank = c.down.size(0);
+  float z[kMaxRank];
+  const float* down = data<float>(c.down);
+  for (int64_t r = 0; r < rank; ++r) z[r] = dot(down + r * hidden, stream, hidden);
+  float mean = 0, variance = 0;
+  for (int64_t r = 0; r < rank; ++r) mean += z[r];
+  mean /= rank;
+  for (int64_t r = 0; r < rank; ++r) variance += (z[r] - mean) * (z[r] - mean);
+  const float inverse = 1.0f / std::sqrt(variance / rank + kNormEpsilon);
+  const float *w = data<float>(c.norm_weight), *bias = data<float>(c.norm_bias), *out = data<float>(c.out_weight);
+  float logit = *data<float>(c.out_bias);
+  for (int64_t r = 0; r < rank; ++r) logit += ((z[r] - mean) * inverse * w[r] + bias[r]) * out[r];
+  return logit > kSoftplusLinear ? logit : std::log1p(std::exp(logit));
+}
+
+uint8_t get_soft_level(const Buffers& b, uint8_t goal, float confidence) {
+  const float ratio = std::tanh(2.0f * confidence - 1.0f) / 2.0f + 0.5f;
+  const uint8_t* steps = data<uint8_t>(b.ladder) + goal * kMaxLevels;
+  uint8_t level = kLevelFull;
+  for (int64_t i = 0; i < kMaxLevels && steps[i] != 255; ++i) {
+    if (data<float>(b.shares)[steps[i]] <= ratio) level = steps[i];
+  }
+  return level;
+}
+
+// `stream` (T, D) fp32: the residual stream after the checkpoint's layer.
+void checkpoint(const at::Tensor& stream, at::Tensor& level_T, int64_t index) {
+  const Buffers& b = model().b;
+  const Rule& rule = model().rule;
+  const Checkpoint& c = checkpoints()[index];
+  const float threshold = data<float>(c.knobs)[0], weight = data<float>(c.knobs)[1], target = data<float>(c.knobs)[2];
+  if (!*data<uint8_t>(b.active)) return;
+  const int64_t num_tokens = std::min(stream.size(0), b.role.size(0)), hidden = stream.size(1);
+  uint8_t *role = data<uint8_t>(b.role), *done = data<uint8_t>(b.done), *goal = data<uint8_t>(b.goal), *level = data<uint8_t>(b.level);
+  float *confidence = data<float>(b.confidence), *risk = data<float>(b.risk) + index * b.risk.size(1);
+  const float* scale = data<float>(b.scale);
+
+  std::vector<int32_t> rows;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const bool decides = (role[t] & kDecides) && !done[t] && threshold > 0;
+    if (decides || (role[t] & kObserved)) rows.push_back(t);
+  }
+  if (rows.empty()) return;
+  const at::Tensor held = stream.contiguous();
+  const float* values = held.const_data_ptr<float>();
+  at::parallel_for(0, rows.size(), 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) risk[rows[i]] = get_risk(c, values + rows[i] * hidden, hidden);
+  });
+
+  int64_t num_decided = 0, num_confident = 0;
+  bool all_confident = true;
+  std::vector<int32_t> confident;
+  for (const int32_t t : rows) {
+    if (!(role[t] & kDecides) || done[t] || threshold <= 0) continue;
+    ++num_decided;
+    const float limit = threshold * scale[t];
+    bool sure = risk[t] < limit;  // false for NaN
+    if (rule.rule == 1) {
+      const float now = sure ? (limit - risk[t]) / limit : 0.0f;
+      confidence[t] = confidence[t] * static_cast<float>(rule.decay) + now * weight;
+      sure = confidence[t] >= target;
+    }
+    if (sure) {
+      confident.push_back(t);
+    } else {
+      all_confident = false;
+    }
+  }
+  if (rule.scope == 0 || all_confident) {
+    for (const int32_t t : confident) {
+      const bool soft = role[t] & kSoft;
+      const uint8_t wanted = soft ? get_soft_level(b, goal[t], confidence[t]) : goal[t];
+      const float* shares = data<float>(b.shares);
+      if (shares[wanted] > shares[level[t]]) level[t] = wanted;
+      if (soft && level[t] != goal[t]) continue;  // a later checkpoint may be surer still
+      done[t] = 1;
+      ++num_confident;
+    }
+  }
+  data<int64_t>(c.counts)[0] += num_decided;
+  data<int64_t>(c.counts)[1] += num_confident;
+}
+
+void add_checkpoint(int64_t index, const std::vector<at::Tensor>& probe, const at::Tensor& knobs, const at::Tensor& counts) {
+  TORCH_CHECK(probe.size() == 5 && probe[0].size(0) <= kMaxRank, "a probe has 5 tensors and a rank of at most ", kMaxRank);
+  auto& all = checkpoints();
+  if (static_cast<int64_t>(all.size()) <= index) all.resize(index + 1);
+  all[index] = {probe[0], probe[1], probe[2], probe[3], probe[4], knobs, counts};
+}
+
+void set_buffers(const std::vector<at::Tensor>& t) {
+  TORCH_CHECK(t.size() == 11, "11 buffers, in the order of state.h");
+  model().b = {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]};
+}
+
+void set_rule(int64_t rule, int64_t scope, double decay) { model().rule = {rule, scope, decay}; }
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sedac, library) {
+  library.def("set_buffers(Tensor[] buffers) -> ()", set_buffers);
+  library.def("set_rule(int rule, int scope, float decay) -> ()", set_rule);
+  library.def("add_checkpoint(int index, Tensor[] probe, Tensor knobs, Tensor counts) -> ()", add_checkpoint);
+  library.def("checkpoint(Tensor stream, Tensor(a!) level, int index) -> ()");
+}
+TORCH_LIBRARY_IMPL(sedac, CPU, library) { library.impl("checkpoint", checkpoint); }
+
+}  // namespace sedac

@@ -1,0 +1,318 @@
+// The gated MLP as two operators in place of vLLM's two matrix products: `gate_up` and `down`.
+//
+// Between them runs vLLM's own activation, so a row at level `full` goes through vLLM's kernels alone and comes out bit
+// for bit as without SEDAC. Reduced rows are computed whole in `gate_up`, from neuron-major weights (row n of gate, up and
+// down belongs to neuron n, in order of importance), and put into the result by `down`.
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "rows.h"
+#include "state.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace sedac {
+namespace {
+
+// Up to so many rows every weight is read once for all of them; above, matrix products pay.
+constexpr size_t kFewRows = 12;
+constexpr int64_t kPrefetchRows = 2;
+
+struct Mlp {
+  at::Tensor gate_up_handler, down_handler;  // vLLM's oneDNN handlers
+  int64_t num_outputs = 0, hidden = 0;
+  at::Tensor kinds;       // (levels) uint8: Kind
+  at::Tensor parameters;  // (levels) float: width: leading neurons; contextual: threshold
+  at::Tensor gate, up, down, scale;  // neuron-major (F, D) and (F), undefined where only skip is attached
+  at::Tensor natural_scale;          // (F) in the model's own order
+  at::Tensor repair_order;           // (F) int64, only where `down` was repaired: the model's own neuron of each row
+  int64_t activation = 0;            // 0 silu, 1 gelu, 2 gelu (tanh)
+  bool scores_activation = false;    // score of a neuron from act(gate), not from gate
+  // Of the running step, from gate_up to down.
+  bool plain = true;
+  std::vector<int64_t> full_rows, masked_rows, reduced_rows;
+  at::Tensor reduced, gate_up;
+};
+
+std::vector<Mlp>& mlps() {
+  static std::vector<Mlp> all;
+  return all;
+}
+
+at::Tensor full_product(const at::Tensor& x, const at::Tensor& handler, int64_t num_outputs) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("_C::onednn_mm", "")
+                             .typed<void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&)>();
+  at::Tensor out = at::empty({x.size(0), num_outputs}, x.options());
+  op.call(out, x, std::nullopt, handler);
+  return out;
+}
+
+inline float activate(float x, int64_t activation) {
+  if (activation == 0) return x / (1.0f + std::exp(-x));
+  if (activation == 1) return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+  return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+}
+
+at::Tensor activate_rows(const at::Tensor& gate, int64_t activation) {
+  return activation == 0 ? at::silu(gate) : at::gelu(gate, activation == 1 ? "none" : "tanh");
+}
+
+at::Tensor to_index(const std::vector<int64_t>& rows) { return at::tensor(rows, at::kLong); }
+
+void set_row(float value, float& to) { to = value; }
+void set_row(float value, bf16& to) { to = c10::BFloat16(value).x; }
+
+struct Row {
+  int64_t limit;      // neurons from here on are off
+  float threshold;    // of the score; 0: none
+};
+
+// `x` (N, D) -> (N, D), each row by its own `Row`; every weight that any row needs is read once.
+template <typename W>
+at::Tensor compute_few(const Mlp& m, const at::Tensor& x, const std::vector<Row>& rows, std::vector<float>& computed) {
+  const int64_t num_rows = x.size(0), hidden = m.hidden, num_neurons = m.gate.size(0), num_threads = at::get_num_threads();
+  const at::Tensor wide = x.to(at::kFloat).contiguous();
+  at::Tensor out = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
+  const float *in = wide.const_data_ptr<float>(), *scale = m.scale.defined() ? m.scale.const_data_ptr<float>() : nullptr;
+  const W *gate = static_cast<const W*>(m.gate.const_data_ptr()), *up = static_cast<const W*>(m.up.const_data_ptr()),
+          *down = static_cast<const W*>(m.down.const_data_ptr());
+  int64_t limit = 0;
+  for (const Row& row : rows) limit = std::max(limit, row.limit);
+  std::vector<float> sums(num_threads * num_rows * hidden, 0.0f);
+  std::vector<int64_t> counts(num_threads * num_rows, 0);
+  const int64_t share = (limit + num_threads - 1) / num_threads;
+  at::parallel_for(0, num_threads, 1, [&](int64_t first_part, int64_t last_part) {
+    for (int64_t part = first_part; part < last_part; ++part) {
+      const int64_t begin = part * share, end = std::min(limit, begin + share);
+      if (begin >= end) continue;
+      // Activated gates of (neuron, row); 0 where the neuron is off. Neurons that no row asks for are left out.
+      std::vector<int32_t> wanted;
+      std::vector<float> h;
+      wanted.reserve(end - begin), h.reserve((end - begin) * num_rows);
+      std::vector<float> acts(num_rows);
+      for (int64_t n = begin; n < end; ++n) {
+        bool any = false;
+        for (int64_t r = 0; r < num_rows; ++r) {
+          acts[r] = 0.0f;
+          if (n >= rows[r].limit) continue;
+          const float g = dot(gate + n * hidden, in + r * hidden, hidden), a = activate(g, m.activation);
+          if (rows[r].threshold > 0 && !(std::abs(m.scores_activation ? a : g) * scale[n] >= rows[r].threshold)) continue;
+          acts[r] = a, any = true;
+          ++counts[part * num_rows + r];
+        }
+        if (any) wanted.push_back(n), h.insert(h.end(), acts.begin(), acts.end());
+      }
+      const int64_t num_wanted = wanted.size();
+      const bool sparse = num_wanted < end - begin;
+      for (int64_t i = 0; i < num_wanted; ++i) {
+        if (sparse && i + kPrefetchRows < num_wanted) prefetch(up + wanted[i + kPrefetchRows] * hidden, hidden);
+        for (int64_t r = 0; r < num_rows; ++r) {
+          float& value = h[i * num_rows + r];
+          if (value != 0.0f) value *= dot(up + wanted[i] * hidden, in + r * hidden, hidden);
+        }
+      }
+      float* y = sums.data() + part * num_rows * hidden;
+      for (int64_t i = 0; i < num_wanted; ++i) {
+        if (sparse && i + kPrefetchRows < num_wanted) prefetch(down + wanted[i + kPrefetchRows] * hidden, hidden);
+        for (int64_t r = 0; r < num_rows; ++r) {
+          if (h[i * num_rows + r] != 0.0f) add_scaled(down + wanted[i] * hidden, h[i * num_rows + r], y + r * hidden, hidden);
+        }
+      }
+    }
+  });
+  W* result = static_cast<W*>(out.mutable_data_ptr());
+  for (int64_t r = 0; r < num_rows; ++r) {
+    int64_t active = 0;
+    for (int64_t part = 0; part < num_threads; ++part) active += counts[part * num_rows + r];
+    // Contextual rows read the whole gate, ordered rows their leading part alone.
+    const float gates = rows[r].threshold > 0 ? num_neurons : rows[r].limit;
+    computed[r] = (gates + 2.0f * active) / (3.0f * num_neurons);
+    for (int64_t d = 0; d < hidden; ++d) {
+      float sum = 0;
+      for (int64_t part = 0; part < num_threads; ++part) sum += sums[(part * num_rows + r) * hidden + d];
+      set_row(sum, result[r * hidden + d]);
+    }
+  }
+  return out;
+}
+
+at::Tensor compute_few(const Mlp& m, const at::Tensor& x, const std::vector<Row>& rows, std::vector<float>& computed) {
+  return x.scalar_type() == at::kBFloat16 ? compute_few<bf16>(m, x, rows, computed) : compute_few<float>(m, x, rows, computed);
+}
+
+// Many rows of one width: matrix products over the leading neurons, no weight copied.
+at::Tensor compute_width(const Mlp& m, const at::Tensor& x, int64_t width) {
+  const at::Tensor gate = at::linear(x, m.gate.narrow(0, 0, width)), up = at::linear(x, m.up.narrow(0, 0, width));
+  return at::mm(activate_rows(gate, m.activation) * up, m.down.narrow(0, 0, width));
+}
+
+void compute_reduced(Mlp& m, const at::Tensor& x, const std::vector<Row>& rows, float* saved) {
+  m.reduced = at::Tensor();
+  if (m.reduced_rows.empty()) return;
+  const at::Tensor held = x.index_select(0, to_index(m.reduced_rows));
+  if (rows.size() <= kFewRows) {
+    std::vector<float> computed(rows.size());
+    m.reduced = compute_few(m, held, rows, computed);
+    for (size_t i = 0; i < rows.size(); ++i) saved[m.reduced_rows[i]] += 1.0f - computed[i];
+    return;
+  }
+  m.reduced = at::empty_like(held);
+  std::vector<bool> seen(rows.size(), false);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (seen[i]) continue;
+    std::vector<int64_t> group;
+    for (size_t j = i; j < rows.size(); ++j) {
+      if (rows[j].limit == rows[i].limit) group.push_back(j), seen[j] = true;
+    }
+    const at::Tensor index = to_index(group);
+    m.reduced.index_copy_(0, index, compute_width(m, held.index_select(0, index), rows[i].limit));
+    for (const int64_t j : group) saved[m.reduced_rows[j]] += 1.0f - static_cast<float>(rows[i].limit) / m.gate.size(0);
+  }
+}
+
+at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index, int64_t num_outputs) {
+  Mlp& m = mlps()[index];
+  const Buffers& b = model().b;
+  m.plain = !*data<uint8_t>(b.active);
+  if (m.plain) return full_product(x, m.gate_up_handler, num_outputs);
+
+  const int64_t num_tokens = x.size(0);
+  const uint8_t *level = data<uint8_t>(b.level), *kinds = data<uint8_t>(m.kinds);
+  const float* parameters = data<float>(m.parameters);
+  float* saved = data<float>(b.saved);
+  m.full_rows.clear(), m.masked_rows.clear(), m.reduced_rows.clear();
+  std::vector<Row> rows;
+  const int64_t num_neurons = m.gate.defined() ? m.gate.size(0) : 0;
+  int64_t num_contextual = 0, num_width = 0;
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    num_contextual += kinds[level[t]] == kContextual, num_width += kinds[level[t]] == kWidth;
+  }
+  const bool few = num_contextual + num_width <= static_cast<int64_t>(kFewRows);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    const uint8_t kind = kinds[level[t]];
+    const float parameter = parameters[level[t]];
+    if (kind == kSkip) {
+      saved[t] += 1.0f;
+    } else if (kind == kWidth) {
+      m.reduced_rows.push_back(t), rows.push_back({static_cast<int64_t>(parameter), 0.0f});
+    } else if (kind == kContextual && few) {
+      m.reduced_rows.push_back(t), rows.push_back({num_neurons, parameter});
+    } else if (kind == kContextual) {
+      m.masked_rows.push_back(t);
+    } else {
+      m.full_rows.push_back(t);
+    }
+  }
+  m.plain = static_cast<int64_t>(m.full_rows.size()) == num_tokens;
+  if (m.plain) return full_product(x, m.gate_up_handler, num_outputs);
+  compute_reduced(m, x, rows, saved);
+  at::Tensor out = at::empty({num_tokens, num_outputs}, x.options());
+  std::vector<int64_t> through = m.full_rows;
+  through.insert(through.end(), m.masked_rows.begin(), m.masked_rows.end());
+  if (static_cast<int64_t>(through.size()) == num_tokens) {
+    out = full_product(x, m.gate_up_handler, num_outputs);
+  } else if (!through.empty()) {
+    const at::Tensor held = to_index(through);
+    out.index_copy_(0, held, full_product(x.index_select(0, held), m.gate_up_handler, num_outputs));
+  }
+  m.gate_up = m.masked_rows.empty() ? at::Tensor() : out;
+  return out;
+}
+
+// Many contextual rows: computed in full by then, so what their own gate would have left out is set to 0 (saves no time).
+at::Tensor mask_rows(const Mlp& m, const at::Tensor& h, const uint8_t* level) {
+  const at::Tensor index = to_index(m.masked_rows);
+  const int64_t num_neurons = h.size(1);
+  at::Tensor gate = m.gate_up.index_select(0, index).narrow(1, 0, num_neurons).to(at::kFloat);
+  if (m.scores_activation) gate = activate_rows(gate, m.activation);
+  std::vector<float> limits;
+  for (const int64_t t : m.masked_rows) limits.push_back(data<float>(m.parameters)[level[t]]);
+  const at::Tensor keep = (gate.abs() * m.natural_scale).ge(at::tensor(limits).unsqueeze(1));
+  return h.index_select(0, index) * keep;
+}
+
+at::Tensor down(const at::Tensor& h, const at::Tensor& level_T, int64_t index, int64_t hidden) {
+  Mlp& m = mlps()[index];
+  if (m.plain) return full_product(h, m.down_handler, hidden);
+  at::Tensor out = at::zeros({h.size(0), hidden}, h.options());
+  if (!m.full_rows.empty()) {
+    const at::Tensor held = to_index(m.full_rows);
+    out.index_copy_(0, held, full_product(h.index_select(0, held), m.down_handler, hidden));
+  }
+  if (!m.masked_rows.empty()) {
+    const at::Tensor masked = mask_rows(m, h, data<uint8_t>(model().b.level));
+    const at::Tensor result = m.repair_order.defined() ? at::mm(masked.index_select(1, m.repair_order), m.down)
+                                                       : full_product(masked, m.down_handler, hidden);
+    out.index_copy_(0, to_index(m.masked_rows), result);
+  }
+  if (m.reduced.defined()) out.index_copy_(0, to_index(m.reduced_rows), m.reduced);
+  m.reduced = m.gate_up = at::Tensor();
+  return out;
+}
+
+// Zeros where every row of the MLP is skipped, else nothing; eager mode asks before it runs anything of the MLP.
+std::optional<at::Tensor> skip_all(const at::Tensor& x, int64_t index) {
+  const uint8_t *level = data<uint8_t>(model().b.level), *kinds = data<uint8_t>(mlps()[index].kinds);
+  const int64_t num_tokens = x.size(0);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    if (kinds[level[t]] != kSkip) return std::nullopt;
+  }
+  float* saved = data<float>(model().b.saved);
+  for (int64_t t = 0; t < num_tokens; ++t) saved[t] += 1.0f;
+  return at::zeros_like(x);
+}
+
+void add_mlp(int64_t index, const at::Tensor& gate_up_handler, const at::Tensor& down_handler, int64_t hidden, const at::Tensor& kinds,
+             const at::Tensor& parameters, int64_t activation) {
+  auto& all = mlps();
+  if (static_cast<int64_t>(all.size()) <= index) all.resize(index + 1);
+  Mlp& m = all[index];
+  m.gate_up_handler = gate_up_handler, m.down_handler = down_handler, m.hidden = hidden;
+  m.kinds = kinds, m.parameters = parameters, m.activation = activation;
+}
+
+// Neuron-major weights in order of importance and the scores' scale in that order; `natural_scale` in the model's own order;
+// `repair_order` only where `down` was repaired, so that many contextual rows use it too.
+void set_neurons(int64_t index, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, const at::Tensor& scale,
+                 const at::Tensor& natural_scale, const std::optional<at::Tensor>& repair_order, bool scores_activation) {
+  Mlp& m = mlps().at(index);
+  m.gate = gate, m.up = up, m.down = down, m.scale = scale, m.natural_scale = natural_scale;
+  m.repair_order = repair_order.value_or(at::Tensor()), m.scores_activation = scores_activation;
+}
+
+// A contiguous tensor on huge pages, for weights that are read in long runs.
+at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype) {
+  constexpr size_t kPage = 1 << 21;
+  size_t bytes = c10::elementSize(dtype);
+  for (const int64_t n : size) bytes *= n;
+  bytes = (bytes + kPage - 1) / kPage * kPage;
+  void* memory = std::aligned_alloc(kPage, bytes);
+  TORCH_CHECK(memory != nullptr, "no memory for ", bytes, " bytes of neuron-major weights");
+  madvise(memory, bytes, MADV_HUGEPAGE);
+  return at::from_blob(memory, size, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(sedac, library) {
+  library.def("add_mlp(int index, Tensor gate_up_handler, Tensor down_handler, int hidden, Tensor kinds, Tensor parameters, int activation) -> ()", add_mlp);
+  library.def("set_neurons(int index, Tensor gate, Tensor up, Tensor down, Tensor scale, Tensor natural_scale, Tensor? repair_order, bool scores_activation) -> ()", set_neurons);
+  library.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", empty_huge);
+  library.def("skip_all(Tensor x, int index) -> Tensor?");
+  library.def("gate_up(Tensor x, Tensor level, int index, int num_outputs) -> Tensor");
+  library.def("down(Tensor h, Tensor level, int index, int hidden) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(sedac, CPU, library) {
+  library.impl("skip_all", skip_all);
+  library.impl("gate_up", gate_up);
+  library.impl("down", down);
+}
+
+}  // namespace sedac

@@ -1,0 +1,158 @@
+"""The requests of a worker: what each one's tier lets its tokens get, and what it was computed with.
+
+A token counts as prompt by its position, not by how it was scheduled, so recomputing a preempted request or splitting a
+prompt changes nothing. T tokens of the step, N requests of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sedac.engine.adaptation import Difficulty
+from sedac.engine.state import DECIDES, OBSERVED, SOFT, State, Tokens
+from sedac.policy import EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Tier
+
+_MAX_FINISHED = 1000
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(kw_only=True)
+class _Request:
+    tier: str
+    """empty: the policy's default"""
+    level: str | None
+    scale: float
+    revision: int = -1
+    """for which the fields below were resolved"""
+    tier_row: int = 0
+    is_bounded: bool = False
+    floor: int = 0
+    goal: int = 0
+    role: int = 0
+    own_scale: float = 1.0
+    num_tokens: int = 0
+    num_saved: float = 0.0
+    prompt_risk: float = 0.0
+    num_prompt_risks: int = 0
+    difficulty: float | None = None
+    """factor on the thresholds from the prompt's own risk, once the prompt is over"""
+
+
+class Requests:
+    """Tracks requests by the engine's ids; driven by the worker once per step."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._running: dict[str, _Request] = {}
+        self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._difficulty = Difficulty()
+
+    def add(self, request_id: str, extra: dict[str, Any]) -> None:
+        """Remember a new request and its `vllm_xargs`."""
+        level = extra.get(LEVEL_KEY)
+        self._running[request_id] = _Request(tier=str(extra.get(TIER_KEY, "")), level=level, scale=float(extra.get(SCALE_KEY, 1.0)))
+
+    def finish(self, request_ids: Iterable[str]) -> None:
+        """Keep only the reports of finished requests, and of these the newest."""
+        for request_id in request_ids:
+            if request_id in self._running:
+                self._finished[request_id] = self._make_report(request_id, self._running.pop(request_id))
+                if len(self._finished) > _MAX_FINISHED:
+                    self._finished.popitem(last=False)
+
+    def make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
+        """Return what the step's tokens may get; `bounds` (N + 1) are the first rows of the requests, the others (N) counts."""
+        policy = self._state.policy
+        requests = [self._resolve(request_id) for request_id in request_ids]
+        counts = np.diff(bounds)
+        num_full = np.zeros_like(counts) if policy.phase == "all" else np.clip(num_prompt - num_computed, 0, counts)
+
+        def gather(values: Iterable[float], dtype: type) -> Array:
+            return np.repeat(np.fromiter(values, dtype=dtype, count=len(requests)), counts)
+
+        offset_T = np.arange(bounds[-1]) - np.repeat(bounds[:-1], counts)
+        bounded_T = gather((r.is_bounded for r in requests), np.bool_)
+        reducible_T = bounded_T & (offset_T >= np.repeat(num_full, counts))
+        role_T = np.where(reducible_T, gather((r.role for r in requests), np.uint8), np.uint8(0))
+        if policy.sensitivity > 0:
+            role_T = np.where(bounded_T & ~reducible_T, np.uint8(OBSERVED), role_T)
+            for request, full, count in zip(requests, num_full.tolist(), counts.tolist(), strict=True):
+                if request.difficulty is None and full < count:
+                    mean = request.prompt_risk / request.num_prompt_risks if request.num_prompt_risks else math.nan
+                    request.difficulty = self._difficulty.get_scale(mean, policy.sensitivity)
+                    self._difficulty.add(mean)
+        return Tokens(
+            role_T=role_T,
+            floor_T=np.where(reducible_T, gather((r.floor for r in requests), np.uint8), np.uint8(0)),
+            goal_T=gather((r.goal for r in requests), np.uint8),
+            scale_T=gather((r.own_scale * (r.difficulty or 1.0) for r in requests), np.float32),
+            tier_T=gather((r.tier_row for r in requests), np.int64),
+        )
+
+    def _resolve(self, request_id: str) -> _Request:
+        """Look the request's tier up in the policy in force; a tier that it no longer has is served in full."""
+        state, request = self._state, self._running[request_id]
+        if request.revision == state.revision:
+            return request
+        policy, table = state.policy, state.table
+        name = request.tier or policy.default_tier
+        tier = next((t for t in policy.get_tiers() if t.name == name), None)
+        request.revision = state.revision
+        request.is_bounded = tier is not None
+        tier = tier or Tier(name=EXACT)
+        request.tier_row = state.get_tier_row(tier.name)
+        level = tier.level if request.level is None or request.level not in table.names else request.level
+        request.floor, request.goal = table.get_index(tier.floor), table.get_index(level)
+        request.role = DECIDES | (SOFT if tier.soft_exit else 0)
+        request.own_scale = tier.threshold_scale * request.scale
+        return request
+
+    def count_step(self, request_ids: Sequence[str], bounds: Array, saved_T: Array | None) -> None:
+        """Count the step's tokens and what they saved to their requests."""
+        saved_N = np.zeros(len(request_ids)) if saved_T is None else np.add.reduceat(saved_T, bounds[:-1])
+        for request_id, count, saved in zip(request_ids, np.diff(bounds).tolist(), saved_N.tolist(), strict=True):
+            request = self._running[request_id]
+            request.num_tokens += count
+            request.num_saved += saved
+        if saved_T is not None and self._state.policy.sensitivity > 0:
+            self._count_risks(request_ids, bounds)
+
+    def _count_risks(self, request_ids: Sequence[str], bounds: Array) -> None:
+        tokens = self._state.last_tokens
+        assert tokens is not None
+        observed_T = tokens.role_T & OBSERVED > 0
+        for request_id, start, end in zip(request_ids, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            risk = self._state.risk_CT[:, start:end][:, observed_T[start:end]]
+            request = self._running[request_id]
+            request.prompt_risk += float(np.nansum(risk))
+            request.num_prompt_risks += int((~np.isnan(risk)).sum())
+
+    def _make_report(self, request_id: str, request: _Request) -> dict[str, Any]:
+        blocks = request.num_tokens * self._state.layout.num_layers
+        name = request.tier or self._state.policy.default_tier
+        return {
+            "request_id": request_id,
+            "tier": name if request.is_bounded or not request.tier else request.tier,
+            "revision": max(request.revision, 0),
+            "num_tokens": request.num_tokens,
+            "num_mlp_blocks_computed": blocks - request.num_saved,
+            "mlp_share": (blocks - request.num_saved) / blocks if blocks else 1.0,
+        }
+
+    def get_report(self, request_id: str) -> dict[str, Any] | None:
+        """Return the report of the request with this id, or of all its parts (`id-0`, `id-1`, ...) together; None: unknown."""
+        reports = [self._make_report(i, r) for i, r in self._running.items()] + list(self._finished.values())
+        parts = [r for r in reports if r["request_id"] == request_id or r["request_id"].startswith(f"{request_id}-")]
+        if not parts:
+            return None
+        tokens, blocks = sum(r["num_tokens"] for r in parts), sum(r["num_mlp_blocks_computed"] for r in parts)
+        total = tokens * self._state.layout.num_layers
+        share = blocks / total if total else 1.0
+        return parts[0] | {"request_id": request_id, "num_tokens": tokens, "num_mlp_blocks_computed": blocks, "mlp_share": share}
