@@ -9,10 +9,11 @@ import threading
 
 import pytest
 from rich.console import Console
+from sedac import wire
 from sedac.client import tables
 from sedac.client.ctl import app
 from sedac.control.v1 import control_pb2
-from sedac.policy import Policy
+from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 from typer.testing import CliRunner
 
 from tests.control.conftest import FIRST, RunningServer
@@ -47,6 +48,117 @@ def test_set_changes_named_knobs_and_waits(ctl, client, make_engine):
     assert ctl("policy", "set", "--threshold", "all=0", "--disabled").exit_code == 0
     made = client.get_policy()
     assert ([c.threshold for c in made.checkpoints], made.enabled) == ([0, 0, 0], False)
+
+
+def test_every_knob_of_a_policy_can_be_set(ctl, client):
+    client.update_policy(FIRST)
+    done = ctl(
+        "policy", "set", "--rule", "accumulate", "--decay", "0.8", "--weight", "2=0.3", "--weight", "5=0.7", "--target", "all=0.6", "--soft-exit",
+        "--phase", "all", "--scope", "batch", "--sensitivity", "1.5", "--default-tier", "exact", "--allow-overrides", "--probe-set", "p",
+        "--frozen", "--exit-rate", "all=0.3", "--exit-rate", "5=0.4", "--alpha", "0.2", "--warmup-steps", "7", "--window-tokens", "512",
+        "--min-threshold", "0.01", "--max-threshold", "9",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert wire.policy_from_proto(client.get_policy()) == Policy(
+        enabled=True,
+        probe_set="p",
+        checkpoints=(Checkpoint(layer=2, threshold=0.5, weight=0.3, target=0.6), Checkpoint(layer=5, threshold=0.25, weight=0.7, target=0.6)),
+        phase="all",
+        scope="batch",
+        rule="accumulate",
+        decay=0.8,
+        sensitivity=1.5,
+        tiers=(Tier(name="balanced", soft_exit=True),),
+        default_tier="exact",
+        allow_overrides=True,
+        adaptation=Adaptation(
+            frozen=True, target_exit_rates=(0.3, 0.4), alpha=0.2, warmup_steps=7, window_tokens=512, min_threshold=0.01, max_threshold=9
+        ),
+    )
+    assert "weights" in done.output
+    back = ctl("policy", "set", "--rule", "first", "--hard-exit", "--adaptive", "--thawed", "--refuse-overrides", "--sensitivity", "0")
+    assert back.exit_code == 0, back.output
+    assert "target exit rates 2: 0.3  5: 0.4" in back.output
+    made = wire.policy_from_proto(client.get_policy())
+    assert (made.rule, made.tiers[0].soft_exit, made.adaptation.enabled, made.adaptation.frozen) == ("first", False, True, False)
+    assert made.checkpoints[1].weight == 0.7, "thresholds, weights and targets keep what is not named"
+    assert ctl("policy", "set", "--threshold", "5=1").exit_code == 0
+    assert wire.policy_from_proto(client.get_policy()).checkpoints[1] == Checkpoint(layer=5, threshold=1, weight=0.7, target=0.6)
+
+
+def test_knobs_of_layers_that_are_no_checkpoint_are_refused_with_the_remedy(ctl, client):
+    client.update_policy(FIRST)
+    wrong = ctl("policy", "set", "--weight", "8=1")
+    assert wrong.exit_code == 2
+    assert "add it with --threshold 8=VALUE" in wrong.output
+    assert ctl("adaptation", "set", "--exit-rate", "2=0.5").exit_code == 2
+    unknown = ctl("adaptation", "set", "--exit-rate", "all=0.5", "--exit-rate", "8=0.5")
+    assert unknown.exit_code == 2
+    assert "layer 8 is no checkpoint" in unknown.output
+    assert client.get_policy().revision == 1
+    assert ctl("policy", "set", "--threshold", "8=1", "--weight", "8=2", "--exit-rate", "all=0.5").exit_code == 0
+    assert client.get_policy().checkpoints[2].weight == 2
+
+
+def test_tiers_are_listed_set_removed_and_chosen(ctl, client, make_engine):
+    make_engine(levels=["full", "skip", "width-25"]).pushes.get(timeout=5)
+    done = ctl("tier", "set", "night", "--floor", "width-25", "--threshold-scale", "0", "--wait", "5", "--comment", "cheap")
+    assert done.exit_code == 0, done.output
+    expected = (Tier(name="balanced"), Tier(name="night", floor="width-25", threshold_scale=0.0))
+    assert wire.policy_from_proto(client.get_policy()).tiers == expected, "the implied tier stays beside the first one named"
+    assert ctl("tier", "set", "night", "--level", "full").exit_code == 0
+    assert wire.policy_from_proto(client.get_policy()).tiers[1] == Tier(name="night", floor="width-25", level="full", threshold_scale=0.0)
+    assert ctl("tier", "default", "night").exit_code == 0
+    listed = ctl("tier", "list").output
+    assert re.search(r"night +width-25 +full +x 0 +hard +default", listed)
+    assert "levels of e1: full, skip, width-25" in listed
+    assert [tier["name"] for tier in json.loads(ctl("tier", "list", "--json").output)] == ["balanced", "night"]
+    kept = ctl("tier", "remove", "night")
+    assert kept.exit_code == 2
+    assert "is the default tier; choose another one first" in kept.output
+    assert ctl("tier", "default", "exact").exit_code == 0
+    assert ctl("tier", "remove", "balanced").exit_code == 0
+    assert [tier.name for tier in client.get_policy().tiers] == ["night"]
+    assert "the last tier can't be removed" in ctl("tier", "remove", "night").output
+    assert "it has night" in ctl("tier", "remove", "day").output
+    assert ctl("tier", "set", "exact").exit_code == 2
+    unknown = ctl("tier", "set", "day", "--level", "width-99")
+    assert unknown.exit_code == 1
+    assert "it has full, skip, width-25" in unknown.output
+    assert "default_tier: 'day' is no tier" in ctl("tier", "default", "day").output
+
+
+def test_adaptation_is_set_frozen_thawed_and_reset(ctl, client):
+    client.update_policy(FIRST)
+    assert ctl("adaptation", "set").exit_code == 2
+    assert ctl("adaptation", "set", "--adaptive", "--exit-rate", "all=0.3").exit_code == 0
+
+    def get() -> Adaptation:
+        return wire.policy_from_proto(client.get_policy()).adaptation
+
+    assert get() == Adaptation(enabled=True, target_exit_rates=(0.3, 0.3))
+    assert ctl("adaptation", "freeze", "--comment", "night").exit_code == 0
+    assert get().frozen
+    assert client.get_policy().comment == "night"
+    assert "frozen, target exit rates 2: 0.3" in ctl("adaptation", "show").output
+    assert ctl("adaptation", "thaw").exit_code == 0
+    assert ctl("adaptation", "reset").exit_code == 0
+    assert ctl("adaptation", "reset").exit_code == 0
+    assert ctl("adaptation", "set", "--exit-rate", "5=0.1", "--alpha", "0.5").exit_code == 0
+    assert get() == Adaptation(enabled=True, target_exit_rates=(0.3, 0.1), alpha=0.5, generation=2)
+    refused = ctl("adaptation", "set", "--alpha", "2")
+    assert refused.exit_code == 1
+    assert "adaptation.alpha: 2.0 is outside (0, 1]" in refused.output
+    assert ctl("adaptation", "set", "--fixed").exit_code == 0
+    assert "off" in ctl("adaptation", "show").output
+
+
+def test_help_teaches(ctl):
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", ctl("policy", "set", "--help").output).split())
+    for words in ("a new LAYER adds one", "confidence adds up", "makes reducing opt-in", "averages about ten steps", "share of the tokens evaluated"):
+        assert words in text
+    for command in (["tier"], ["tier", "set"], ["adaptation"], ["adaptation", "set"], []):
+        assert ctl(*command, "--help").exit_code == 0
 
 
 def test_exit_codes_tell_what_went_wrong(ctl, client, make_engine):
@@ -151,3 +263,26 @@ def test_rates_are_of_the_time_since_the_earlier_status():
     restarted = _make_report(steps=5, allowed=50, exited=5, skipped=0)
     assert "2: 10.0%" in _render(restarted, now), "an engine that started again counts from 0"
     assert "%" not in _render(now, now), "no token, no rate"
+
+
+def _make_tier_report(*, steps: int, tokens: int, blocks: float, exited: int) -> control_pb2.Status:
+    report = control_pb2.EngineReport(
+        num_steps=steps,
+        checkpoints=[control_pb2.CheckpointReport(layer=2, num_evaluated=9, num_exited=4, threshold=0.375, exit_rate=0.25)],
+        tiers=[control_pb2.TierReport(name="night", num_tokens=tokens, num_exited=exited, num_mlp_blocks_computed=blocks)],
+        num_adaptations=7,
+    )
+    policy = Policy(checkpoints=(Checkpoint(layer=2, threshold=0.5),), adaptation=Adaptation(enabled=True, target_exit_rates=(0.2,)))
+    engine = control_pb2.EngineStatus(engine=control_pb2.EngineHello(engine_id="e1", num_layers=10), report=report)
+    return control_pb2.Status(policy=wire.policy_to_proto(policy), engines=[engine])
+
+
+def test_status_shows_what_tiers_cost_and_thresholds_in_force():
+    before, now = (
+        _make_tier_report(steps=1, tokens=100, blocks=1000, exited=0),
+        _make_tier_report(steps=2, tokens=200, blocks=1650.5, exited=50),
+    )
+    assert re.search(r"e1 +night +200 +82.5% +25.0%", _render(now))
+    assert re.search(r"e1 +night +100 +65.0% +50.0%", _render(now, before))
+    assert re.search(r"e1 +2 +0.375 +0.5 +25.0% +20.0% +9 +4", _render(now))
+    assert re.search(r"e1 +night +0 +- +-", _render(now, now))
