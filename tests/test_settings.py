@@ -1,15 +1,18 @@
-"""SEDAC_* variables mean what they say; unknown and ineffective ones are refused by name."""
+"""SEDAC_* variables mean what they say; unknown ones, and ones that do not fit, are refused by name."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sedac import launch
 from sedac.errors import ConfigError
-from sedac.policy import Checkpoint
-from sedac.probe.manifest import Manifest, ProbeRecord
+from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord
 from sedac.settings import EngineSettings, read_settings
 
 MANIFEST = Manifest(
@@ -42,8 +45,10 @@ def test_probe_set_proposes_layers_and_thresholds():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("SEDAC_ADAPTIVE", "1", "SEDAC_ADAPTIVE='1' has no effect yet"),
-        ("SEDAC_EXIT_RATES", "0.2,0.5", "SEDAC_EXIT_RATES"),
+        ("SEDAC_ADAPTIVE", "perhaps", "SEDAC_ADAPTIVE='perhaps'"),
+        ("SEDAC_EXIT_RATES", "0.2,b", "SEDAC_EXIT_RATES"),
+        ("SEDAC_RULE", "last", "SEDAC_RULE='last'"),
+        ("SEDAC_EXIT_RATE", "0.2", "did you mean SEDAC_EXIT_RATES"),
         ("SEDAC_TRESHOLDS", "0.2", "did you mean SEDAC_THRESHOLDS"),
         ("SEDAC_PROBE_RANK", "-3", "SEDAC_PROBE_RANK='-3'"),
         ("SEDAC_PHASE", "sometimes", "SEDAC_PHASE='sometimes'"),
@@ -56,9 +61,71 @@ def test_wrong_variables_are_refused_by_name(monkeypatch, name, value, message):
         read_settings()
 
 
-def test_adaptive_off_is_accepted(monkeypatch):
-    monkeypatch.setenv("SEDAC_ADAPTIVE", "0")
-    assert read_settings().enabled
+def test_empty_variables_are_unset_ones(monkeypatch):
+    for name in ("ADAPTIVE", "EXIT_RATES", "ALPHA", "TIER", "RULE", "SOFT_EXIT", "THRESHOLDS", "CALIBRATION_STEPS"):
+        monkeypatch.setenv(f"SEDAC_{name}", "")
+    assert read_settings().make_policy(MANIFEST) == EngineSettings().make_policy(MANIFEST)
+
+
+def test_presets_are_hard_exits_where_the_probe_set_has_no_tiers():
+    policy = EngineSettings().make_policy(MANIFEST)
+    assert [(t.name, t.floor, t.level, t.threshold_scale) for t in policy.tiers] == [
+        ("conservative", "full", "skip", 0.5),
+        ("balanced", "full", "skip", 1.0),
+        ("aggressive", "full", "skip", 2.0),
+    ]
+    assert (policy.default_tier, policy.rule, policy.adaptation, policy.allow_overrides) == ("balanced", "first", Adaptation(), False)
+
+
+LEVELLED = replace(
+    MANIFEST,
+    intermediate_size=32,
+    levels=(LevelRecord(name="width-25", reduction="width", saved=0.25, perplexity_ratio=1.004),),
+    tiers=(TierRecord(name="gentle", floor="full", level="width-25"), TierRecord(name="bold", floor="width-25", level="skip", threshold_scale=2.0)),
+)
+
+
+def test_tiers_are_the_probe_sets_where_it_has_some():
+    policy = EngineSettings().make_policy(LEVELLED)
+    assert policy.tiers == (Tier(name="gentle", level="width-25"), Tier(name="bold", floor="width-25", threshold_scale=2.0))
+    assert policy.default_tier == "gentle", "the first, where none is called balanced"
+    assert EngineSettings(tier="bold").make_policy(LEVELLED).default_tier == "bold"
+    assert EngineSettings(tier="exact").make_policy(LEVELLED).default_tier == "exact"
+    broken = replace(LEVELLED, levels=())
+    with pytest.raises(ConfigError, match="'width-25' is not a level of this engine"):
+        EngineSettings().make_policy(broken)
+
+
+def test_every_variable_of_the_decision_reaches_the_policy(monkeypatch):
+    variables = {
+        "SOFT_EXIT": "1", "CONFIDENCE_DECAY": "0.8", "LAYER_WEIGHTS": "0.3, 0.4,0.3", "TARGETS": "0.5,0.6,0.7", "SENSITIVITY": "1.5",
+        "TIER": "aggressive", "ALLOW_OVERRIDES": "true", "EXIT_RATES": "0.1,0.2,0.3", "CALIBRATION_STEPS": "50", "CALIBRATION_ALPHA": "0.25",
+        "ALPHA": "0.25",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SEDAC_{name}", value)
+    policy = read_settings().make_policy(MANIFEST)
+    assert policy == Policy(
+        enabled=True,
+        checkpoints=(
+            Checkpoint(layer=2, threshold=0.2, weight=0.3, target=0.5),
+            Checkpoint(layer=5, threshold=0.5, weight=0.4, target=0.6),
+            Checkpoint(layer=8, threshold=0.8, weight=0.3, target=0.7),
+        ),
+        rule="accumulate",
+        decay=0.8,
+        sensitivity=1.5,
+        tiers=tuple(Tier(name=n, threshold_scale=s, soft_exit=True) for n, s in (("conservative", 0.5), ("balanced", 1.0), ("aggressive", 2.0))),
+        default_tier="aggressive",
+        allow_overrides=True,
+        adaptation=Adaptation(target_exit_rates=(0.1, 0.2, 0.3), warmup_steps=50, alpha=0.25),
+    )
+
+
+def test_adaptive_makes_thresholds_follow(monkeypatch):
+    for name, value in {"ADAPTIVE": "1", "EXIT_RATES": "0.2,0.5,0.8", "ALPHA": "0.5"}.items():
+        monkeypatch.setenv(f"SEDAC_{name}", value)
+    assert read_settings().make_policy(MANIFEST).adaptation == Adaptation(enabled=True, target_exit_rates=(0.2, 0.5, 0.8), alpha=0.5)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +134,21 @@ def test_adaptive_off_is_accepted(monkeypatch):
         ({"probe_layers": (2, 7)}, "SEDAC probe missing for layer 7"),
         ({"thresholds": (0.1,)}, "SEDAC_THRESHOLDS has 1 values for 3 checkpoints"),
         ({"probe_rank": 32}, "SEDAC_PROBE_RANK is 32"),
-        ({"thresholds": (0.1, float("nan"), 0.2)}, r"checkpoints\[1\].threshold"),
+        ({"thresholds": (0.1, float("nan"), 0.2)}, r"checkpoints\[1\].threshold.*; check SEDAC_THRESHOLDS$"),
+        ({"layer_weights": (0.1,)}, "SEDAC_LAYER_WEIGHTS has 1 values for 3 checkpoints"),
+        ({"targets": (0.1, 0.2)}, "SEDAC_TARGETS has 2 values"),
+        ({"exit_rates": (0.1, 0.2)}, "SEDAC_EXIT_RATES has 2 values"),
+        ({"exit_rates": (0.1, 0.2, 1.3)}, "outside 0..1; check SEDAC_EXIT_RATES"),
+        ({"adaptive": True}, "SEDAC_ADAPTIVE needs SEDAC_EXIT_RATES"),
+        ({"adaptive": True, "exit_rates": (0.1, 0.2, 0.3), "soft_exit": True}, "use rule first or single; check SEDAC_ADAPTIVE"),
+        ({"alpha": 0.1, "calibration_alpha": 0.2}, "SEDAC_ALPHA is 0.1 and SEDAC_CALIBRATION_ALPHA is 0.2; they are one knob"),
+        ({"alpha": 2.0}, "check SEDAC_ALPHA"),
+        ({"soft_exit": True, "rule": "first"}, "SEDAC_SOFT_EXIT needs accumulated confidence, SEDAC_RULE is first"),
+        ({"rule": "single"}, "check SEDAC_RULE"),
+        ({"tier": "turbo"}, "'turbo' is no tier of this policy; it has aggressive, balanced, conservative, exact; check SEDAC_TIER"),
+        ({"confidence_decay": 2.0}, "check SEDAC_CONFIDENCE_DECAY"),
+        ({"sensitivity": -1.0}, "check SEDAC_SENSITIVITY"),
+        ({"calibration_steps": -1}, "check SEDAC_CALIBRATION_STEPS"),
     ],
 )
 def test_settings_that_do_not_fit_the_probe_set_are_refused(overrides, message):
@@ -75,11 +156,27 @@ def test_settings_that_do_not_fit_the_probe_set_are_refused(overrides, message):
         read_settings(**overrides).make_policy(MANIFEST)
 
 
-def test_settings_survive_the_way_through_the_environment(monkeypatch):
-    first = read_settings(probe_layers=(2, 5), thresholds=(0.25, 1e-3), probe_dir=Path("/x"), scope="batch", engine_id="e 1", enabled=False)
-    for name, value in first.to_env().items():
-        monkeypatch.setenv(name, value)
-    assert read_settings() == first
+_numbers = st.floats(allow_nan=False)
+_lists = st.lists(_numbers, max_size=3).map(tuple)
+_settings = st.fixed_dictionaries(
+    {
+        "enabled": st.booleans(), "probe_dir": st.just(Path("/x")), "probe_layers": st.lists(st.integers(), max_size=3).map(tuple),
+        "thresholds": _lists, "layer_weights": _lists, "targets": _lists, "exit_rates": _lists, "engine_id": st.just("e 1"),
+        "rule": st.sampled_from([None, "first", "accumulate", "single"]), "scope": st.sampled_from(["token", "batch"]),
+        "confidence_decay": _numbers, "sensitivity": _numbers, "soft_exit": st.booleans(), "allow_overrides": st.booleans(),
+        "adaptive": st.booleans(), "alpha": st.none() | _numbers, "calibration_alpha": st.none() | _numbers,
+        "calibration_steps": st.integers(), "tier": st.sampled_from(["", "exact", "mine"]),
+    }
+)  # fmt: skip
+
+
+@given(_settings)
+def test_settings_survive_the_way_through_the_environment(values):
+    first = read_settings(**values)
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in first.to_env().items():
+            patched.setenv(name, value)
+        assert read_settings() == first
 
 
 def test_engine_command_keeps_the_users_flags():

@@ -68,7 +68,7 @@ def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
         yield _examine_architecture(config["architectures"][0])
     try:
         manifest = read_manifest(settings.probe_dir)
-        settings.make_policy(manifest)
+        policy = settings.make_policy(manifest)
     except SedacError as error:
         yield Finding("probe set", "bad", str(error))
         return
@@ -81,6 +81,10 @@ def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
     else:
         layers = ", ".join(str(p.layer) for p in manifest.probes)
         yield Finding("probe set", "ok", f"{manifest.name}, rank {manifest.rank}, checkpoints after layers {layers} of {manifest.num_layers}")
+        levels = ", ".join(f"{level.name} (saves {level.saved:.0%}, perplexity x {level.perplexity_ratio:.3f})" for level in manifest.levels)
+        yield Finding("levels", "ok" if levels else "absent", levels or "full and skip alone: the probe set has no reduced ones")
+        tiers = ", ".join(tier.name for tier in policy.get_tiers())
+        yield Finding("tiers", "ok", f"exact, {tiers}; requests that name none get {policy.default_tier if policy.enabled else 'exact'}")
 
 
 def _examine_architecture(architecture: str) -> Finding:

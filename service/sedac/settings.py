@@ -1,7 +1,7 @@
 """Settings of the engine's side: the SEDAC_* environment variables, checked once at the edge.
 
 `sedac serve` reads them, merges its flags and hands the result down by environment, so that the front end and the workers
-read the same. A variable that is unknown, or that has no effect yet, is refused by name.
+read the same. A variable that is unknown is refused by name.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import difflib
 import os
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,28 +19,39 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import Checkpoint, Policy, validate
+from sedac.policy import FULL, SKIP, Adaptation, Checkpoint, Layout, Policy, Rule, Tier, validate
 from sedac.probe.manifest import Manifest
 
 _PREFIX = "SEDAC_"
-_NO_EFFECT_YET = {
-    "SEDAC_ADAPTIVE": "online calibration is not built yet: set thresholds, or leave it at 0",
-    "SEDAC_EXIT_RATES": "online calibration is not built yet: set SEDAC_THRESHOLDS",
-    "SEDAC_CALIBRATION_STEPS": "online calibration is not built yet: leave it out",
-    "SEDAC_ALPHA": "online calibration is not built yet: leave it out",
-    "SEDAC_CALIBRATION_ALPHA": "online calibration is not built yet: leave it out",
-    "SEDAC_CONFIDENCE_DECAY": "accumulated confidence is not built yet: leave it out",
-    "SEDAC_LAYER_WEIGHTS": "accumulated confidence is not built yet: leave it out",
-    "SEDAC_SOFT_EXIT": "reduced MLPs are not built yet: leave it at 0",
-}
-_OFF = ("", "0", "false", "no", "off")
 _ELSEWHERE = ("SEDAC_CONTROL_", "SEDAC_TEST_", "SEDAC_COMPOSE_")
+_PRESETS = (
+    Tier(name="conservative", threshold_scale=0.5),
+    Tier(name="balanced"),
+    Tier(name="aggressive", threshold_scale=2.0),
+)
+"""where the probe set brings no tiers: hard exits"""
+_VARIABLES = {
+    "layer": "SEDAC_PROBE_LAYERS",
+    "].threshold": "SEDAC_THRESHOLDS",
+    "weight": "SEDAC_LAYER_WEIGHTS",
+    "].target": "SEDAC_TARGETS",
+    "rule": "SEDAC_RULE",
+    "decay": "SEDAC_CONFIDENCE_DECAY",
+    "sensitivity": "SEDAC_SENSITIVITY",
+    "default_tier": "SEDAC_TIER",
+    "soft_exit": "SEDAC_SOFT_EXIT",
+    "adaptation.enabled": "SEDAC_ADAPTIVE",
+    "target_exit_rates": "SEDAC_EXIT_RATES",
+    "warmup_steps": "SEDAC_CALIBRATION_STEPS",
+    "alpha": "SEDAC_ALPHA",
+}
+"""parts of a policy's field names, and the variables that set them"""
 
 
 class EngineSettings(BaseSettings):
     """What an engine starts with; everything but the layout can be changed later by policy."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     enabled: bool = True
     """whether the first policy lets tokens exit"""
@@ -56,6 +69,32 @@ class EngineSettings(BaseSettings):
     """which tokens may exit at first"""
     scope: Literal["token", "batch"] = "token"
     """whether tokens exit one by one or only all together at first"""
+    rule: Literal["first", "accumulate", "single"] | None = None
+    """how checkpoints decide at first; unset: `first`, or `accumulate` with soft exits"""
+    confidence_decay: float = 0.9
+    """rule `accumulate`: what the confidence so far keeps at the next checkpoint, 0 to 1"""
+    layer_weights: Annotated[tuple[float, ...], NoDecode] = ()
+    """rule `accumulate`: weight of each checkpoint's confidence, one per checkpoint; empty: 1"""
+    targets: Annotated[tuple[float, ...], NoDecode] = ()
+    """rule `accumulate`: confidence from which on a token exits, one per checkpoint; empty: 0.5"""
+    soft_exit: bool = False
+    """every tier spends less the more confident instead of all or nothing; implies rule `accumulate`"""
+    sensitivity: float = 0.0
+    """how much a request's own prompt risk, against the mean prompt's, lowers its thresholds, 0 to 10"""
+    tier: str = ""
+    """of requests that name none; empty: `balanced`, or the first of the probe set where it has no tier of that name"""
+    allow_overrides: bool = False
+    """whether a request may bring its own level or threshold scale"""
+    adaptive: bool = False
+    """whether thresholds follow the exit rates at first"""
+    exit_rates: Annotated[tuple[float, ...], NoDecode] = ()
+    """share of the tokens evaluated at a checkpoint that shall exit there, one per checkpoint, 0 to 1"""
+    calibration_steps: int = Adaptation.warmup_steps
+    """steps with evaluated tokens before adaptation changes a threshold"""
+    alpha: float | None = None
+    """weight of the newest quantile in adaptation's moving average, over 0 up to 1; unset: 0.1"""
+    calibration_alpha: float | None = None
+    """another name of `alpha`"""
     log_every: int = Field(default=0, ge=0)
     """steps between two log lines of exit rates; 0: never"""
     control_address: str = ""
@@ -65,7 +104,7 @@ class EngineSettings(BaseSettings):
     poll_seconds: float = Field(default=0.5, ge=0.05, le=60)
     """seconds between two readings of the workers' counters"""
 
-    @field_validator("probe_layers", "thresholds", mode="before")
+    @field_validator("probe_layers", "thresholds", "layer_weights", "targets", "exit_rates", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -79,10 +118,10 @@ class EngineSettings(BaseSettings):
         return env
 
     def make_policy(self, manifest: Manifest) -> Policy:
-        """Build the first policy from these settings and the probe set's own thresholds.
+        """Build the first policy from these settings, and from the probe set's own thresholds and tiers.
 
         Raises:
-            ConfigError: layers, thresholds or rank don't fit the probe set.
+            ConfigError: names the variables that don't fit each other or the probe set.
         """
         proposed = {p.layer: p.threshold for p in manifest.probes}
         layers = tuple(sorted(self.probe_layers)) or tuple(proposed)
@@ -94,16 +133,62 @@ class EngineSettings(BaseSettings):
             raise ConfigError(
                 f"SEDAC probe missing for layer {missing[0]}: {self.probe_dir} has layers {list(proposed)}; train one or leave the layer out"
             )
-        if self.thresholds and len(self.thresholds) != len(layers):
-            raise ConfigError(f"SEDAC_THRESHOLDS has {len(self.thresholds)} values for {len(layers)} checkpoints {list(layers)}; give one each")
-        thresholds = self.thresholds or tuple(proposed[layer] for layer in layers)
-        checkpoints = tuple(Checkpoint(layer=layer, threshold=t) for layer, t in zip(layers, thresholds, strict=True))
-        policy = Policy(enabled=self.enabled, checkpoints=checkpoints, phase=self.phase, scope=self.scope)
+        for name in ("thresholds", "layer_weights", "targets", "exit_rates"):
+            count = len(getattr(self, name))
+            if count not in (0, len(layers)):
+                raise ConfigError(f"SEDAC_{name.upper()} has {count} values for {len(layers)} checkpoints {list(layers)}; give one each")
+        if self.adaptive and not self.exit_rates:
+            raise ConfigError("SEDAC_ADAPTIVE needs SEDAC_EXIT_RATES, one rate from 0 to 1 per checkpoint, such as 0.2,0.4")
+        tiers = self._make_tiers(manifest)
+        policy = Policy(
+            enabled=self.enabled,
+            checkpoints=tuple(
+                Checkpoint(layer=layer, threshold=threshold, weight=weight, target=target)
+                for layer, threshold, weight, target in zip(
+                    layers,
+                    self.thresholds or (proposed[layer] for layer in layers),
+                    self.layer_weights or repeat(Checkpoint.weight),
+                    self.targets or repeat(Checkpoint.target),
+                    strict=False,
+                )
+            ),
+            phase=self.phase,
+            scope=self.scope,
+            rule=self._find_rule(),
+            decay=self.confidence_decay,
+            sensitivity=self.sensitivity,
+            tiers=tiers,
+            default_tier=self.tier or next((t.name for t in tiers if t.name == Policy.default_tier), tiers[0].name),
+            allow_overrides=self.allow_overrides,
+            adaptation=Adaptation(
+                enabled=self.adaptive, target_exit_rates=self.exit_rates, warmup_steps=self.calibration_steps, alpha=self._find_alpha()
+            ),
+        )
+        levels = (FULL, SKIP, *(level.name for level in manifest.levels))
+        layout = Layout(
+            num_layers=manifest.num_layers, hidden_size=manifest.hidden_size, checkpoint_layers=layers, probe_set=manifest.name, levels=levels
+        )
         try:
-            validate(policy)
+            validate(policy, layout)
         except PolicyInvalid as error:
-            raise ConfigError(f"the first policy is invalid: {error}; check SEDAC_PROBE_LAYERS and SEDAC_THRESHOLDS") from error
+            names = sorted({name for v in error.violations for field, name in _VARIABLES.items() if field in v.field})
+            raise ConfigError(f"the first policy is invalid: {error}; check {', '.join(names) or 'the probe set'}") from error
         return policy
+
+    def _make_tiers(self, manifest: Manifest) -> tuple[Tier, ...]:
+        found = tuple(Tier(name=t.name, floor=t.floor, level=t.level, threshold_scale=t.threshold_scale) for t in manifest.tiers)
+        return tuple(replace(tier, soft_exit=self.soft_exit) for tier in found or _PRESETS)
+
+    def _find_rule(self) -> Rule:
+        if self.soft_exit and self.rule not in (None, "accumulate"):
+            raise ConfigError(f"SEDAC_SOFT_EXIT needs accumulated confidence, SEDAC_RULE is {self.rule}; leave one of them out")
+        return self.rule or ("accumulate" if self.soft_exit else Policy.rule)
+
+    def _find_alpha(self) -> float:
+        given = {alpha for alpha in (self.alpha, self.calibration_alpha) if alpha is not None}
+        if len(given) > 1:
+            raise ConfigError(f"SEDAC_ALPHA is {self.alpha} and SEDAC_CALIBRATION_ALPHA is {self.calibration_alpha}; they are one knob: give one")
+        return given.pop() if given else Adaptation.alpha
 
 
 def read_settings(environ: Mapping[str, str] = os.environ, **overrides: Any) -> EngineSettings:
@@ -113,11 +198,8 @@ def read_settings(environ: Mapping[str, str] = os.environ, **overrides: Any) -> 
         ConfigError: names the variable, its value and the remedy.
     """
     known = {_PREFIX + name.upper() for name in EngineSettings.model_fields}
-    for name, value in environ.items():
-        if name in _NO_EFFECT_YET:
-            if value.strip().lower() not in _OFF:
-                raise ConfigError(f"{name}={value!r} has no effect yet: {_NO_EFFECT_YET[name]}")
-        elif name.startswith(_PREFIX) and not name.startswith(_ELSEWHERE) and name not in known:
+    for name in environ:
+        if name.startswith(_PREFIX) and not name.startswith(_ELSEWHERE) and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise ConfigError(f"{name} is unknown" + (f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"))
     try:

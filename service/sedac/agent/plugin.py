@@ -23,6 +23,7 @@ from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.promise import Terms
 from sedac.control.v1 import control_pb2
+from sedac.policy import FULL, SKIP
 from sedac.probe.manifest import read_manifest
 from sedac.settings import read_settings
 from sedac.versions import find_vllm_version
@@ -82,7 +83,7 @@ class AgentPlugin:
         manifest = read_manifest(settings.probe_dir)
         first = settings.make_policy(manifest)
         if engine_client.vllm_config.parallel_config._api_process_rank > 0:
-            exact = Terms(policy=replace(first, enabled=False), levels=())
+            exact = Terms(policy=replace(first, enabled=False), levels=(FULL, SKIP, *(level.name for level in manifest.levels)))
             promise.install(engine_client.input_processor, lambda: exact)
             return
         engine = AttachedEngine(client=engine_client)
