@@ -37,7 +37,7 @@ class Declared:
 
 def our_metrics() -> list[Declared]:
     """The agent's, which are globals of its module, and the control service's, which an object holds."""
-    values = [*vars(agent_metrics).values(), *agent_metrics._TOTALS.values(), *vars(ControlMetrics()).values()]
+    values = [*vars(agent_metrics).values(), *agent_metrics._TOTALS.values(), *agent_metrics._TIER_TOTALS.values(), *vars(ControlMetrics()).values()]
     metrics = {value._name: value for value in values if isinstance(value, MetricWrapperBase)}
     return [Declared(name=name, kind=metric._type, labels=metric._labelnames) for name, metric in metrics.items()]
 

@@ -27,6 +27,7 @@ VALUES = {
     "model_name": ["demo"],
     "engine": ["0"],
     "checkpoint": ["3", "7"],
+    "tier": ["exact", "balanced"],
     "result": ["ack", "nack", "accepted", "refused"],
     "state": ["pending", "synced", "nacked", "stale"],
 }
