@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sedac.settings import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("engine", "engine-gpu", "control")
@@ -88,6 +89,16 @@ def test_images_run_as_a_user_and_say_how_they_are() -> None:
         assert re.search(r"^HEALTHCHECK .*start-period", stage, re.MULTILINE), name
         assert re.search(r'^CMD \["(serve|control)"', stage, re.MULTILINE), name
     assert "curl" not in "".join(final.values())
+
+
+def test_engines_take_the_first_policy_from_the_variables(compose: dict[str, Any]) -> None:
+    elsewhere = {"MODEL", "PROBE_DIR", "PROBE_LAYERS", "PROBE_RANK", "LOG_EVERY", "CONTROL_ADDRESS", "ENGINE_ID", "POLL_SECONDS"}
+    expected = {f"SEDAC_{name.upper()}" for name in EngineSettings.model_fields} - {f"SEDAC_{name}" for name in elsewhere}
+    for name in ("engine", "engine-gpu"):
+        passed = {key: value for key, value in compose["services"][name]["environment"].items() if key.startswith("SEDAC_")}
+        assert set(passed) == expected, name
+        assert all(value == f"${{{key}:-}}" for key, value in passed.items()), "empty means unset"
+    assert "environment" not in compose["services"]["control"]
 
 
 @pytest.mark.parametrize("profile", [[], ["--profile", "gpu"]])
