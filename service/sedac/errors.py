@@ -1,7 +1,7 @@
 """Every error that SEDAC raises on purpose.
 
     SedacError
-    |- ConfigError            a setting or flag is wrong, unknown or has no effect yet
+    |- ConfigError            a setting or flag is wrong, unknown, or at odds with another
     |- PolicyInvalid          a policy has bad fields (all of them are listed)
     |- StaleEtag              somebody else changed the policy since it was read
     |- RevisionNotFound       no such revision (or no policy yet)
@@ -27,7 +27,7 @@ class SedacError(Exception):
 
 
 class ConfigError(SedacError):
-    """A setting or flag is wrong, unknown or has no effect yet."""
+    """A setting or flag is wrong, unknown, or at odds with another."""
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def test_thresholds_in_force_are_the_adapted_ones_of_the_policy_in_force():
     assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.375
     assert get_metric("sedac_exit_rate", "adapted", checkpoint="2") == 0.3
     metrics.set_policy(replace(ADAPTING, adaptation=replace(ADAPTING.adaptation, frozen=True)), 5, LAYOUT)
+    assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.375, "no spike while the first reading is on its way"
     assert math.isnan(get_metric("sedac_target_exit_rate", "adapted", checkpoint="2")), "nothing steers to it while frozen"
     metrics.add(_make_stats(revision=5, threshold=0.375))
     assert get_metric("sedac_threshold", "adapted", checkpoint="2") == 0.375

@@ -77,9 +77,11 @@ class EngineMetrics:
         _REVISION.labels(*self._labels).set(revision)
         _ENABLED.labels(*self._labels).set(policy.enabled)
         thresholds, targets = {c.layer: c.threshold for c in policy.checkpoints}, get_target_exit_rates(policy)
-        self._revision, self._is_adapting = revision, policy.enabled and policy.adaptation.enabled
+        was_adapting, self._is_adapting = self._is_adapting, policy.enabled and policy.adaptation.enabled
+        self._revision = revision
         for layer in layout.checkpoint_layers:
-            _THRESHOLD.labels(*self._labels, str(layer)).set(thresholds.get(layer, 0.0))
+            if not (was_adapting and self._is_adapting):  # else the next reading tells; the policy's own would show as a spike
+                _THRESHOLD.labels(*self._labels, str(layer)).set(thresholds.get(layer, 0.0))
             _TARGET_EXIT_RATE.labels(*self._labels, str(layer)).set(targets.get(layer, math.nan))
         for tier in policy.get_tiers():
             self._add_tier(tier.name)
