@@ -133,7 +133,8 @@ FROM runtime AS cpu
 # vLLM's kernels load libnuma; its torch.compile calls a C++ compiler when the engine starts.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-venv /opt/sedac /opt/sedac
-RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl
+RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl \
+    && python -m sedac.engine.build
 # `sedac serve` looks for the demo model where a clone has it, beside the folder of the package.
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
 COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model

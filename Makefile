@@ -10,6 +10,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := service/sedac/engine/_kernels.so
 DOCKER ?= docker
 TARGETS ?= cpu control
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -21,7 +22,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
 
 .PHONY: setup
-setup: $(STAMP) ## build .venv from constraints/ (PYTHON=python3.11, TORCH_INDEX=URL to take torch from another index)
+setup: $(KERNELS) ## build .venv from constraints/ (PYTHON=python3.11, TORCH_INDEX=URL to take torch from another index)
 
 $(STAMP): $(wildcard constraints/*) pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if (3, 11) <= v < (3, 12) else f"setup: the pinned set is made for Python 3.11, $(PYTHON) is {v.major}.{v.minor}; make setup PYTHON=python3.11")'
@@ -32,12 +33,16 @@ $(STAMP): $(wildcard constraints/*) pyproject.toml
 	@touch $@
 	@echo "setup: done; $(BIN)/sedac --help"
 
+$(KERNELS): $(STAMP) $(wildcard service/sedac/engine/kernels/*)
+	@$(BIN)/python -m sedac.engine.build
+	@touch $@
+
 .PHONY: serve
-serve: $(STAMP) ## serve the demo model on 127.0.0.1:8000, control service beside it (ARGS='MODEL --max-model-len 2048 ...')
+serve: $(KERNELS) ## serve the demo model on 127.0.0.1:8000, control service beside it (ARGS='MODEL --max-model-len 2048 ...')
 	$(BIN)/sedac serve $(ARGS)
 
 .PHONY: test
-test: $(STAMP) ## run every test (ARGS='tests/control -k etag')
+test: $(KERNELS) ## run every test (ARGS='tests/control -k etag')
 	$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
@@ -57,16 +62,20 @@ proto: $(STAMP) ## regenerate service/sedac/control/v1 from proto/
 	$(BIN)/python proto/generate.py
 
 .PHONY: demo-model
-demo-model: $(STAMP) ## train the demo model again, into build/demo-model (an hour on 2 cores; resumes)
+demo-model: $(KERNELS) ## train the demo model again, into build/demo-model (an hour on 2 cores; resumes)
 	$(BIN)/python probes/demo/train_model.py --work build/demo-model $(ARGS)
 
 .PHONY: demo-probes
-demo-probes: $(STAMP) ## collect, train and pack the demo model's probe set
+demo-probes: $(KERNELS) ## collect, train and pack the demo model's probe set
 	$(BIN)/sedac-probes demo $(ARGS)
 
 .PHONY: bench
-bench: $(STAMP) ## what attaching costs and exits save, against plain vLLM in the same run (ARGS=--help)
-	$(BIN)/python benchmarks/attached.py $(ARGS)
+bench: $(KERNELS) ## speed against plain vLLM: attached, reduced, exited (ARGS=--help); writes benchmarks/results/speed.*
+	for mode in eager compiled; do $(BIN)/python benchmarks/speed.py --mode $$mode --out benchmarks/results/speed $(ARGS); done
+
+.PHONY: bench-quality
+bench-quality: $(KERNELS) ## quality against saved FLOPs of every mechanism on held-out text; writes benchmarks/results/quality.*
+	$(BIN)/sedac-probes compare --out benchmarks/results/quality $(ARGS)
 
 .PHONY: image
 image: ## build the images sedac:cpu and sedac:control (TARGETS=cuda; ARGS='--secret ...': see Dockerfile)
@@ -83,5 +92,5 @@ down: ## stop the containers (ARGS=--volumes forgets policies and metrics too)
 
 .PHONY: clean
 clean: ## remove .venv and caches; build/demo-model stays (it took an hour)
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(KERNELS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find service probes tests -name __pycache__ -type d -prune -exec rm -rf {} +

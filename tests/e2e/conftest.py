@@ -53,7 +53,7 @@ class Served:
                 if match and not match[1].endswith("_bucket"):
                     labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
                     assert labels["model_name"] == "sedac-demo"
-                    label = labels.get("checkpoint") or labels.get("result")
+                    label = labels.get("checkpoint") or labels.get("result") or labels.get("tier")
                     samples[match[1] + (f"{{{label}}}" if label else "")] = float(match[3])
         return samples
 

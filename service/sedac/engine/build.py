@@ -20,12 +20,12 @@ LIBRARY = HERE / "_kernels.so"
 def make_command(output: Path) -> list[str]:
     """Return the compiler's command line (the compiler from CXX, else g++)."""
     import torch
-    from torch.utils.cpp_extension import include_paths, library_paths
 
+    root = Path(torch.__file__).parent
     sources = sorted(str(path) for path in (HERE / "kernels").glob("*.cpp"))
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    includes = [f"-I{path}" for path in include_paths()]
-    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    libraries = [f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}"]
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", abi]
     return [os.environ.get("CXX", "g++"), *flags, *includes, *sources, "-o", str(output), *libraries, "-lc10", "-ltorch_cpu", "-ltorch"]
 

@@ -44,7 +44,7 @@ def _with_checkpoint(base: Any) -> type[nn.Module]:
             else:
                 torch.ops.vllm.sedac_checkpoint(stream_TD, self.sedac_level_T, self.sedac_layer, self.sedac_name)
         elif self.sedac_state.is_watching(self.sedac_layer):
-            self.sedac_state.observe(self.sedac_layer, hidden_TD.float() + residual_TD.float())
+            self.sedac_state.observe(self.sedac_layer, hidden_TD, residual_TD)
         return hidden_TD, residual_TD
 
     return type(f"Checkpointed{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})

@@ -30,8 +30,8 @@ class LevelTable:
     def __init__(self, num_layers: int, levels: Sequence[Level], shares: Sequence[float], intermediate_size: int, device: torch.device) -> None:
         self.names = (FULL, SKIP, *(level.name for level in levels))
         self.kind_LV = torch.zeros(num_layers, MAX_LEVELS, dtype=torch.uint8)
-        self.parameter_LV = torch.zeros(num_layers, MAX_LEVELS)
-        self.share_V = torch.zeros(MAX_LEVELS)
+        self.parameter_LV = torch.zeros(num_layers, MAX_LEVELS, dtype=torch.float32)  # dtype given: models are built under their own default
+        self.share_V = torch.zeros(MAX_LEVELS, dtype=torch.float32)
         self.ladder_VV = torch.full((MAX_LEVELS, MAX_LEVELS), NO_LEVEL, dtype=torch.uint8)
         self.kind_LV[:, 1], self.share_V[1] = KIND_SKIP, 1.0
         for i, (level, share) in enumerate(zip(levels, shares, strict=True), start=2):

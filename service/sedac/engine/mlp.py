@@ -98,7 +98,7 @@ class GatedLinearMethod(UnquantizedLinearMethod):
     """
 
     def __init__(self, mlp: Any, part: str, inner: UnquantizedLinearMethod) -> None:
-        vars(self).update(vars(inner))
+        self.__dict__.update(inner.__dict__)
         self.mlp, self.part = mlp, part
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CompilationMode, CUDAGraphMode
@@ -148,12 +149,19 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
     )
     shares = [record.saved for record in probe_set.manifest.levels] if levels and probe_set else []
     table = LevelTable(num_layers, levels, shares, probe_set.manifest.intermediate_size if probe_set else 0, device)
-    state = State(layout, probe_set.probes if probe_set else {}, table, max_num_tokens=_max_num_tokens(vllm_config), device=device)
+    state = State(
+        layout,
+        probe_set.probes if probe_set else {},
+        table,
+        max_num_tokens=_max_num_tokens(vllm_config),
+        device=device,
+        allow_native=vllm_config.model_config.dtype in (torch.float32, torch.bfloat16),
+    )
     state.recorder = Recorder() if static.record else None
     for i in layout.checkpoint_layers:
         checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
     first = 0 if levels else min(layout.checkpoint_layers, default=num_layers) + 1  # without levels nothing below a checkpoint changes
-    scores_activation = bool(probe_set) and probe_set.manifest.score == "activation"
+    scores_activation = probe_set is not None and probe_set.manifest.score == "activation"
     for i in range(first, num_layers):
         neurons = probe_set.neurons[i] if levels and probe_set else None
         mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", i, state, neurons, scores_activation=scores_activation, lora=lora)

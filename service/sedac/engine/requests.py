@@ -16,7 +16,7 @@ import numpy as np
 
 from sedac.engine.adaptation import Difficulty
 from sedac.engine.state import DECIDES, OBSERVED, SOFT, State, Tokens
-from sedac.policy import EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Tier
+from sedac.policy import EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
 
 _MAX_FINISHED = 1000
 
@@ -53,6 +53,8 @@ class Requests:
         self._running: dict[str, _Request] = {}
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._difficulty = Difficulty()
+        self._key: tuple[Any, ...] | None = None
+        self._cached: Tokens | None = None
 
     def add(self, request_id: str, extra: dict[str, Any]) -> None:
         """Remember a new request and its `vllm_xargs`."""
@@ -70,6 +72,15 @@ class Requests:
     def make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
         """Return what the step's tokens may get; `bounds` (N + 1) are the first rows of the requests, the others (N) counts."""
         policy = self._state.policy
+        decoding = bool((num_computed >= num_prompt).all()) or policy.phase == "all"
+        key = (self._state.revision, tuple(request_ids), len(request_ids) == bounds[-1])
+        if decoding and key[2] and key == self._key and self._cached is not None:
+            return self._cached  # the same requests go on generating, a token each
+        tokens = self._make_tokens(policy, request_ids, bounds, num_prompt, num_computed)
+        self._key, self._cached = (key, tokens) if decoding and key[2] else (None, None)
+        return tokens
+
+    def _make_tokens(self, policy: Policy, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
         requests = [self._resolve(request_id) for request_id in request_ids]
         counts = np.diff(bounds)
         num_full = np.zeros_like(counts) if policy.phase == "all" else np.clip(num_prompt - num_computed, 0, counts)
@@ -147,7 +158,10 @@ class Requests:
         }
 
     def get_report(self, request_id: str) -> dict[str, Any] | None:
-        """Return the report of the request with this id, or of all its parts (`id-0`, `id-1`, ...) together; None: unknown."""
+        """Return the report of the request with this id, or of all its parts together; None: unknown.
+
+        vLLM's own ids are the answer's id, then `-` and a number for each prompt and choice and a random part.
+        """
         reports = [self._make_report(i, r) for i, r in self._running.items()] + list(self._finished.values())
         parts = [r for r in reports if r["request_id"] == request_id or r["request_id"].startswith(f"{request_id}-")]
         if not parts:

@@ -8,7 +8,7 @@ T tokens of the step, C checkpoints, V levels, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,12 +45,67 @@ class Tokens:
     """float32: multiplies the thresholds"""
     tier_T: np.ndarray[Any, Any]
     """int: row of the tier counters"""
+    decides_T: np.ndarray[Any, Any] = field(init=False)
+    """bool"""
+    num_decides: int = field(init=False)
+    has_floor: bool = field(init=False)
+    tier_counts: np.ndarray[Any, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decides_T = (self.role_T & DECIDES) > 0
+        self.num_decides = int(np.count_nonzero(self.decides_T))
+        self.has_floor = bool(self.floor_T.any())
+        self.tier_counts = np.bincount(self.tier_T)
+
+
+class _HostViews:
+    """The token buffers as the host reads and writes them: the very memory on the CPU, copies of it on a device."""
+
+    def __init__(self, state: State) -> None:
+        self._is_cpu = state.level_T.device.type == "cpu"
+        self._written = [state.level_T, state._role_T, state._goal_T, state._scale_T]
+        self._cleared = [state.level_T, state._done_T, state._confidence_T, state.saved_T]
+        self._arrays = {id(t): t.numpy() for t in (*self._written, *self._cleared, state._risk_CT, state._active)} if self._is_cpu else {}
+
+    def write(self, state: State, tokens: Tokens, num_tokens: int, *, is_new: bool) -> None:
+        """Put the step's tokens into the buffers; those that the same tokens left there last time stay."""
+        values = (tokens.floor_T, tokens.role_T, tokens.goal_T, tokens.scale_T)
+        for buffer, value in list(zip(self._written, values, strict=True))[: None if is_new else 1]:
+            if self._is_cpu:
+                self._arrays[id(buffer)][:num_tokens] = value
+            else:
+                buffer[:num_tokens].copy_(torch.from_numpy(value), non_blocking=True)
+        if state._num_rows > num_tokens:
+            state._role_T[num_tokens : state._num_rows] = 0
+        state._num_rows = num_tokens
+        state._active.fill_(1)
+
+    def read(self, state: State, num_tokens: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Return MLPs saved (T,), whether decided (T,) and risks (C, T), and clear what belongs to the step."""
+        if not self._is_cpu:
+            risk_CT, saved_T, done_T = (t[..., :num_tokens].cpu().numpy() for t in (state._risk_CT, state.saved_T, state._done_T))
+            for buffer in self._cleared:
+                buffer[:num_tokens].zero_()
+            state._risk_CT[:, :num_tokens] = float("nan")
+            state._active.zero_()
+            return saved_T, done_T, risk_CT
+        arrays = self._arrays
+        saved_T = arrays[id(state.saved_T)][:num_tokens].copy()
+        done_T = arrays[id(state._done_T)][:num_tokens].copy()
+        risk_CT = arrays[id(state._risk_CT)][:, :num_tokens].copy()
+        for buffer in self._cleared:
+            arrays[id(buffer)][:num_tokens] = 0
+        arrays[id(state._risk_CT)][:, :num_tokens] = np.nan
+        arrays[id(state._active)][0] = 0
+        return saved_T, done_T, risk_CT
 
 
 class State:
     """The worker's SEDAC state; see the module's docstring."""
 
-    def __init__(self, layout: Layout, probes: dict[int, LREProbe], table: LevelTable, *, max_num_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, probes: dict[int, LREProbe], table: LevelTable, *, max_num_tokens: int, device: torch.device, allow_native: bool = True
+    ) -> None:
         self.layout, self.table = layout, table
         self.probes = {layer: probe.to(device) for layer, probe in probes.items()}
         self.recorder: Recorder | None = None
@@ -75,6 +130,10 @@ class State:
         """evaluated, exited, since the worker started"""
         self.is_active = False
         """whether any token of the running step is or may get reduced"""
+        self._host = _HostViews(self)
+        self._has_thresholds = False
+        self._num_rows = 0
+        """rows of the token buffers that the last active step wrote"""
         self._num_tokens = 0
         self._tokens: Tokens | None = None
         self.last_tokens: Tokens | None = None
@@ -83,10 +142,11 @@ class State:
         self._step_revision = 0
         self._totals = {"num_steps": 0, "num_torn_steps": 0, "num_tokens": 0, "num_decode_tokens": 0}
         self._num_saved = 0.0
-        self._exit_rate_C = np.zeros(num_checkpoints)
+        self._exit_rates = [0.0] * max(1, num_checkpoints)
+        self._last_counts = self._counts_C2.tolist()
         self._tier_rows: dict[str, int] = {}
         self._tier_totals = np.zeros((0, 3))
-        self.native = device.type == "cpu" and native.load()
+        self.native = allow_native and device.type == "cpu" and native.load()
         if self.native:
             self._register()
 
@@ -115,6 +175,7 @@ class State:
         self.adapter.configure(policy, knobs[:, 0].tolist(), self.index_of_layer)
         self._knobs_CK.copy_(knobs)
         self._write_thresholds()
+        self._has_thresholds = bool((knobs[:, 0] > 0).any())
         for tier in ("exact", *(t.name for t in policy.get_tiers())):
             self.get_tier_row(tier)
         if self.native:
@@ -133,23 +194,15 @@ class State:
 
     def begin_step(self, num_tokens: int, tokens: Tokens | None) -> None:
         """Start a forward pass over `num_tokens` tokens; None: all of them in full."""
-        self._num_tokens, self._step_revision, self._tokens = num_tokens, self.revision, tokens
+        self._num_tokens, self._step_revision = num_tokens, self.revision
+        previous, self._tokens = self.last_tokens, tokens
         self.is_active = False
         if tokens is None:
             return
-        decides = bool((tokens.role_T & DECIDES).any())
-        self.is_active = bool(tokens.floor_T.any()) or ((decides or bool(tokens.role_T.any())) and bool((self._knobs_CK[:, 0] > 0).any()))
-        self._totals["num_decode_tokens"] += int(((tokens.role_T & DECIDES) > 0).sum())
-        if not self.is_active:
-            return
-        for buffer, values in (
-            (self.level_T, tokens.floor_T),
-            (self._role_T, tokens.role_T),
-            (self._goal_T, tokens.goal_T),
-            (self._scale_T, tokens.scale_T),
-        ):
-            buffer[:num_tokens].copy_(torch.from_numpy(values))
-        self._active.fill_(1)
+        self._totals["num_decode_tokens"] += tokens.num_decides
+        self.is_active = tokens.has_floor or (self._has_thresholds and (tokens.num_decides > 0 or bool(tokens.role_T.any())))
+        if self.is_active:
+            self._host.write(self, tokens, num_tokens, is_new=tokens is not previous)
 
     def end_step(self) -> np.ndarray[Any, Any] | None:
         """Finish the pass: count it and clear what belongs to it alone; returns the MLPs saved per token (T,), None: none."""
@@ -160,58 +213,53 @@ class State:
         saved_T = None
         if self.is_active:
             assert tokens is not None
-            saved_T = self.saved_T[:num_tokens].cpu().numpy().copy()
+            saved_T, done_T, self.risk_CT = self._host.read(self, num_tokens)
             self._num_saved += float(saved_T.sum())
-            decides_T = (tokens.role_T & DECIDES) > 0
-            risk_CT = self._risk_CT[:, :num_tokens].cpu().numpy().copy()
-            done_T = self._done_T[:num_tokens].cpu().numpy() > 0
-            self._count_tiers(tokens.tier_T, saved_T, done_T)
-            if decides_T.any():
-                self._follow_rates(risk_CT, decides_T, tokens.scale_T)
-            self.risk_CT, self.last_tokens = risk_CT, tokens
-            for buffer in (self.level_T, self._role_T, self._done_T, self._confidence_T, self.saved_T):
-                buffer[:num_tokens].zero_()
-            self._risk_CT[:, :num_tokens] = float("nan")
-            self._active.zero_()
+            self._count_tiers(tokens, saved_T, done_T)
+            self.last_tokens = tokens
+            if tokens.num_decides:
+                self._follow_rates(tokens)
             self.is_active = False
         elif tokens is not None:
-            self._count_tiers(tokens.tier_T, None, None)
+            self._count_tiers(tokens, None, None)
         self._tokens = None
         return saved_T
 
-    def _count_tiers(self, tier_T: np.ndarray[Any, Any], saved_T: np.ndarray[Any, Any] | None, done_T: np.ndarray[Any, Any] | None) -> None:
-        size = len(self._tier_totals)
-        self._tier_totals[:, 0] += np.bincount(tier_T, minlength=size)
+    def _count_tiers(self, tokens: Tokens, saved_T: np.ndarray[Any, Any] | None, done_T: np.ndarray[Any, Any] | None) -> None:
+        size, counts = len(self._tier_totals), tokens.tier_counts
+        self._tier_totals[: len(counts), 0] += counts
         if saved_T is not None and done_T is not None:
-            self._tier_totals[:, 1] += np.bincount(tier_T, weights=done_T, minlength=size)
-            self._tier_totals[:, 2] += np.bincount(tier_T, weights=saved_T, minlength=size)
+            self._tier_totals[:, 1] += np.bincount(tokens.tier_T, weights=done_T, minlength=size)
+            self._tier_totals[:, 2] += np.bincount(tokens.tier_T, weights=saved_T, minlength=size)
 
-    def _follow_rates(self, risk_CT: np.ndarray[Any, Any], decides_T: np.ndarray[Any, Any], scale_T: np.ndarray[Any, Any]) -> None:
-        """Take the step's risks into the exit rates and, where adaptation is on, into the thresholds."""
-        thresholds = self._knobs_CK[:, 0].tolist()
-        for i in range(len(self._exit_rate_C)):
-            seen_T = decides_T & ~np.isnan(risk_CT[i])
-            if thresholds[i] > 0 and seen_T.any():
-                relative = risk_CT[i][seen_T] / np.maximum(scale_T[seen_T], 1e-9)
-                rate = float((relative < thresholds[i]).mean())
-                self._exit_rate_C[i] += _RATE_ALPHA * (rate - self._exit_rate_C[i])
-                self.adapter.add(i, relative)
-        if self.adapter.is_on and self.adapter.update():
+    def _follow_rates(self, tokens: Tokens) -> None:
+        """Take the step's exits into the moving rates and, where adaptation is on, its risks into the thresholds."""
+        counts = self._counts_C2.tolist()
+        for i, (now, before) in enumerate(zip(counts, self._last_counts, strict=True)):
+            if now[0] > before[0]:
+                self._exit_rates[i] += _RATE_ALPHA * ((now[1] - before[1]) / (now[0] - before[0]) - self._exit_rates[i])
+        self._last_counts = counts
+        if not self.adapter.is_on:
+            return
+        for i, risk_T in enumerate(self.risk_CT):
+            seen_T = tokens.decides_T & ~np.isnan(risk_T)
+            self.adapter.add(i, risk_T[seen_T] / np.maximum(tokens.scale_T[seen_T], 1e-9))
+        if self.adapter.update():
             self._write_thresholds()
 
     def is_watching(self, layer: int) -> bool:
         """Whether the checkpoint after `layer` has anything to do in this step."""
         return self.recorder is not None or self.is_active
 
-    def observe(self, layer: int, stream_TD: Tensor) -> None:
-        """Run the checkpoint after `layer` on the residual stream (T, D), fp32, and set the levels of the confident tokens."""
+    def observe(self, layer: int, hidden_TD: Tensor, residual_TD: Tensor | None = None) -> None:
+        """Run the checkpoint after `layer` on the residual stream (T, D), given whole or in two parts, and set the levels of the confident."""
+        if self.recorder is None and self.native and self.is_active:
+            torch.ops.sedac.checkpoint_parts(hidden_TD, residual_TD, self.level_T, self.index_of_layer[layer])
+            return
+        stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
         if self.recorder is not None and self._num_tokens:
             self.recorder.add_stream(layer, stream_TD[: self._num_tokens])
-        if not self.is_active or layer not in self.probes:
-            return
-        if self.native:
-            torch.ops.sedac.checkpoint(stream_TD, self.level_T, self.index_of_layer[layer])
-        else:
+        if self.is_active and layer in self.probes:
             self._observe(layer, self.index_of_layer[layer], stream_TD)
 
     def _observe(self, layer: int, index: int, stream_TD: Tensor) -> None:
@@ -259,14 +307,12 @@ class State:
             num_mlp_blocks_computed=totals["num_tokens"] * num_layers - self._num_saved,
             checkpoints=tuple(
                 CheckpointStats(
-                    layer=layer, num_evaluated=counts[i][0], num_exited=counts[i][1], threshold=thresholds[i], exit_rate=float(self._exit_rate_C[i])
+                    layer=layer, num_evaluated=counts[i][0], num_exited=counts[i][1], threshold=thresholds[i], exit_rate=self._exit_rates[i]
                 )
                 for layer, i in self.index_of_layer.items()
             ),
             tiers=tuple(
-                TierStats(
-                    name=name, num_tokens=int(tokens), num_exited=int(exited), num_mlp_blocks_computed=float(tokens * num_layers - saved)
-                )
+                TierStats(name=name, num_tokens=int(tokens), num_exited=int(exited), num_mlp_blocks_computed=float(tokens * num_layers - saved))
                 for name, (tokens, exited, saved) in zip(self._tier_rows, self._tier_totals.tolist(), strict=True)
             ),
             num_adaptations=self.adapter.num_updates,

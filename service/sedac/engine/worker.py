@@ -96,7 +96,11 @@ class SedacWorker(_Worker):
         batch = runner.input_batch
         bounds = runner.query_start_loc.np[: batch.num_reqs + 1]
         starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
-        tokens = self._sedac_requests.make_tokens(batch.req_ids, bounds, batch.num_prompt_tokens[: batch.num_reqs], starts) if state.policy.enabled else None
+        tokens = (
+            self._sedac_requests.make_tokens(batch.req_ids, bounds, batch.num_prompt_tokens[: batch.num_reqs], starts)
+            if state.policy.enabled
+            else None
+        )
         state.begin_step(int(bounds[-1]), tokens)
         try:
             hidden = forward(**inputs)

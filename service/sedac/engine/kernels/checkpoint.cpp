@@ -43,6 +43,20 @@ float get_risk(const Checkpoint& c, const float* stream, int64_t hidden) {
   return logit > kSoftplusLinear ? logit : std::log1p(std::exp(logit));
 }
 
+void read_row(const at::Tensor& from, int64_t row, float* to, bool add) {
+  const int64_t size = from.size(1);
+  TORCH_CHECK(from.stride(1) == 1, "rows of the stream are contiguous");
+  const auto read = [&](const auto* values) {
+    for (int64_t d = 0; d < size; ++d) to[d] = add ? to[d] + widen(values[d]) : widen(values[d]);
+  };
+  if (from.scalar_type() == at::kBFloat16) {
+    read(static_cast<const bf16*>(from.const_data_ptr()) + row * from.stride(0));
+  } else {
+    TORCH_CHECK(from.scalar_type() == at::kFloat, "the stream is fp32 or bf16");
+    read(from.const_data_ptr<float>() + row * from.stride(0));
+  }
+}
+
 uint8_t get_soft_level(const Buffers& b, uint8_t goal, float confidence) {
   const float ratio = std::tanh(2.0f * confidence - 1.0f) / 2.0f + 0.5f;
   const uint8_t* steps = data<uint8_t>(b.ladder) + goal * kMaxLevels;
@@ -53,14 +67,14 @@ uint8_t get_soft_level(const Buffers& b, uint8_t goal, float confidence) {
   return level;
 }
 
-// `stream` (T, D) fp32: the residual stream after the checkpoint's layer.
-void checkpoint(const at::Tensor& stream, at::Tensor& level_T, int64_t index) {
+// The residual stream after the checkpoint's layer (T, D): whole, or `hidden` and `residual` to be added.
+void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual, int64_t index) {
   const Buffers& b = model().b;
   const Rule& rule = model().rule;
   const Checkpoint& c = checkpoints()[index];
   const float threshold = data<float>(c.knobs)[0], weight = data<float>(c.knobs)[1], target = data<float>(c.knobs)[2];
   if (!*data<uint8_t>(b.active)) return;
-  const int64_t num_tokens = std::min(stream.size(0), b.role.size(0)), hidden = stream.size(1);
+  const int64_t num_tokens = std::min(hidden.size(0), b.role.size(0)), size = hidden.size(1);
   uint8_t *role = data<uint8_t>(b.role), *done = data<uint8_t>(b.done), *goal = data<uint8_t>(b.goal), *level = data<uint8_t>(b.level);
   float *confidence = data<float>(b.confidence), *risk = data<float>(b.risk) + index * b.risk.size(1);
   const float* scale = data<float>(b.scale);
@@ -71,10 +85,14 @@ void checkpoint(const at::Tensor& stream, at::Tensor& level_T, int64_t index) {
     if (decides || (role[t] & kObserved)) rows.push_back(t);
   }
   if (rows.empty()) return;
-  const at::Tensor held = stream.contiguous();
-  const float* values = held.const_data_ptr<float>();
   at::parallel_for(0, rows.size(), 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) risk[rows[i]] = get_risk(c, values + rows[i] * hidden, hidden);
+    std::vector<float> stream(size);
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t t = rows[i];
+      read_row(hidden, t, stream.data(), false);
+      if (residual) read_row(*residual, t, stream.data(), true);
+      risk[t] = get_risk(c, stream.data(), size);
+    }
   });
 
   int64_t num_decided = 0, num_confident = 0;
@@ -111,8 +129,16 @@ void checkpoint(const at::Tensor& stream, at::Tensor& level_T, int64_t index) {
   data<int64_t>(c.counts)[1] += num_confident;
 }
 
+void checkpoint(const at::Tensor& stream, at::Tensor& level_T, int64_t index) { decide(stream, std::nullopt, index); }
+
+void checkpoint_parts(const at::Tensor& hidden, const std::optional<at::Tensor>& residual, at::Tensor& level_T, int64_t index) {
+  decide(hidden, residual, index);
+}
+
 void add_checkpoint(int64_t index, const std::vector<at::Tensor>& probe, const at::Tensor& knobs, const at::Tensor& counts) {
   TORCH_CHECK(probe.size() == 5 && probe[0].size(0) <= kMaxRank, "a probe has 5 tensors and a rank of at most ", kMaxRank);
+  for (const at::Tensor& t : probe) TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous(), "probes are fp32");
+  TORCH_CHECK(knobs.scalar_type() == at::kFloat && counts.scalar_type() == at::kLong, "knobs are fp32, counts int64");
   auto& all = checkpoints();
   if (static_cast<int64_t>(all.size()) <= index) all.resize(index + 1);
   all[index] = {probe[0], probe[1], probe[2], probe[3], probe[4], knobs, counts};
@@ -120,6 +146,10 @@ void add_checkpoint(int64_t index, const std::vector<at::Tensor>& probe, const a
 
 void set_buffers(const std::vector<at::Tensor>& t) {
   TORCH_CHECK(t.size() == 11, "11 buffers, in the order of state.h");
+  for (size_t i = 0; i < t.size(); ++i) {
+    const bool is_float = i == 4 || i == 5 || i == 6 || i == 7 || i == 10;
+    TORCH_CHECK(t[i].scalar_type() == (is_float ? at::kFloat : at::kByte) && t[i].is_contiguous(), "buffer ", i, " has another type than state.h says");
+  }
   model().b = {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]};
 }
 
@@ -132,7 +162,8 @@ TORCH_LIBRARY_FRAGMENT(sedac, library) {
   library.def("set_rule(int rule, int scope, float decay) -> ()", set_rule);
   library.def("add_checkpoint(int index, Tensor[] probe, Tensor knobs, Tensor counts) -> ()", add_checkpoint);
   library.def("checkpoint(Tensor stream, Tensor(a!) level, int index) -> ()");
+  library.def("checkpoint_parts(Tensor hidden, Tensor? residual, Tensor(a!) level, int index) -> ()");
 }
-TORCH_LIBRARY_IMPL(sedac, CPU, library) { library.impl("checkpoint", checkpoint); }
+TORCH_LIBRARY_IMPL(sedac, CPU, library) { library.impl("checkpoint", checkpoint), library.impl("checkpoint_parts", checkpoint_parts); }
 
 }  // namespace sedac

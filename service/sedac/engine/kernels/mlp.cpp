@@ -271,6 +271,7 @@ std::optional<at::Tensor> skip_all(const at::Tensor& x, int64_t index) {
 
 void add_mlp(int64_t index, const at::Tensor& gate_up_handler, const at::Tensor& down_handler, int64_t hidden, const at::Tensor& kinds,
              const at::Tensor& parameters, int64_t activation) {
+  TORCH_CHECK(kinds.scalar_type() == at::kByte && parameters.scalar_type() == at::kFloat, "kinds are uint8, parameters fp32");
   auto& all = mlps();
   if (static_cast<int64_t>(all.size()) <= index) all.resize(index + 1);
   Mlp& m = all[index];
@@ -283,6 +284,8 @@ void add_mlp(int64_t index, const at::Tensor& gate_up_handler, const at::Tensor&
 void set_neurons(int64_t index, const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down, const at::Tensor& scale,
                  const at::Tensor& natural_scale, const std::optional<at::Tensor>& repair_order, bool scores_activation) {
   Mlp& m = mlps().at(index);
+  TORCH_CHECK(scale.scalar_type() == at::kFloat && natural_scale.scalar_type() == at::kFloat, "scales are fp32");
+  TORCH_CHECK(gate.sizes() == up.sizes() && gate.sizes() == down.sizes() && gate.size(1) == m.hidden, "neuron-major weights are (F, D)");
   m.gate = gate, m.up = up, m.down = down, m.scale = scale, m.natural_scale = natural_scale;
   m.repair_order = repair_order.value_or(at::Tensor()), m.scores_activation = scores_activation;
 }
