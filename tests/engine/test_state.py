@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedac.engine import native
 from sedac.engine.levels import LevelTable
 from sedac.engine.state import DECIDES, OBSERVED, SOFT, State, Tokens
 from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
@@ -166,7 +165,3 @@ def test_adaptation_reaches_target_rates_and_follows_a_change_of_traffic():
     assert state.adapter.thresholds == learned
     state.apply(Policy(**{**vars(policy), "adaptation": Adaptation(**{**vars(knobs), "generation": 1})}), 3)
     assert state.adapter.thresholds == pytest.approx([0.01, 0.01])
-
-
-def test_kernels_are_there():
-    assert native.load()

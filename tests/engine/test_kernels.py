@@ -1,0 +1,159 @@
+"""The native MLP operators, and their plain torch form, against the naive reductions: every mix of levels, few rows and many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import vllm._custom_ops as ops
+from sedac.engine import native
+from sedac.engine.levels import ACTIVATIONS, KIND_FULL, KIND_SKIP, LevelTable, NeuronWeights, sort_neurons
+from sedac.engine.state import State, Tokens
+from sedac.policy import Layout, Policy
+from sedac.probe.levels import Level, Neurons, activate, reduce_mlp
+
+D, F, LAYERS = 64, 160, 2
+CPU = torch.device("cpu")
+LEVELS = (
+    Level(name="contextual-20", reduction="contextual", parameters_L=torch.tensor([0.05, 0.0])),
+    Level(name="width-30", reduction="width", parameters_L=torch.tensor([112, F], dtype=torch.int32)),
+    Level(name="contextual-50", reduction="contextual", parameters_L=torch.tensor([0.4, float("inf")])),
+    Level(name="width-60", reduction="width", parameters_L=torch.tensor([61, 0], dtype=torch.int32)),
+)
+
+
+class Case:
+    """One random MLP, its levels, and the operators registered for it."""
+
+    def __init__(self, dtype: torch.dtype, activation: str, score: str, repaired: bool) -> None:
+        torch.manual_seed(3)
+        self.dtype, self.activation, self.score = dtype, activation, score
+        self.gate, self.up = (torch.randn(F, D, dtype=dtype) * 0.2 for _ in range(2))
+        self.down = torch.randn(D, F, dtype=dtype) * 0.2
+        repair = (self.down.T.float() * 1.1).bfloat16().contiguous() if repaired else None
+        self.neurons = Neurons(order_F=torch.randperm(F, dtype=torch.int32), scale_F=torch.rand(F), repair_FD=repair)
+        self.table = LevelTable(LAYERS, LEVELS, (0.2, 0.3, 0.5, 0.6), F, CPU)
+        layout = Layout(num_layers=LAYERS, hidden_size=D, checkpoint_layers=(), probe_set="t", levels=self.table.names)
+        self.state = State(layout, {}, self.table, max_num_tokens=64, device=CPU)
+        assert self.state.native
+        self.state.apply(Policy(enabled=True), 1)
+        order, _ = sort_neurons(self.neurons, 0, 1)
+        down = self.down.T[order] if repair is None else repair.to(dtype)[order]
+        self.weights = NeuronWeights(
+            gate_FD=self.gate[order].contiguous(), up_FD=self.up[order].contiguous(), down_FD=down.contiguous(), scale_F=self.neurons.scale_F[order],
+            order_F=order, repaired=repaired, activation=activation, scores_activation=score == "activation", counts={},
+        )  # fmt: skip
+        self.handlers = [ops.create_onednn_mm(torch.cat([self.gate, self.up]).t(), 32), ops.create_onednn_mm(self.down.t(), 32)]
+        w, n = self.weights, torch.ops.sedac
+        for layer in range(LAYERS):
+            tensors = [h.handler_tensor for h in self.handlers]
+            n.add_mlp(layer, *tensors, D, self.table.kind_LV[layer], self.table.parameter_LV[layer], ACTIVATIONS[activation])
+            order_F = order if repaired else None
+            n.set_neurons(layer, w.gate_FD, w.up_FD, w.down_FD, w.scale_F, self.neurons.scale_F, order_F, w.scores_activation)
+
+    def run(self, x: torch.Tensor, levels: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and share computed per token, by the operators."""
+        count, zeros = len(levels), np.zeros(len(levels), dtype=np.uint8)
+        floor = np.array(levels, dtype=np.uint8)
+        self.state.begin_step(
+            count, Tokens(role_T=zeros, floor_T=floor, goal_T=zeros, scale_T=np.ones(count, dtype=np.float32), tier_T=np.zeros(count, dtype=np.int64))
+        )
+        gate_up = torch.ops.sedac.gate_up(x, self.state.level_T, layer, 2 * F)
+        h = activate(gate_up[:, :F], self.activation) * gate_up[:, F:]
+        out = torch.ops.sedac.down(h, self.state.level_T, layer, D)
+        saved = self.state.end_step()
+        return out, 1 - torch.from_numpy(np.zeros(count) if saved is None else saved).float()
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        gate_up = ops.onednn_mm(self.handlers[0], x, None)
+        return ops.onednn_mm(self.handlers[1], activate(gate_up[:, :F], self.activation) * gate_up[:, F:], None)
+
+    def expect(self, x: torch.Tensor, level: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.table.kind_LV[layer][level] == KIND_SKIP:
+            return torch.zeros_like(x), torch.zeros(x.shape[0])
+        if self.table.kind_LV[layer][level] == KIND_FULL:
+            return self.plain(x), torch.ones(x.shape[0])
+        weights = [t.float() for t in (self.gate, self.up, self.down)]
+        arguments = {"level": LEVELS[level - 2], "layer": layer, "neurons": self.neurons, "activation": self.activation, "score": self.score}
+        return reduce_mlp(x.float(), *weights, **arguments)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 12, 13, 40])
+@pytest.mark.parametrize("repaired", [False, True], ids=["own", "repaired"])
+@pytest.mark.parametrize(
+    ("dtype", "activation", "score"),
+    [(torch.float32, "silu", "gate"), (torch.float32, "gelu_tanh", "activation"), (torch.float32, "gelu", "gate"), (torch.bfloat16, "silu", "gate")],
+)
+def test_every_reduction_equals_its_naive_form(dtype, activation, score, repaired, count):
+    case = Case(dtype, activation, score, repaired)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 8e-2}  # a rounded gate may pass another threshold
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.randn(count, D, dtype=dtype)
+        mixed = torch.randint(0, 6, (count,)).tolist()
+        for levels in (mixed, [2 + seed] * count, [1] * count):
+            for layer in range(LAYERS):
+                out, computed = case.run(x, levels, layer)
+                many = sum(level > 1 and case.table.kind_LV[layer][level] > KIND_SKIP for level in levels) > 12
+                for t, level in enumerate(levels):
+                    expected, share = case.expect(x[t : t + 1], level, layer)
+                    torch.testing.assert_close(out[t : t + 1].float(), expected.float(), **tolerance)
+                    if not (many and LEVELS[level - 2].reduction == "contextual" and level > 1):  # computed in full, then masked
+                        assert computed[t].item() == pytest.approx(share.item(), abs=0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_full_rows_are_bit_for_bit_the_plain_products():
+    case = Case(torch.bfloat16, "silu", "gate", repaired=True)
+    x = torch.randn(9, D, dtype=torch.bfloat16)
+    assert torch.equal(case.run(x, [0] * 9, 0)[0], case.plain(x))
+    out = case.run(x, [0, 2, 0, 1, 0, 3, 0, 4, 5], 0)[0]
+    full = x[[0, 2, 4, 6]]
+    assert torch.equal(out[[0, 2, 4, 6]], case.plain(full))
+
+
+def test_full_width_in_any_order_equals_the_plain_mlp():
+    case = Case(torch.float32, "silu", "gate", repaired=False)
+    x = torch.randn(5, D)
+    for parameter in (F, F - 1e-9):
+        whole, _ = case.weights.compute(x, 2, parameter if parameter == F else F)
+        torch.testing.assert_close(whole, case.plain(x), rtol=1e-5, atol=1e-5)
+    torch.ops.sedac.add_mlp(
+        0, *[h.handler_tensor for h in case.handlers], D, torch.full((16,), 2, dtype=torch.uint8), torch.full((16,), float(F)), ACTIVATIONS["silu"]
+    )
+    w = case.weights
+    torch.ops.sedac.set_neurons(0, w.gate_FD, w.up_FD, w.down_FD, w.scale_F, case.neurons.scale_F, None, False)
+    torch.testing.assert_close(case.run(x, [3] * 5, 0)[0], case.plain(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_plain_form_equals_the_naive_form_too():
+    case = Case(torch.float32, "silu", "gate", repaired=True)
+    x = torch.randn(6, D)
+    for level in range(2, 6):
+        kind, parameter = int(case.table.kind_LV[0][level]), float(case.table.parameter_LV[0][level])
+        out, computed = case.weights.compute(x, kind, parameter)
+        expected, share = case.expect(x, level, 0)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(computed, share)
+
+
+def test_skip_all_says_when_nothing_is_left_to_compute():
+    case = Case(torch.float32, "silu", "gate", repaired=False)
+    x = torch.randn(3, D)
+    for levels, expected in (([1, 1, 1], True), ([1, 0, 1], False)):
+        ones = np.ones(3)
+        case.state.begin_step(
+            3,
+            Tokens(
+                role_T=ones.astype(np.uint8), floor_T=np.array(levels, dtype=np.uint8), goal_T=ones.astype(np.uint8),
+                scale_T=ones.astype(np.float32), tier_T=ones.astype(np.int64) * 0,
+            ),
+        )  # fmt: skip
+        skipped = torch.ops.sedac.skip_all(x, 0)
+        assert (skipped is not None) == expected
+        if skipped is not None:
+            assert torch.equal(skipped, torch.zeros_like(x))
+        case.state.end_step()
+
+
+def test_kernels_are_there():
+    assert native.load()
