@@ -86,7 +86,6 @@ class Case:
 )
 def test_every_reduction_equals_its_naive_form(dtype, activation, score, repaired, count):
     case = Case(dtype, activation, score, repaired)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 8e-2}  # a rounded gate may pass another threshold
     for seed in range(3):
         torch.manual_seed(seed)
         x = torch.randn(count, D, dtype=dtype)
@@ -97,7 +96,10 @@ def test_every_reduction_equals_its_naive_form(dtype, activation, score, repaire
                 many = sum(level > 1 and case.table.kind_LV[layer][level] > KIND_SKIP for level in levels) > 12
                 for t, level in enumerate(levels):
                     expected, share = case.expect(x[t : t + 1], level, layer)
-                    torch.testing.assert_close(out[t : t + 1].float(), expected.float(), **tolerance)
+                    if dtype == torch.float32:
+                        torch.testing.assert_close(out[t : t + 1], expected, rtol=1e-4, atol=1e-5)
+                    else:  # a gate rounded to bf16 may pass the threshold where the exact one does not: a neuron more or less
+                        assert (out[t] - expected[0]).norm() <= 0.1 * expected.norm() + 0.05
                     if not (many and LEVELS[level - 2].reduction == "contextual" and level > 1):  # computed in full, then masked
                         assert computed[t].item() == pytest.approx(share.item(), abs=0.02 if dtype == torch.bfloat16 else 1e-5)
 
