@@ -31,7 +31,7 @@ float get_risk(const Checkpoint& c, const float* stream, int64_t hidden) {
   const int64_t rank = c.down.size(0);
   float z[kMaxRank];
   const float* down = data<float>(c.down);
-  for (int64_t r = 0; r < rank; ++r) z[r] = dot(down + r * hidden, stream, hidden);
+  for (int64_t r = 0; r < rank; ++r) dot_rows(down + r * hidden, stream, hidden, 1, hidden, z + r);
   float mean = 0, variance = 0;
   for (int64_t r = 0; r < rank; ++r) mean += z[r];
   mean /= rank;

@@ -20,8 +20,9 @@
 namespace sedac {
 namespace {
 
-// Up to so many rows every weight is read once for all of them; above, matrix products pay.
-constexpr size_t kFewRows = 12;
+// Up to so many rows every weight is read once for all of them; above, matrix products pay. Rows that choose their own neurons
+// share fewer of them, so theirs are fewer (measured: benchmarks/speed.py).
+constexpr int64_t kFewRows = 8, kFewContextual = 2;
 constexpr int64_t kPrefetchRows = 2;
 
 struct Mlp {
@@ -74,69 +75,98 @@ struct Row {
   float threshold;    // of the score; 0: none
 };
 
-// `x` (N, D) -> (N, D), each row by its own `Row`; every weight that any row needs is read once.
+// The neurons of one thread's part: which ones any row asks for, and their activations, (neuron, row), 0 where a row is off.
+struct Part {
+  std::vector<int32_t> wanted;
+  std::vector<float> h;
+  std::vector<int64_t> counts;
+};
+
+template <typename W>
+void pass_gate(const Mlp& m, const W* x, const std::vector<Row>& rows, int64_t begin, int64_t end, Part& part) {
+  const int64_t num_rows = rows.size(), hidden = m.hidden;
+  const W* gate = static_cast<const W*>(m.gate.const_data_ptr());
+  const float* scale = m.scale.const_data_ptr<float>();
+  std::vector<float> values(num_rows);
+  part.counts.assign(num_rows, 0);
+  part.wanted.reserve(end - begin), part.h.reserve((end - begin) * num_rows);
+  for (int64_t n = begin; n < end; ++n) {
+    dot_rows(gate + n * hidden, x, hidden, num_rows, hidden, values.data());
+    bool any = false;
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const float g = values[r];
+      bool on = n < rows[r].limit;
+      if (on && rows[r].threshold > 0) on = std::abs(m.scores_activation ? activate(g, m.activation) : g) * scale[n] >= rows[r].threshold;
+      values[r] = on ? activate(g, m.activation) : 0.0f;
+      part.counts[r] += on, any |= on;
+    }
+    if (any) part.wanted.push_back(n), part.h.insert(part.h.end(), values.begin(), values.end());
+  }
+}
+
+template <typename W>
+void pass_up(const Mlp& m, const W* x, int64_t num_rows, bool sparse, Part& part) {
+  const W* up = static_cast<const W*>(m.up.const_data_ptr());
+  const int64_t hidden = m.hidden, num_wanted = part.wanted.size();
+  std::vector<float> values(num_rows);
+  for (int64_t i = 0; i < num_wanted; ++i) {
+    if (sparse && i + kPrefetchRows < num_wanted) prefetch(up + part.wanted[i + kPrefetchRows] * hidden, hidden);
+    dot_rows(up + part.wanted[i] * hidden, x, hidden, num_rows, hidden, values.data());
+    for (int64_t r = 0; r < num_rows; ++r) part.h[i * num_rows + r] *= values[r];
+  }
+}
+
+template <typename W>
+void pass_down(const Mlp& m, int64_t num_rows, bool sparse, const Part& part, float* y) {
+  const W* down = static_cast<const W*>(m.down.const_data_ptr());
+  const int64_t hidden = m.hidden, num_wanted = part.wanted.size();
+  int64_t i = 0;
+  std::vector<float> h(4 * num_rows);
+  for (; num_rows > 1 && i + 4 <= num_wanted; i += 4) {
+    const W* block[4];
+    for (int64_t k = 0; k < 4; ++k) {
+      block[k] = down + part.wanted[i + k] * hidden;
+      for (int64_t r = 0; r < num_rows; ++r) h[r * 4 + k] = part.h[(i + k) * num_rows + r];
+    }
+    add_scaled(block, h.data(), y, num_rows, hidden);
+  }
+  for (; i < num_wanted; ++i) {
+    if (sparse && i + kPrefetchRows < num_wanted) prefetch(down + part.wanted[i + kPrefetchRows] * hidden, hidden);
+    for (int64_t r = 0; r < num_rows; ++r) add_scaled_one(down + part.wanted[i] * hidden, part.h[i * num_rows + r], y + r * hidden, hidden);
+  }
+}
+
+// `x` (N, D) -> (N, D), each row by its own `Row`; every weight that any row needs is read once. `computed` (N): share of the MLP.
 template <typename W>
 at::Tensor compute_few(const Mlp& m, const at::Tensor& x, const std::vector<Row>& rows, std::vector<float>& computed) {
   const int64_t num_rows = x.size(0), hidden = m.hidden, num_neurons = m.gate.size(0), num_threads = at::get_num_threads();
-  const at::Tensor wide = x.to(at::kFloat).contiguous();
-  at::Tensor out = at::empty_like(x, x.options(), at::MemoryFormat::Contiguous);
-  const float *in = wide.const_data_ptr<float>(), *scale = m.scale.defined() ? m.scale.const_data_ptr<float>() : nullptr;
-  const W *gate = static_cast<const W*>(m.gate.const_data_ptr()), *up = static_cast<const W*>(m.up.const_data_ptr()),
-          *down = static_cast<const W*>(m.down.const_data_ptr());
+  const at::Tensor held = x.contiguous();
+  const W* in = static_cast<const W*>(held.const_data_ptr());
+  at::Tensor out = at::empty_like(held);
   int64_t limit = 0;
   for (const Row& row : rows) limit = std::max(limit, row.limit);
   std::vector<float> sums(num_threads * num_rows * hidden, 0.0f);
-  std::vector<int64_t> counts(num_threads * num_rows, 0);
+  std::vector<Part> parts(num_threads);
   const int64_t share = (limit + num_threads - 1) / num_threads;
-  at::parallel_for(0, num_threads, 1, [&](int64_t first_part, int64_t last_part) {
-    for (int64_t part = first_part; part < last_part; ++part) {
-      const int64_t begin = part * share, end = std::min(limit, begin + share);
-      if (begin >= end) continue;
-      // Activated gates of (neuron, row); 0 where the neuron is off. Neurons that no row asks for are left out.
-      std::vector<int32_t> wanted;
-      std::vector<float> h;
-      wanted.reserve(end - begin), h.reserve((end - begin) * num_rows);
-      std::vector<float> acts(num_rows);
-      for (int64_t n = begin; n < end; ++n) {
-        bool any = false;
-        for (int64_t r = 0; r < num_rows; ++r) {
-          acts[r] = 0.0f;
-          if (n >= rows[r].limit) continue;
-          const float g = dot(gate + n * hidden, in + r * hidden, hidden), a = activate(g, m.activation);
-          if (rows[r].threshold > 0 && !(std::abs(m.scores_activation ? a : g) * scale[n] >= rows[r].threshold)) continue;
-          acts[r] = a, any = true;
-          ++counts[part * num_rows + r];
-        }
-        if (any) wanted.push_back(n), h.insert(h.end(), acts.begin(), acts.end());
-      }
-      const int64_t num_wanted = wanted.size();
-      const bool sparse = num_wanted < end - begin;
-      for (int64_t i = 0; i < num_wanted; ++i) {
-        if (sparse && i + kPrefetchRows < num_wanted) prefetch(up + wanted[i + kPrefetchRows] * hidden, hidden);
-        for (int64_t r = 0; r < num_rows; ++r) {
-          float& value = h[i * num_rows + r];
-          if (value != 0.0f) value *= dot(up + wanted[i] * hidden, in + r * hidden, hidden);
-        }
-      }
-      float* y = sums.data() + part * num_rows * hidden;
-      for (int64_t i = 0; i < num_wanted; ++i) {
-        if (sparse && i + kPrefetchRows < num_wanted) prefetch(down + wanted[i + kPrefetchRows] * hidden, hidden);
-        for (int64_t r = 0; r < num_rows; ++r) {
-          if (h[i * num_rows + r] != 0.0f) add_scaled(down + wanted[i] * hidden, h[i * num_rows + r], y + r * hidden, hidden);
-        }
-      }
+  at::parallel_for(0, num_threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const int64_t begin = std::min(limit, p * share), end = std::min(limit, begin + share);
+      pass_gate(m, in, rows, begin, end, parts[p]);
+      const bool sparse = static_cast<int64_t>(parts[p].wanted.size()) < end - begin;
+      pass_up(m, in, num_rows, sparse, parts[p]);
+      pass_down<W>(m, num_rows, sparse, parts[p], sums.data() + p * num_rows * hidden);
     }
   });
   W* result = static_cast<W*>(out.mutable_data_ptr());
   for (int64_t r = 0; r < num_rows; ++r) {
     int64_t active = 0;
-    for (int64_t part = 0; part < num_threads; ++part) active += counts[part * num_rows + r];
+    for (const Part& part : parts) active += part.counts[r];
     // Contextual rows read the whole gate, ordered rows their leading part alone.
     const float gates = rows[r].threshold > 0 ? num_neurons : rows[r].limit;
     computed[r] = (gates + 2.0f * active) / (3.0f * num_neurons);
     for (int64_t d = 0; d < hidden; ++d) {
       float sum = 0;
-      for (int64_t part = 0; part < num_threads; ++part) sum += sums[(part * num_rows + r) * hidden + d];
+      for (int64_t p = 0; p < num_threads; ++p) sum += sums[(p * num_rows + r) * hidden + d];
       set_row(sum, result[r * hidden + d]);
     }
   }
@@ -157,7 +187,7 @@ void compute_reduced(Mlp& m, const at::Tensor& x, const std::vector<Row>& rows, 
   m.reduced = at::Tensor();
   if (m.reduced_rows.empty()) return;
   const at::Tensor held = x.index_select(0, to_index(m.reduced_rows));
-  if (rows.size() <= kFewRows) {
+  if (static_cast<int64_t>(rows.size()) <= kFewRows) {
     std::vector<float> computed(rows.size());
     m.reduced = compute_few(m, held, rows, computed);
     for (size_t i = 0; i < rows.size(); ++i) saved[m.reduced_rows[i]] += 1.0f - computed[i];
@@ -194,7 +224,7 @@ at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index
   for (int64_t t = 0; t < num_tokens; ++t) {
     num_contextual += kinds[level[t]] == kContextual, num_width += kinds[level[t]] == kWidth;
   }
-  const bool few = num_contextual + num_width <= static_cast<int64_t>(kFewRows);
+  const bool few = num_contextual <= kFewContextual && num_contextual + num_width <= kFewRows;
   for (int64_t t = 0; t < num_tokens; ++t) {
     const uint8_t kind = kinds[level[t]];
     const float parameter = parameters[level[t]];

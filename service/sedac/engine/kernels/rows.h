@@ -1,12 +1,15 @@
-// Inner loops over one row of weights, in fp32: a dot product and a weighted sum.
+// Inner loops over rows of weights: dot products with rows of x, and weighted sums of weights; accumulated in fp32.
 //
-// One row at a time, start to end: a core reads memory about twice as fast in one sequential stream as in four.
+// For a single row of x, one row of weights at a time, start to end: a core reads memory about twice as fast in one sequential
+// stream as in four. For several rows of x arithmetic costs more than reading, so sums take four rows of weights at once.
 // Compiled once per instruction set and chosen when the library is loaded, so one build runs on every x86-64.
 #pragma once
 
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SEDAC_X86 1
+#include <immintrin.h>
 #define SEDAC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define SEDAC_CLONES
@@ -27,42 +30,107 @@ SEDAC_INLINE void load16(const bf16* from, f32x16& to) {
   to = reinterpret_cast<f32x16>(__builtin_convertvector(*reinterpret_cast<const u16x16*>(from), u32x16) << 16);
 }
 
-template <typename W>
-SEDAC_INLINE float dot_inline(const W* w, const float* x, int64_t n) {
-  f32x16 s0{}, s1{}, s2{}, s3{}, a, b, c, d;
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) {
-    load16(w + i, a), load16(w + i + 16, b), load16(w + i + 32, c), load16(w + i + 48, d);
-    s0 += a * *reinterpret_cast<const f32x16*>(x + i);
-    s1 += b * *reinterpret_cast<const f32x16*>(x + i + 16);
-    s2 += c * *reinterpret_cast<const f32x16*>(x + i + 32);
-    s3 += d * *reinterpret_cast<const f32x16*>(x + i + 48);
-  }
-  const f32x16 s = (s0 + s1) + (s2 + s3);
-  float sum = 0;
-  for (int lane = 0; lane < 16; ++lane) sum += s[lane];
-  for (; i < n; ++i) sum += widen(w[i]) * x[i];
-  return sum;
-}
-
-template <typename W>
-SEDAC_INLINE void add_scaled_inline(const W* w, float h, float* y, int64_t n) {
-  f32x16 a, b;
+// Dot products of one row of weights with R rows of x. Every row is summed in the same order whatever R is, so a token's
+// result does not depend on how many share its step.
+template <int R, typename W, typename X>
+SEDAC_INLINE void dot_block(const W* w, const X* x, int64_t stride, int64_t n, float* out) {
+  f32x16 even[R]{}, odd[R]{}, a, b, v;
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
     load16(w + i, a), load16(w + i + 16, b);
-    *reinterpret_cast<f32x16*>(y + i) += a * h;
-    *reinterpret_cast<f32x16*>(y + i + 16) += b * h;
+    for (int r = 0; r < R; ++r) {
+      load16(x + r * stride + i, v), even[r] += a * v;
+      load16(x + r * stride + i + 16, v), odd[r] += b * v;
+    }
   }
-  for (; i < n; ++i) y[i] += widen(w[i]) * h;
+  for (int r = 0; r < R; ++r) {
+    const f32x16 both = even[r] + odd[r];
+    float sum = 0;
+    for (int lane = 0; lane < 16; ++lane) sum += both[lane];
+    for (int64_t j = i; j < n; ++j) sum += widen(w[j]) * widen(x[r * stride + j]);
+    out[r] = sum;
+  }
 }
 
-// The dot product of a row of n weights with x.
-SEDAC_CLONES float dot(const float* w, const float* x, int64_t n) { return dot_inline(w, x, n); }
-SEDAC_CLONES float dot(const bf16* w, const float* x, int64_t n) { return dot_inline(w, x, n); }
-// y += h * w over n elements.
-SEDAC_CLONES void add_scaled(const float* w, float h, float* y, int64_t n) { add_scaled_inline(w, h, y, n); }
-SEDAC_CLONES void add_scaled(const bf16* w, float h, float* y, int64_t n) { add_scaled_inline(w, h, y, n); }
+template <typename W, typename X>
+SEDAC_INLINE void dot_rows_inline(const W* w, const X* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+  int64_t r = 0;
+  for (; r + 4 <= num_rows; r += 4) dot_block<4>(w, x + r * stride, stride, n, out + r);
+  for (; r < num_rows; ++r) dot_block<1>(w, x + r * stride, stride, n, out + r);
+}
+
+// y[r] += sum over the N rows of weights of h[r * N + k] * w[k], for R rows of y; added in the order of k.
+template <int N, typename W>
+SEDAC_INLINE void add_scaled_block(const W* const* w, const float* h, float* y, int64_t num_rows, int64_t n) {
+  f32x16 values[N];
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int k = 0; k < N; ++k) load16(w[k] + i, values[k]);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      f32x16 sum = *reinterpret_cast<const f32x16*>(y + r * n + i);
+      for (int k = 0; k < N; ++k) sum += values[k] * h[r * N + k];
+      *reinterpret_cast<f32x16*>(y + r * n + i) = sum;
+    }
+  }
+  for (; i < n; ++i) {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      for (int k = 0; k < N; ++k) y[r * n + i] += widen(w[k][i]) * h[r * N + k];
+    }
+  }
+}
+
+SEDAC_CLONES void dot_rows(const float* w, const float* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+  dot_rows_inline(w, x, stride, num_rows, n, out);
+}
+SEDAC_CLONES void dot_rows_widened(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+  dot_rows_inline(w, x, stride, num_rows, n, out);
+}
+SEDAC_CLONES void add_scaled(const float* const* w, const float* h, float* y, int64_t num_rows, int64_t n) {
+  add_scaled_block<4>(w, h, y, num_rows, n);
+}
+SEDAC_CLONES void add_scaled(const bf16* const* w, const float* h, float* y, int64_t num_rows, int64_t n) {
+  add_scaled_block<4>(w, h, y, num_rows, n);
+}
+SEDAC_CLONES void add_scaled_one(const float* w, float h, float* y, int64_t n) { add_scaled_block<1>(&w, &h, y, 1, n); }
+SEDAC_CLONES void add_scaled_one(const bf16* w, float h, float* y, int64_t n) { add_scaled_block<1>(&w, &h, y, 1, n); }
+
+#ifdef SEDAC_X86
+#define SEDAC_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+template <int R>
+SEDAC_BF16 inline void dot_block_bf16(const bf16* w, const bf16* x, int64_t stride, int64_t n, float* out) {
+  __m512 even[R], odd[R];
+  for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    const __m512bh a = (__m512bh)_mm512_loadu_si512(w + i), b = (__m512bh)_mm512_loadu_si512(w + i + 32);
+    for (int r = 0; r < R; ++r) {
+      even[r] = _mm512_dpbf16_ps(even[r], a, (__m512bh)_mm512_loadu_si512(x + r * stride + i));
+      odd[r] = _mm512_dpbf16_ps(odd[r], b, (__m512bh)_mm512_loadu_si512(x + r * stride + i + 32));
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float sum = _mm512_reduce_add_ps(_mm512_add_ps(even[r], odd[r]));
+    for (int64_t j = i; j < n; ++j) sum += widen(w[j]) * widen(x[r * stride + j]);
+    out[r] = sum;
+  }
+}
+
+SEDAC_BF16 inline void dot_rows_bf16(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+  int64_t r = 0;
+  for (; r + 4 <= num_rows; r += 4) dot_block_bf16<4>(w, x + r * stride, stride, n, out + r);
+  for (; r < num_rows; ++r) dot_block_bf16<1>(w, x + r * stride, stride, n, out + r);
+}
+
+// The processor multiplies pairs of bf16 by itself where it can.
+inline void dot_rows(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+  static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl");
+  (has_bf16 ? dot_rows_bf16 : dot_rows_widened)(w, x, stride, num_rows, n, out);
+}
+#else
+inline void dot_rows(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+  dot_rows_widened(w, x, stride, num_rows, n, out);
+}
+#endif
 
 // Ask for a row that will be read soon; the hardware's own prefetching does not find scattered rows.
 template <typename W>
