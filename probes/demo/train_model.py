@@ -1,6 +1,7 @@
 """Recipe of the demo model: tokenizer and Qwen2-architecture weights from the standard library's sources.
 
-    python probes/demo/train_model.py            about an hour on 2 free cores; resumes where it was stopped
+    python probes/demo/train_model.py                          about an hour on 2 free cores; resumes where it was stopped
+    python probes/demo/train_model.py --architecture llama     a second, different small model, to see what carries over
 
 Two single-threaded processes share each batch and average gradients once a step; this stands contention better than two
 threads in one process. Writes `probes/demo/model/`: weights in bf16, config, tokenizer, chat template, loss curve and
@@ -10,6 +11,7 @@ threads in one process. Writes `probes/demo/model/`: weights in bf16, config, to
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -26,7 +28,17 @@ from sedac_probes import corpus
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +53,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(work: Path, documents: list[corpus.Document]) -> Qwen2Tokenizer:
+def make_tokenizer(work: Path, documents: list[corpus.Document], architecture: str) -> PreTrainedTokenizerFast:
     """Train (or load) the byte-level BPE tokenizer.
 
     It must split text as `Qwen2Tokenizer` does: transformers loads that class for every model of type qwen2, whatever
@@ -58,14 +70,15 @@ def make_tokenizer(work: Path, documents: list[corpus.Document]) -> Qwen2Tokeniz
         trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=alphabet)
         bpe.train_from_iterator((d.text for d in documents), trainer, length=len(documents))
         bpe.save(str(path))
+    special = {"bos_token": END, "eos_token": END, "pad_token": END, "model_max_length": CONTEXT, "chat_template": CHAT_TEMPLATE}
+    if architecture != "qwen2":
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)), **special)
     learned = json.loads(path.read_text())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
-    return Qwen2Tokenizer(
-        learned["vocab"], merges, bos_token=END, eos_token=END, pad_token=END, model_max_length=CONTEXT, chat_template=CHAT_TEMPLATE
-    )
+    return Qwen2Tokenizer(learned["vocab"], merges, **special)
 
 
-def tokenise(work: Path, tokenizer: Qwen2Tokenizer, split: corpus.Split) -> np.ndarray[Any, Any]:
+def tokenise(work: Path, tokenizer: PreTrainedTokenizerFast, split: corpus.Split) -> np.ndarray[Any, Any]:
     """Return the split's token stream (uint16), each file led by the end-of-text token."""
     path = work / f"{split}.npy"
     if not path.exists():
@@ -76,15 +89,25 @@ def tokenise(work: Path, tokenizer: Qwen2Tokenizer, split: corpus.Split) -> np.n
     return np.load(path)
 
 
-def make_model() -> Qwen2ForCausalLM:
-    """Build the untrained model (seeded): 12 layers, hidden 256, 10.5 M parameters."""
+def make_model(architecture: str) -> PreTrainedModel:
+    """Build the untrained model (seeded): qwen2 with 12 layers and hidden size 256, or llama with 8 layers and 320."""
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_hidden_layers=12, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
-        rope_theta=10000.0, use_sliding_window=False,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
+    common = {
+        "vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+        "rope_theta": 10000.0,
+    }  # fmt: skip
+    model: PreTrainedModel
+    if architecture == "qwen2":
+        config = Qwen2Config(
+            hidden_size=256, intermediate_size=768, num_hidden_layers=12, num_attention_heads=4, num_key_value_heads=2, use_sliding_window=False,
+            **common,
+        )  # fmt: skip
+        model = Qwen2ForCausalLM(config)
+    else:
+        config = LlamaConfig(
+            hidden_size=320, intermediate_size=896, num_hidden_layers=8, num_attention_heads=5, num_key_value_heads=5, head_dim=64, **common
+        )
+        model = LlamaForCausalLM(config)
     model.set_attn_implementation("eager")  # for training on CPU: compiled explicit attention beats the fused kernel 1.5x
     for name, p in model.named_parameters():  # residual branches start small, so that depth trains stably
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -121,9 +144,9 @@ def train(rank: int, args: argparse.Namespace, work: Path) -> None:
     """Train on one of two ranks; rank 0 shows progress, evaluates and writes the state."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
-    dist.init_process_group("gloo", rank=rank, world_size=args.ranks)
+    dist.init_process_group("gloo", rank=rank, world_size=args.ranks, timeout=datetime.timedelta(hours=2))  # may be paused
     stream, heldout = np.load(work / "train.npy"), np.load(work / "heldout.npy")
-    model = make_model()
+    model = make_model(args.architecture)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [Muon(matrices, lr=4e-3), torch.optim.AdamW(rest, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
@@ -179,16 +202,16 @@ def plot(curve: list[dict[str, float]], path: Path, tokens_per_step: int) -> Non
     tokens = [c["step"] * tokens_per_step / 1e6 for c in curve]
     for key, label in (("train", "training batch"), ("heldout", "held-out files")):
         axes.plot(tokens, [c[key] for c in curve], label=label)
-    axes.set(xlabel="million tokens seen", ylabel="loss, nats per token", title="SEDAC demo model")
+    axes.set(xlabel="million tokens seen", ylabel="loss, nats per token", title="held-out loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
 
 
-def export(args: argparse.Namespace, work: Path, tokenizer: Qwen2Tokenizer) -> None:
+def export(args: argparse.Namespace, work: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the model directory, measure the written bf16 weights on held-out text and print samples."""
     state = torch.load(work / "state.pt", weights_only=True)
-    model = make_model()
+    model = make_model(args.architecture)
     model.load_state_dict(state["model"])
     model = model.to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -219,9 +242,10 @@ def export(args: argparse.Namespace, work: Path, tokenizer: Qwen2Tokenizer) -> N
 def main() -> None:
     """Parse the arguments and run tokenizer, training and export in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "model", help="where the finished model goes")
-    parser.add_argument("--work", type=Path, default=Path("build/demo-model"), help="tokens and resumable state")
-    parser.add_argument("--steps", type=int, default=1300, help="optimizer steps")
+    parser.add_argument("--architecture", choices=["qwen2", "llama"], default="qwen2", help="qwen2: the demo model")
+    parser.add_argument("--out", type=Path, help="where the finished model goes; default: probes/demo/model, build/llama-model")
+    parser.add_argument("--work", type=Path, help="tokens and resumable state; default: build/demo-model, build/llama-work")
+    parser.add_argument("--steps", type=int, help="optimizer steps; default: 1300, 700")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank and step")
     parser.add_argument("--ranks", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--port", type=int, default=29511, help="loopback port on which the ranks meet")
@@ -229,10 +253,14 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true", help="forget the saved state")
     parser.add_argument("--export-only", action="store_true", help="export the last state without training on")
     args = parser.parse_args()
+    is_demo = args.architecture == "qwen2"
+    args.out = args.out or (HERE / "model" if is_demo else Path("build/llama-model"))
+    args.work = args.work or Path("build/demo-model" if is_demo else "build/llama-work")
+    args.steps = args.steps or (1300 if is_demo else 700)
     if args.restart:
         shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(args.work, corpus.read_stdlib("train"))
+    tokenizer = make_tokenizer(args.work, corpus.read_stdlib("train"), args.architecture)
     for split in ("train", "heldout"):
         stream = tokenise(args.work, tokenizer, split)
         print(f"{split}: {len(stream):,} tokens")
