@@ -24,17 +24,21 @@ os.environ.update(
 )
 
 
-def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None):
-    """Greedy continuations in groups of `batch`: [{"tokens": [...], "logprobs": [...]}, ...]."""
+def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0):
+    """Continuations in groups of `batch`, each with its tier and LoRA adapter (a directory): [{"tokens": [...], "logprobs": [...]}, ...]."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     results = []
+    names = sorted({a for a in adapters or [] if a})
+    lora = [LoRARequest(Path(a).name, names.index(a) + 1, a) if a else None for a in adapters or []]
     size = batch or len(prompts)
     for start in range(0, len(prompts), size):
         group = prompts[start : start + size]
         params = [
             SamplingParams(
-                temperature=0,
+                temperature=temperature,
+                seed=start + i if temperature else None,
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 logprobs=logprobs,
@@ -44,7 +48,7 @@ def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, sa
             for i in range(len(group))
         ]
         inputs = [{"prompt_token_ids": p} | ({"cache_salt": salt} if salt else {}) for p in group]
-        for output in llm.generate(inputs, params, use_tqdm=False):
+        for output in llm.generate(inputs, params, use_tqdm=False, lora_request=lora[start : start + len(group)] if lora else None):
             completion = output.outputs[0]
             picked = [step[t].logprob for step, t in zip(completion.logprobs or [], completion.token_ids, strict=False)]
             results.append({"tokens": list(completion.token_ids), "logprobs": picked})
@@ -94,6 +98,59 @@ def apply(llm, policy, revision=1):
 def stats(llm):
     """The worker's totals."""
     return llm.collective_rpc("sedac_get_stats")[0]
+
+
+def worker_stats(llm):
+    """The totals of every worker."""
+    return llm.collective_rpc("sedac_get_stats")
+
+
+def counters(llm):
+    """vLLM's own counters by name (needs disable_log_stats=False)."""
+    return {m.name: m.value for m in llm.get_metrics() if type(m).__name__ == "Counter"}
+
+
+def watch_steps(llm):
+    """From now on note for every pass what SEDAC may do with each row, beside the positions that the model gets; see `watched_steps`."""
+    worker = llm.llm_engine.model_executor.driver_worker.worker
+    runner, state, llm.watched = worker.model_runner, worker.sedac_state, []
+    inner, begin = runner._model_forward, state.begin_step
+
+    def begin_step(num_tokens, tokens):
+        batch, bounds = runner.input_batch, runner.query_start_loc.np
+        llm.watched.append(
+            {
+                "decides": tokens.decides_T.tolist(),
+                "bounds": bounds[: batch.num_reqs + 1].tolist(),
+                "num_prompt": batch.num_prompt_tokens[: batch.num_reqs].tolist(),
+                "bounded": [worker._sedac_requests._running[r].is_bounded for r in batch.req_ids],
+            }
+        )
+        begin(num_tokens, tokens)
+
+    def forward(**inputs):
+        result = inner(**inputs)
+        llm.watched[-1]["positions"] = inputs["positions"][: llm.watched[-1]["bounds"][-1]].tolist()
+        return result
+
+    state.begin_step, runner._model_forward = begin_step, forward
+
+
+def watched_steps(llm):
+    """What `watch_steps` noted."""
+    return llm.watched
+
+
+def describe_draft(llm):
+    """The draft model's class and the names of its modules that SEDAC has touched."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.model
+    touched = [name for name, module in model.named_modules() if any(key.startswith("sedac_") and key != "sedac_state" for key in vars(module))]
+    return {"class": type(model).__name__, "state": getattr(model, "sedac_state", None) is not None, "touched": touched}
+
+
+def reset_prefix_cache(llm):
+    """Forget what earlier prompts left in the KV cache."""
+    return llm.reset_prefix_cache()
 
 
 def records(llm, prompt):

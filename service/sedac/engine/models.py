@@ -105,6 +105,14 @@ def _refuse_layout(vllm_config: VllmConfig) -> None:
             )
 
 
+def _is_draft(vllm_config: VllmConfig) -> bool:
+    """Whether the model being built only drafts; methods without a draft model name the target's config in its place (config/speculative.py)."""
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.draft_model_config is speculative.target_model_config:
+        return False
+    return vllm_config.model_config is speculative.draft_model_config
+
+
 def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
     """Attach SEDAC to a freshly built model, before its weights are loaded; None where it is not configured.
 
@@ -112,8 +120,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         ConfigError, ArtifactError, UnsupportedModel: what does not fit and what to do.
     """
     static = StaticConfig.from_vllm(vllm_config)
-    speculative = vllm_config.speculative_config
-    if static is None or (speculative is not None and vllm_config.model_config is speculative.draft_model_config):
+    if static is None or _is_draft(vllm_config):
         return None  # a draft model proposes; decisions belong to the model that verifies
     _refuse_layout(vllm_config)
     text_config = vllm_config.model_config.hf_text_config
