@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, Counter
 from sedac.agent.metrics import EngineMetrics
 from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 from sedac.stats import CheckpointStats, Stats, TierStats
@@ -85,3 +85,23 @@ def test_the_set_of_tier_labels_is_closed():
     assert len(labels) == 33, "32 tiers, and the rest"
     assert get_metric("sedac_tier_tokens_total", "many", tier="_other") == 2 * (60 - 31)
     assert get_metric("sedac_tier_tokens_total", "many", tier="t0") == 2
+
+
+def test_speculation_is_told_from_vllms_counters():
+    names = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "generation_tokens")
+    counters = [Counter(f"vllm:{name}", "As vLLM's own.", ["model_name", "engine"]) for name in names]
+    try:
+        metrics = EngineMetrics(model_name="drafting", layout=LAYOUT, is_speculating=True)
+        EngineMetrics(model_name="alone", layout=LAYOUT)
+        assert math.isnan(get_metric("sedac_draft_acceptance_rate", "drafting"))
+        for counter, values in zip(counters, ((40, 60), (10, 15), (30, 20)), strict=True):
+            for engine, value in enumerate(values):
+                counter.labels("drafting", str(engine)).inc(value)
+            counter.labels("another", "0").inc(1000)
+        metrics.read_speculation()
+        assert get_metric("sedac_draft_acceptance_rate", "drafting") == 0.25
+        assert get_metric("sedac_draft_token_ratio", "drafting") == 0.5
+        assert get_metric("sedac_draft_acceptance_rate", "alone") is None
+    finally:
+        for counter in counters:
+            REGISTRY.unregister(counter)

@@ -132,6 +132,8 @@ class Agent:
                 _log.warning("reading SEDAC counters failed (%s); trying again in %.1f s", error, self.settings.poll_seconds)
                 continue
             self.metrics.add(self.stats)
+            if self.metrics.is_speculating:
+                await asyncio.to_thread(self.metrics.read_speculation)
             self.metrics.set_connected(self.connected, time.time())
             if self.settings.log_every and self.stats.num_steps - logged_steps >= self.settings.log_every:
                 logged_steps = self.stats.num_steps

@@ -8,8 +8,10 @@ Label sets are closed and pre-created: a revision is a value, never a label; tie
 from __future__ import annotations
 
 import math
+import os
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from sedac.policy import EXACT, Layout, Policy
 from sedac.stats import Stats, TierStats
@@ -48,13 +50,20 @@ _ENABLED = Gauge("sedac_policy_enabled", "1 while the policy in force lets token
 _UPDATES = Counter("sedac_policy_updates", "Policies pushed by the control service and applied (ack) or refused (nack).", [*_LABELS, "result"])
 _APPLY_SECONDS = Histogram("sedac_policy_apply_seconds", "Time from a pushed policy to its being in force.", _LABELS, buckets=_APPLY_BUCKETS)
 _CONNECTED = Gauge("sedac_control_connected", "1 while the control service is connected; 0 means the policy may be stale.", _LABELS)
+_ACCEPTANCE = Gauge("sedac_draft_acceptance_rate", "AR: accepted / proposed draft tokens since the engine started; NaN before the first.", _LABELS)
+_TOKEN_RATIO = Gauge("sedac_draft_token_ratio", "TRR: accepted draft tokens / output tokens since the engine started; NaN before the first.", _LABELS)
 _LAST_CONTACT = Gauge("sedac_control_last_contact_timestamp_seconds", "Unix time of the last message from the control service.", _LABELS)
+
+
+_SPECULATION = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "generation_tokens")
+"""vLLM's counters (v1/spec_decode/metrics.py and v1/metrics/loggers.py, 0.32)"""
 
 
 class EngineMetrics:
     """Feeds the metrics of one engine."""
 
-    def __init__(self, *, model_name: str, layout: Layout, engine: str = "0") -> None:
+    def __init__(self, *, model_name: str, layout: Layout, engine: str = "0", is_speculating: bool = False) -> None:
+        self.is_speculating = is_speculating
         self._labels = (model_name, engine)
         self._last = Stats()
         self._tiers: set[str] = set()
@@ -71,6 +80,8 @@ class EngineMetrics:
         for gauge in (_REVISION, _ENABLED, _CONNECTED, _LAST_CONTACT):
             gauge.labels(*self._labels)
         _APPLY_SECONDS.labels(*self._labels)
+        if is_speculating:  # else both are absent: a rate of nothing is no figure
+            self._show_speculation(0, 0, 0)
 
     def set_policy(self, policy: Policy, revision: int, layout: Layout) -> None:
         """Show the policy in force."""
@@ -114,6 +125,15 @@ class EngineMetrics:
         _ADAPTATIONS.labels(*self._labels).inc(done - known if done >= known else done)  # fewer: adaptation was reset in between
         self._last = stats
 
+    def read_speculation(self) -> None:
+        """Take AR and TRR from vLLM's own counters; may take milliseconds and block."""
+        proposed, accepted, generated = (sum_samples(f"vllm:{name}_total", self._labels[0]) for name in _SPECULATION)
+        self._show_speculation(proposed, accepted, generated)
+
+    def _show_speculation(self, proposed: float, accepted: float, generated: float) -> None:
+        _ACCEPTANCE.labels(*self._labels).set(accepted / proposed if proposed else math.nan)
+        _TOKEN_RATIO.labels(*self._labels).set(accepted / generated if generated else math.nan)
+
     def _add_tiers(self, tiers: tuple[TierStats, ...]) -> None:
         before = {t.name: t for t in self._last.tiers}
         for now in tiers:
@@ -127,6 +147,17 @@ class EngineMetrics:
             self._tiers.add(name)
             for counter in _TIER_TOTALS.values():
                 counter.labels(*self._labels, name)
+
+
+def sum_samples(name: str, model_name: str) -> float:
+    """Return the sum of a metric's samples for one model over engines, and over processes in multi-process mode; 0 where there are none."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        families = registry.collect()
+    else:
+        families = REGISTRY.restricted_registry([name]).collect()
+    return sum(s.value for family in families for s in family.samples if s.name == name and s.labels.get("model_name") == model_name)
 
 
 def get_target_exit_rates(policy: Policy) -> dict[int, float]:

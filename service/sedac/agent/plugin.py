@@ -103,7 +103,8 @@ class AgentPlugin:
             num_workers=engine.num_workers,
             initial_policy=wire.policy_to_proto(first),
         )
-        metrics = EngineMetrics(model_name=model_name, layout=layout)
+        is_speculating = engine_client.vllm_config.speculative_config is not None
+        metrics = EngineMetrics(model_name=model_name, layout=layout, is_speculating=is_speculating)
         agent = Agent(engine=engine, settings=settings, layout=layout, metrics=metrics, hello=hello)
         await agent.start(first)
         promise.install(engine_client.input_processor, agent.get_terms)
