@@ -1,7 +1,9 @@
 """Adaptation: thresholds that follow target exit rates, and the difficulty of a request's prompt.
 
 Plain arithmetic on the host, between steps, over the risks that the step's checkpoints have written; the same risks give the
-same thresholds on every rank. Thresholds move as an exponential moving average of rolling quantiles.
+same thresholds on every rank. Thresholds move as an exponential moving average of rolling quantiles; the quantile asked for is
+itself corrected by the rates that came out, so that the rates' long-run mean is the target even while traffic drifts.
+Source of the correction: Gibbs and Candes, Adaptive Conformal Inference Under Distribution Shift, 2021, equation 2.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from sedac.policy import Policy
 
 _MEAN_ALPHA = 0.05
+_FULL_GAIN_TOKENS = 32  # a step of fewer tokens says less about the rate
 _SCALE_BOUNDS = (0.25, 4.0)
 
 
@@ -28,6 +31,8 @@ class Adapter:
         self._policy = Policy()
         self._rates: dict[int, float] = {}
         self._recent: list[np.ndarray[Any, Any]] = [np.zeros(0, dtype=np.float32) for _ in range(num_checkpoints)]
+        self._asked: list[float] = [0.0] * num_checkpoints
+        """quantile that each threshold follows: its rate, corrected"""
         self._num_steps = 0
         self._fresh = False
 
@@ -46,12 +51,18 @@ class Adapter:
         if restart:
             self.thresholds = list(thresholds[: len(self._recent)])
             self._recent = [np.zeros(0, dtype=np.float32) for _ in self._recent]
+            self._asked = [self._rates.get(i, 0.0) for i in range(len(self._recent))]
             self._num_steps = self.num_updates = 0
 
     def add(self, index: int, risk: np.ndarray[Any, Any]) -> None:
         """Remember the risks that checkpoint `index` has just seen."""
-        if self.is_on:
-            self._recent[index] = np.concatenate([self._recent[index], risk.astype(np.float32)])[-self._policy.adaptation.window_tokens :]
+        if self.is_on and risk.size and index in self._rates:
+            knobs = self._policy.adaptation
+            if self.num_updates and not knobs.frozen:
+                observed = float((risk < self.thresholds[index]).mean())
+                gain = knobs.alpha * min(1.0, risk.size / _FULL_GAIN_TOKENS)
+                self._asked[index] = min(max(self._asked[index] + gain * (self._rates[index] - observed), 0.0), 1.0)
+            self._recent[index] = np.concatenate([self._recent[index], risk.astype(np.float32)])[-knobs.window_tokens :]
             self._fresh = True
 
     def update(self) -> bool:
@@ -64,9 +75,9 @@ class Adapter:
         if knobs.frozen or self._num_steps <= knobs.warmup_steps:
             return False
         alpha = 1.0 if self.num_updates == 0 else knobs.alpha  # the first quantile replaces the guess that the policy started with
-        for i, rate in self._rates.items():
+        for i in self._rates:
             if self.thresholds[i] > 0 and self._recent[i].size:
-                goal = float(np.quantile(self._recent[i], rate))
+                goal = float(np.quantile(self._recent[i], self._asked[i]))
                 moved = self.thresholds[i] + alpha * (goal - self.thresholds[i])
                 self.thresholds[i] = min(max(moved, knobs.min_threshold, 1e-12), knobs.max_threshold)
         self.num_updates += 1
