@@ -57,7 +57,7 @@ def make_engine_command(settings: EngineSettings, vllm_args: Sequence[str]) -> l
     taken = [arg for arg in rest if arg.split("=")[0] in ("--worker-cls", "--model")]
     if taken:
         raise ConfigError(f"{taken[0]} is set by `sedac serve` itself; name the model as its argument and leave the flag out")
-    additional["sedac"] = {"probe_set": str(settings.probe_dir), "checkpoint_layers": list(settings.probe_layers)}
+    additional["sedac"] = {"probe_set": str(settings.probe_dir), "checkpoint_layers": list(settings.probe_layers), "levels": settings.levels}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model]
     command += ["--worker-cls", "sedac.engine.worker.SedacWorker", "--additional-config", json.dumps(additional)]
     if not any(arg.split("=")[0] == "--served-model-name" for arg in rest) and Path(settings.model) == _SHIPPED / "model":

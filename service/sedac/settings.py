@@ -97,6 +97,8 @@ class EngineSettings(BaseSettings):
     """another name of `alpha`"""
     log_every: int = Field(default=0, ge=0)
     """steps between two log lines of exit rates; 0: never"""
+    levels: bool = True
+    """offer the probe set's reduced levels, which keep a copy of the MLP weights on a CPU; 0: hard exits only"""
     control_address: str = ""
     """host:port of the control service; empty: serve under the first policy alone"""
     engine_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
@@ -164,7 +166,7 @@ class EngineSettings(BaseSettings):
                 enabled=self.adaptive, target_exit_rates=self.exit_rates, warmup_steps=self.calibration_steps, alpha=self._find_alpha()
             ),
         )
-        levels = (FULL, SKIP, *(level.name for level in manifest.levels))
+        levels = (FULL, SKIP, *(level.name for level in manifest.levels if self.levels))
         layout = Layout(
             num_layers=manifest.num_layers, hidden_size=manifest.hidden_size, checkpoint_layers=layers, probe_set=manifest.name, levels=levels
         )
@@ -176,7 +178,7 @@ class EngineSettings(BaseSettings):
         return policy
 
     def _make_tiers(self, manifest: Manifest) -> tuple[Tier, ...]:
-        found = tuple(Tier(name=t.name, floor=t.floor, level=t.level, threshold_scale=t.threshold_scale) for t in manifest.tiers)
+        found = tuple(Tier(name=t.name, floor=t.floor, level=t.level, threshold_scale=t.threshold_scale) for t in manifest.tiers if self.levels)
         return tuple(replace(tier, soft_exit=self.soft_exit) for tier in found or _PRESETS)
 
     def _find_rule(self) -> Rule:
