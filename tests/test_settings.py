@@ -182,7 +182,10 @@ def test_settings_survive_the_way_through_the_environment(values):
 def test_engine_command_keeps_the_users_flags():
     settings = EngineSettings(model="m", probe_dir=Path("/p"), probe_layers=(2,))
     command = launch.make_engine_command(settings, ["--port", "9", "--additional-config", '{"mine": 1}'])
-    assert json.loads(command[command.index("--additional-config") + 1]) == {"mine": 1, "sedac": {"probe_set": "/p", "checkpoint_layers": [2], "levels": True}}
+    assert json.loads(command[command.index("--additional-config") + 1]) == {
+        "mine": 1,
+        "sedac": {"probe_set": "/p", "checkpoint_layers": [2], "levels": True},
+    }
     assert command[-2:] == ["--port", "9"]
     for bad in (["--worker-cls", "x"], ["--model=x"], ["--additional-config", "no json"], ["--additional-config=[]"]):
         with pytest.raises(ConfigError):

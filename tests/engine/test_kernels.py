@@ -51,14 +51,14 @@ class Case:
             order_F = order if repaired else None
             n.set_neurons(layer, w.gate_FD, w.up_FD, w.down_FD, w.scale_F, self.neurons.scale_F, order_F, w.scores_activation)
 
-    def run(self, x: torch.Tensor, levels: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, x: torch.Tensor, levels: list[int], layer: int, compact: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and share computed per token, by the operators."""
         count, zeros = len(levels), np.zeros(len(levels), dtype=np.uint8)
         floor = np.array(levels, dtype=np.uint8)
         self.state.begin_step(
             count, Tokens(role_T=zeros, floor_T=floor, goal_T=zeros, scale_T=np.ones(count, dtype=np.float32), tier_T=np.zeros(count, dtype=np.int64))
         )
-        gate_up = torch.ops.sedac.gate_up(x, self.state.level_T, layer, 2 * F)
+        gate_up = torch.ops.sedac.gate_up(x, self.state.level_T, layer, 2 * F, compact)
         h = activate(gate_up[:, :F], self.activation) * gate_up[:, F:]
         out = torch.ops.sedac.down(h, self.state.level_T, layer, D)
         saved = self.state.end_step()
@@ -92,7 +92,7 @@ def test_every_reduction_equals_its_naive_form(dtype, activation, score, repaire
         mixed = torch.randint(0, 6, (count,)).tolist()
         for levels in (mixed, [2 + seed] * count, [1] * count):
             for layer in range(LAYERS):
-                out, computed = case.run(x, levels, layer)
+                out, computed = case.run(x, levels, layer, compact=seed == 1)
                 kinds = [int(case.table.kind_LV[layer][i]) for i in levels]
                 many = kinds.count(KIND_CONTEXTUAL) > 2 or kinds.count(KIND_CONTEXTUAL) + kinds.count(KIND_WIDTH) > 8
                 for t, level in enumerate(levels):

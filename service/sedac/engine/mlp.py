@@ -135,7 +135,7 @@ class GatedLinearMethod(UnquantizedLinearMethod):
         if not mlp.sedac_native:
             return super().apply(layer, x, bias)
         if self.part == "gate_up":
-            return torch.ops.sedac.gate_up(x, mlp.sedac_level_T, mlp.sedac_layer, mlp.sedac_num_outputs)
+            return torch.ops.sedac.gate_up(x, mlp.sedac_level_T, mlp.sedac_layer, mlp.sedac_num_outputs, not torch.compiler.is_compiling())
         return torch.ops.sedac.down(x, mlp.sedac_level_T, mlp.sedac_layer, mlp.sedac_hidden_size)
 
 

@@ -34,7 +34,7 @@ def load() -> bool:
     return True
 
 
-def _gate_up_fake(x: Tensor, level: Tensor, index: int, num_outputs: int) -> Tensor:
+def _gate_up_fake(x: Tensor, level: Tensor, index: int, num_outputs: int, compact: bool) -> Tensor:
     return x.new_empty((x.shape[0], num_outputs))
 
 

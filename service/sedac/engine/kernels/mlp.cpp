@@ -36,9 +36,10 @@ struct Mlp {
   int64_t activation = 0;            // 0 silu, 1 gelu, 2 gelu (tanh)
   bool scores_activation = false;    // score of a neuron from act(gate), not from gate
   // Of the running step, from gate_up to down.
-  bool plain = true;
+  bool plain = true, compact = false;
   std::vector<int64_t> full_rows, masked_rows, reduced_rows;
   at::Tensor reduced, gate_up;
+  int64_t num_tokens = 0;
 };
 
 std::vector<Mlp>& mlps() {
@@ -207,13 +208,14 @@ void compute_reduced(Mlp& m, const at::Tensor& x, const std::vector<Row>& rows, 
   }
 }
 
-at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index, int64_t num_outputs) {
+// `compact`: give only the rows that vLLM's own kernels compute, for callers that need no fixed shape; `down` spreads them again.
+at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index, int64_t num_outputs, bool compact) {
   Mlp& m = mlps()[index];
   const Buffers& b = model().b;
   m.plain = !*data<uint8_t>(b.active);
   if (m.plain) return full_product(x, m.gate_up_handler, num_outputs);
 
-  const int64_t num_tokens = x.size(0);
+  const int64_t num_tokens = m.num_tokens = x.size(0);
   const uint8_t *level = data<uint8_t>(b.level), *kinds = data<uint8_t>(m.kinds);
   const float* parameters = data<float>(m.parameters);
   float* saved = data<float>(b.saved);
@@ -243,46 +245,85 @@ at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index
   m.plain = static_cast<int64_t>(m.full_rows.size()) == num_tokens;
   if (m.plain) return full_product(x, m.gate_up_handler, num_outputs);
   compute_reduced(m, x, rows, saved);
-  at::Tensor out = at::empty({num_tokens, num_outputs}, x.options());
   std::vector<int64_t> through = m.full_rows;
   through.insert(through.end(), m.masked_rows.begin(), m.masked_rows.end());
-  if (static_cast<int64_t>(through.size()) == num_tokens) {
+  const bool all = static_cast<int64_t>(through.size()) == num_tokens && (m.full_rows.empty() || m.masked_rows.empty());
+  m.compact = compact && !all;
+  at::Tensor out;
+  if (all) {
     out = full_product(x, m.gate_up_handler, num_outputs);
-  } else if (!through.empty()) {
+  } else {
     const at::Tensor held = to_index(through);
-    out.index_copy_(0, held, full_product(x.index_select(0, held), m.gate_up_handler, num_outputs));
+    at::Tensor product = through.empty() ? at::empty({0, num_outputs}, x.options())
+                                         : full_product(x.index_select(0, held), m.gate_up_handler, num_outputs);
+    if (compact) {
+      out = product;
+    } else {
+      out = at::empty({num_tokens, num_outputs}, x.options());
+      if (!through.empty()) out.index_copy_(0, held, product);
+    }
   }
   m.gate_up = m.masked_rows.empty() ? at::Tensor() : out;
   return out;
 }
 
-// Many contextual rows: computed in full by then, so what their own gate would have left out is set to 0 (saves no time).
-at::Tensor mask_rows(const Mlp& m, const at::Tensor& h, const uint8_t* level) {
-  const at::Tensor index = to_index(m.masked_rows);
+// Set to 0 what a row's own gate would have left out; `gate_up` (N, 2F) and `h` (N, F) row by row, limits (N).
+template <typename W>
+at::Tensor mask(const Mlp& m, const at::Tensor& gate_up, const at::Tensor& h, const std::vector<float>& limits) {
   const int64_t num_neurons = h.size(1);
-  at::Tensor gate = m.gate_up.index_select(0, index).narrow(1, 0, num_neurons).to(at::kFloat);
-  if (m.scores_activation) gate = activate_rows(gate, m.activation);
+  at::Tensor out = at::empty({h.size(0), num_neurons}, h.options());
+  const W *products = static_cast<const W*>(gate_up.const_data_ptr()), *from = static_cast<const W*>(h.const_data_ptr());
+  W* to = static_cast<W*>(out.mutable_data_ptr());
+  const float* scale = m.natural_scale.const_data_ptr<float>();
+  at::parallel_for(0, h.size(0), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const W *gate = products + r * 2 * num_neurons, *up = gate + num_neurons, *row = from + r * num_neurons;
+      const float limit = limits[r];
+      if (m.scores_activation) {  // h = act(gate) * up, so abs(act(gate)) * scale >= limit needs no activation of its own
+        for (int64_t n = 0; n < num_neurons; ++n) {
+          to[r * num_neurons + n] = std::abs(widen(row[n])) * scale[n] >= limit * std::abs(widen(up[n])) ? row[n] : W(0);
+        }
+      } else {
+        for (int64_t n = 0; n < num_neurons; ++n) {
+          to[r * num_neurons + n] = std::abs(widen(gate[n])) * scale[n] >= limit ? row[n] : W(0);
+        }
+      }
+    }
+  });
+  return out;
+}
+
+// Many contextual rows were computed in full by then; masking saves no time, but gives what their levels mean. `h` (N, F) and
+// the kept `gate_up` hold them alone.
+at::Tensor down_masked(const Mlp& m, const at::Tensor& gate_up, const at::Tensor& h, int64_t hidden) {
+  const uint8_t* level = data<uint8_t>(model().b.level);
   std::vector<float> limits;
   for (const int64_t t : m.masked_rows) limits.push_back(data<float>(m.parameters)[level[t]]);
-  const at::Tensor keep = (gate.abs() * m.natural_scale).ge(at::tensor(limits).unsqueeze(1));
-  return h.index_select(0, index) * keep;
+  const at::Tensor held = h.contiguous();
+  const at::Tensor masked = h.scalar_type() == at::kBFloat16 ? mask<bf16>(m, gate_up, held, limits) : mask<float>(m, gate_up, held, limits);
+  return m.repair_order.defined() ? at::mm(masked.index_select(1, m.repair_order), m.down) : full_product(masked, m.down_handler, hidden);
 }
 
 at::Tensor down(const at::Tensor& h, const at::Tensor& level_T, int64_t index, int64_t hidden) {
   Mlp& m = mlps()[index];
   if (m.plain) return full_product(h, m.down_handler, hidden);
-  at::Tensor out = at::zeros({h.size(0), hidden}, h.options());
-  if (!m.full_rows.empty()) {
-    const at::Tensor held = to_index(m.full_rows);
-    out.index_copy_(0, held, full_product(h.index_select(0, held), m.down_handler, hidden));
+  const int64_t num_tokens = m.num_tokens, num_full = m.full_rows.size(), num_masked = m.masked_rows.size();
+  at::Tensor out;
+  if (num_masked == num_tokens) {
+    out = down_masked(m, m.gate_up, h, hidden);
+  } else {
+    out = at::zeros({num_tokens, hidden}, h.options());
+    if (num_full) {
+      const at::Tensor held = to_index(m.full_rows);
+      out.index_copy_(0, held, full_product(m.compact ? h.narrow(0, 0, num_full) : h.index_select(0, held), m.down_handler, hidden));
+    }
+    if (num_masked) {
+      const at::Tensor held = to_index(m.masked_rows);
+      const auto take = [&](const at::Tensor& t) { return m.compact ? t.narrow(0, num_full, num_masked) : t.index_select(0, held); };
+      out.index_copy_(0, held, down_masked(m, take(m.gate_up), take(h), hidden));
+    }
+    if (m.reduced.defined()) out.index_copy_(0, to_index(m.reduced_rows), m.reduced);
   }
-  if (!m.masked_rows.empty()) {
-    const at::Tensor masked = mask_rows(m, h, data<uint8_t>(model().b.level));
-    const at::Tensor result = m.repair_order.defined() ? at::mm(masked.index_select(1, m.repair_order), m.down)
-                                                       : full_product(masked, m.down_handler, hidden);
-    out.index_copy_(0, to_index(m.masked_rows), result);
-  }
-  if (m.reduced.defined()) out.index_copy_(0, to_index(m.reduced_rows), m.reduced);
   m.reduced = m.gate_up = at::Tensor();
   return out;
 }
@@ -339,7 +380,7 @@ TORCH_LIBRARY_FRAGMENT(sedac, library) {
   library.def("set_neurons(int index, Tensor gate, Tensor up, Tensor down, Tensor scale, Tensor natural_scale, Tensor? repair_order, bool scores_activation) -> ()", set_neurons);
   library.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", empty_huge);
   library.def("skip_all(Tensor x, int index) -> Tensor?");
-  library.def("gate_up(Tensor x, Tensor level, int index, int num_outputs) -> Tensor");
+  library.def("gate_up(Tensor x, Tensor level, int index, int num_outputs, bool compact) -> Tensor");
   library.def("down(Tensor h, Tensor level, int index, int hidden) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(sedac, CPU, library) {
