@@ -1,120 +1,103 @@
-"""What a level means, by its naive form: the extremes are the plain MLP and nothing, in between every neuron is its own matter."""
+"""What a level means, held against the plain MLP at its ends and against a loop over tokens and neurons between them."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from sedac.probe.levels import ACTIVATIONS, Level, Neurons, activate, get_mask, reduce_mlp
+from sedac.probe.levels import ACTIVATIONS, Level, Neurons, activate, reduce_mlp
 from torch.nn import functional
 
-T, D, F = 7, 12, 20
+T, F, D = 5, 12, 6
 
 
-def make(seed=0, *, repair=False):
-    torch.manual_seed(seed)
-    weights = torch.randn(F, D), torch.randn(F, D), torch.randn(D, F)
-    neurons = Neurons(
-        order_F=torch.randperm(F).int(), scale_F=torch.rand(F) + 0.1, repair_FD=torch.randn(F, D).bfloat16() if repair else None
-    )  # fmt: skip
-    return torch.randn(T, D), weights, neurons
+@pytest.fixture
+def mlp():
+    generator = torch.Generator().manual_seed(0)
+    x_TD, gate_FD, up_FD, down_DF = (torch.randn(shape, generator=generator) for shape in ((T, D), (F, D), (F, D), (D, F)))
+    order_F = torch.randperm(F, generator=generator).to(torch.int32)
+    return (x_TD, gate_FD, up_FD, down_DF), Neurons(order_F=order_F, scale_F=torch.rand(F, generator=generator) + 0.1, repair_FD=None)
 
 
-def at(reduction, parameter):
+def at(reduction, *parameters):
     dtype = torch.int32 if reduction == "width" else torch.float32
-    return Level(name="x", reduction=reduction, parameters_L=torch.tensor([parameter], dtype=dtype))
+    return Level(name="x", reduction=reduction, parameters_L=torch.tensor(parameters, dtype=dtype))
 
 
-def plain(x, weights, activation="silu"):
-    gate, up, down = weights
-    return (activate(x @ gate.T, activation) * (x @ up.T)) @ down.T
+def plain(x_TD, gate_FD, up_FD, down_DF, activation="silu"):
+    return (activate(x_TD @ gate_FD.T, activation) * (x_TD @ up_FD.T)) @ down_DF.T
+
+
+def with_repair(neurons, repair_FD):
+    return Neurons(order_F=neurons.order_F, scale_F=neurons.scale_F, repair_FD=repair_FD)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize(("reduction", "whole"), [("width", F), ("contextual", 0.0)])
-@pytest.mark.parametrize("repair", [False, True])
-def test_a_layer_left_whole_is_the_plain_mlp_without_repair(activation, reduction, whole, repair):
-    x, weights, neurons = make(repair=repair)
-    y, computed = reduce_mlp(x, *weights, level=at(reduction, whole), layer=0, neurons=neurons, activation=activation)
-    torch.testing.assert_close(y, plain(x, weights, activation), atol=1e-5, rtol=1e-5)
-    assert computed.tolist() == [1.0] * T
+@pytest.mark.parametrize("level", [at("width", F), at("contextual", 0.0)], ids=["width", "contextual"])
+def test_the_whole_level_is_the_plain_mlp_and_needs_no_repair(mlp, level, activation):
+    weights, neurons = mlp
+    spoiled = with_repair(neurons, torch.full((F, D), 99.0, dtype=torch.bfloat16))
+    y_TD, computed_T = reduce_mlp(*weights, level=level, layer=0, neurons=spoiled, activation=activation)
+    torch.testing.assert_close(y_TD, plain(*weights, activation), rtol=1e-5, atol=1e-5)
+    assert computed_T.tolist() == [1.0] * T
 
 
-@pytest.mark.parametrize(("reduction", "nothing"), [("width", 0), ("contextual", math.inf)])
-@pytest.mark.parametrize("repair", [False, True])
-def test_an_empty_layer_adds_nothing_and_costs_nothing(reduction, nothing, repair):
-    x, weights, neurons = make(repair=repair)
-    y, computed = reduce_mlp(x, *weights, level=at(reduction, nothing), layer=0, neurons=neurons)
-    assert not y.any()
-    assert not computed.any()
+@pytest.mark.parametrize("level", [at("width", 0), at("contextual", math.inf)], ids=["width", "contextual"])
+def test_the_empty_level_is_zero_and_costs_nothing(mlp, level):
+    weights, neurons = mlp
+    y_TD, computed_T = reduce_mlp(*weights, level=level, layer=0, neurons=neurons)
+    assert not y_TD.any()
+    assert not computed_T.any()
 
 
-@pytest.mark.parametrize("repair", [False, True])
+def test_each_layer_has_its_own_parameter(mlp):
+    weights, neurons = mlp
+    level = at("width", F, 0)
+    assert reduce_mlp(*weights, level=level, layer=0, neurons=neurons)[0].any()
+    assert not reduce_mlp(*weights, level=level, layer=1, neurons=neurons)[0].any()
+
+
+@pytest.mark.parametrize("level", [at("width", 7), at("width", F), at("contextual", 0.4)], ids=["width", "all", "contextual"])
+def test_permuting_the_neurons_changes_nothing(mlp, level):
+    (x_TD, gate_FD, up_FD, down_DF), neurons = mlp
+    p = torch.randperm(F, generator=torch.Generator().manual_seed(1))
+    moved = Neurons(order_F=p.argsort()[neurons.order_F.long()].to(torch.int32), scale_F=neurons.scale_F[p], repair_FD=None)
+    y_TD, computed_T = reduce_mlp(x_TD, gate_FD, up_FD, down_DF, level=level, layer=0, neurons=neurons)
+    moved_TD, moved_T = reduce_mlp(x_TD, gate_FD[p], up_FD[p], down_DF[:, p], level=level, layer=0, neurons=moved)
+    torch.testing.assert_close(moved_TD, y_TD, rtol=1e-5, atol=1e-5)
+    assert torch.equal(moved_T, computed_T)
+
+
+@pytest.mark.parametrize("repair", [False, True], ids=["own", "repaired"])
 @pytest.mark.parametrize("score", ["gate", "activation"])
-@pytest.mark.parametrize(("reduction", "parameter"), [("width", 13), ("contextual", 0.7)])
-def test_equals_plain_python_neuron_by_neuron(reduction, parameter, score, repair):
-    x, (gate, up, down), neurons = make(1, repair=repair)
-    y, computed = reduce_mlp(x, gate, up, down, level=at(reduction, parameter), layer=0, neurons=neurons, score=score)
-    rows = down.T if neurons.repair_FD is None else neurons.repair_FD.float()
+@pytest.mark.parametrize("level", [at("width", 1), at("width", 7), at("contextual", 0.2), at("contextual", 1.0)], ids=["1", "7", "low", "high"])
+def test_equals_a_loop_over_tokens_and_neurons(mlp, level, score, repair):
+    (x_TD, gate_FD, up_FD, down_DF), neurons = mlp
+    if repair:
+        neurons = with_repair(neurons, torch.randn(F, D, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16))
+    rows_FD = neurons.repair_FD.float() if repair else down_DF.T
+    kept = [int(n) for n in neurons.order_F[: int(level.parameters_L[0])]]
+    y_TD, computed_T = reduce_mlp(x_TD, gate_FD, up_FD, down_DF, level=level, layer=0, neurons=neurons, score=score)
     for t in range(T):
-        expected, active = torch.zeros(D), 0
+        expected_D, active = torch.zeros(D), 0
         for n in range(F):
-            g = gate[n] @ x[t]
-            source = g if score == "gate" else functional.silu(g)
-            leading = neurons.order_F[:13].tolist()
-            if n in leading if reduction == "width" else abs(source.item()) * neurons.scale_F[n].item() >= 0.7:
-                expected += functional.silu(g) * (up[n] @ x[t]) * rows[n]
+            gate = (x_TD[t] @ gate_FD[n]).item()
+            activation = functional.silu(torch.tensor(gate)).item()
+            size = abs(gate if score == "gate" else activation) * neurons.scale_F[n].item()
+            if n in kept if level.reduction == "width" else size >= level.parameters_L[0].item():
+                expected_D += activation * (x_TD[t] @ up_FD[n]) * rows_FD[n]
                 active += 1
-        torch.testing.assert_close(y[t], expected, atol=1e-4, rtol=1e-4)
-        share = active / F if reduction == "width" else (F * D + 2 * active * D) / (3 * F * D)  # contextual has paid the gate
-        assert computed[t].item() == pytest.approx(share)
-    assert 0 < computed.min() <= computed.max() < 1  # the case is no extreme
+        torch.testing.assert_close(y_TD[t], expected_D, rtol=1e-4, atol=1e-4)
+        # Three products per neuron; contextual levels have computed every gate.
+        flops = 3 * active if level.reduction == "width" else F + 2 * active
+        assert computed_T[t].item() == pytest.approx(flops / (3 * F))
 
 
-@pytest.mark.parametrize("repair", [False, True])
-@pytest.mark.parametrize(("reduction", "parameter"), [("width", 9), ("contextual", 0.5)])
-def test_how_neurons_are_numbered_does_not_matter(reduction, parameter, repair):
-    x, (gate, up, down), neurons = make(2, repair=repair)
-    to = torch.randperm(F)
-    place = torch.empty(F, dtype=torch.int32)
-    place[to] = torch.arange(F, dtype=torch.int32)
-    renumbered = Neurons(
-        order_F=place[neurons.order_F.long()],
-        scale_F=neurons.scale_F[to],
-        repair_FD=None if neurons.repair_FD is None else neurons.repair_FD[to],
-    )
-    level = at(reduction, parameter)
-    y, computed = reduce_mlp(x, gate, up, down, level=level, layer=0, neurons=neurons)
-    again, computed_again = reduce_mlp(x, gate[to], up[to], down[:, to], level=level, layer=0, neurons=renumbered)
-    torch.testing.assert_close(again, y, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(computed_again, computed)
-
-
-@pytest.mark.parametrize("reduction", ["width", "contextual"])
-def test_a_stricter_level_keeps_a_subset(reduction):
-    x, (gate, _, _), neurons = make(3)
-    ladder = [F, 15, 8, 1, 0] if reduction == "width" else [0.0, 0.3, 0.9, 2.0, math.inf]
-    masks = [get_mask(x @ gate.T, at(reduction, p), 0, neurons, "silu", "gate") for p in ladder]
-    assert masks[0].all()
-    assert not masks[-1].any()
-    for wider, narrower in pairwise(masks):
-        assert (wider | ~narrower).all()
-        assert wider.sum() > narrower.sum()
-
-
-def test_a_token_gets_the_same_alone_as_in_company():
-    x, weights, neurons = make(4, repair=True)
-    for level in (at("width", 9), at("contextual", 0.5)):
-        y, computed = reduce_mlp(x, *weights, level=level, layer=0, neurons=neurons)
-        for t in range(T):
-            alone, computed_alone = reduce_mlp(x[t : t + 1], *weights, level=level, layer=0, neurons=neurons)
-            torch.testing.assert_close(alone[0], y[t], atol=1e-5, rtol=1e-5)
-            assert computed_alone.item() == computed[t].item()
-
-
-def test_each_layer_goes_by_its_own_parameter():
-    x, weights, neurons = make(5)
-    level = Level(name="x", reduction="width", parameters_L=torch.tensor([F, 0, 5], dtype=torch.int32))
-    assert [reduce_mlp(x, *weights, level=level, layer=n, neurons=neurons)[1][0].item() for n in range(3)] == [1.0, 0.0, 0.25]
+def test_a_score_at_the_threshold_counts(mlp):
+    (x_TD, gate_FD, up_FD, down_DF), neurons = mlp
+    neurons = Neurons(order_F=neurons.order_F, scale_F=torch.ones(F), repair_FD=None)
+    gate = (x_TD @ gate_FD.T)[0, 3].abs()
+    scores = (x_TD @ gate_FD.T)[0].abs()
+    _, computed_T = reduce_mlp(x_TD, gate_FD, up_FD, down_DF, level=at("contextual", gate.item()), layer=0, neurons=neurons)
+    assert computed_T[0].item() == pytest.approx((1 + 2 * (scores >= gate).sum().item() / F) / 3)
