@@ -14,10 +14,11 @@ from sedac.policy import Rule, Scope
 from sedac.probe.artifact import ProbeSet
 from sedac.probe.cascade import Knobs
 from sedac.probe.levels import Neurons
+from sedac.probe.manifest import TierRecord
 
 from sedac_probes.calibrate import make_level
-from sedac_probes.forms import AtLevel, Decided, Randomly, SoftExit
-from sedac_probes.reduced import Batch, Form, Quality, ReducedModel
+from sedac_probes.forms import AtLevel, Decided, Randomly, Skip, SoftExit
+from sedac_probes.reduced import Batch, Form, Plain, Quality, ReducedModel
 
 QUANTILES = (0.02, 0.05, 0.1, 0.2, 0.4)
 _UNIFORM = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -69,12 +70,19 @@ def make_reductions(model: ReducedModel, probe_set: ProbeSet, calibration: Seque
     for saved in _UNIFORM:
         level = make_level(model, calibration, "uniform", "contextual", [saved] * model.num_layers, own, score)  # type: ignore[arg-type]
         uniform[f"{1 - 1.5 * saved:.0%} of neurons in every layer"] = AtLevel(level, own, activation, score)  # type: ignore[arg-type]
+    named: dict[str, Form] = {"full": Plain(), "skip": Skip(), **at("width", probe_set.neurons), **at("contextual", probe_set.neurons)}
+
+    def make_tier(tier: TierRecord) -> Form:
+        knobs = {p.layer: Knobs(threshold=p.threshold * tier.threshold_scale) for p in manifest.probes}
+        return Decided(probe_set.probes, knobs, floor=named[tier.floor], level=named[tier.level])
+
     made = {
         "width, plan": at("width", own),
         "width, plan, repair": at("width", probe_set.neurons),
         "contextual, same share everywhere": uniform,
         "contextual, plan": at("contextual", own),
         "contextual, plan, repair": at("contextual", probe_set.neurons),
+        "tiers of the set": {f"{tier.name}: {tier.floor}, {tier.level}": make_tier(tier) for tier in manifest.tiers},
     }
     return {mechanism: forms for mechanism, forms in made.items() if forms}
 

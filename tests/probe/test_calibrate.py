@@ -91,7 +91,7 @@ def test_calibrates_and_compares_end_to_end(model, model_dir, text_files, probe_
 
     run("compare", *common[:2], "--probe-set", tmp_path / "new", *common[4:], "--out", tmp_path / "quality")
     report = json.loads((tmp_path / "quality.json").read_text())
-    assert len(report["mechanisms"]) == 11
+    assert len(report["mechanisms"]) == 12
     found = {row["at"]: row for row in report["mechanisms"]["contextual, plan, repair"]}
     assert set(found) == {level.name for level in manifest.levels if level.reduction == "contextual"}
     assert all(row["saved"] == 0 for row in report["mechanisms"]["soft exit as published (v6.1)"])
