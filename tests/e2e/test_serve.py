@@ -12,7 +12,7 @@ import openai
 import pytest
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2
-from sedac.policy import Checkpoint, Policy
+from sedac.policy import Checkpoint, Policy, Tier
 from sedac_probes import corpus
 
 pytestmark = pytest.mark.e2e
@@ -196,3 +196,34 @@ def test_exact_requests_never_read_kv_of_reduced_ones(served, control):
     control.update_policy(Policy(enabled=False), fields=["enabled"])
     control.wait_until_synced(control.get_policy().revision, 30)
     assert score(tokens) == pytest.approx(expected, abs=1e-4), "and after the policy was turned off"
+
+
+def test_a_request_chooses_its_tier_and_asks_what_it_was_computed_with(served, control):
+    layers = _get_layers(control)
+    tiers = (Tier(name="balanced", level="full"), Tier(name="frugal", level="skip"))
+    checkpoints = tuple(Checkpoint(layer=layer, threshold=1e9) for layer in layers)
+    made = control.update_policy(Policy(enabled=True, checkpoints=checkpoints, tiers=tiers))
+    control.wait_until_synced(made.revision, 30)
+    client = served.make_openai()
+
+    def ask(**xargs):
+        return client.completions.create(
+            model="sedac-demo", prompt=PROMPTS[0], max_tokens=24, temperature=0, extra_body={"ignore_eos": True, "vllm_xargs": xargs}
+        )
+
+    def report(completion) -> dict:
+        with urllib.request.urlopen(f"{served.url}/sedac/v1/requests/{completion.id}", timeout=10) as answer:
+            return json.load(answer)
+
+    exact, frugal, default = ask(sedac_tier="exact"), ask(sedac_tier="frugal"), ask()
+    assert report(exact)["mlp_share"] == 1
+    assert (report(frugal)["tier"], report(frugal)["revision"]) == ("frugal", made.revision)
+    assert report(frugal)["mlp_share"] < 0.9
+    assert report(default)["tier"] == "balanced"
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(sedac_tier="gold")
+    assert all(name in str(refused.value) for name in ("exact", "balanced", "frugal"))
+    with pytest.raises(openai.BadRequestError, match="override"):
+        ask(sedac_tier="frugal", sedac_level="full")
+    metrics = served.read_metrics()
+    assert metrics["sedac_tier_tokens_total{frugal}"] >= 24
