@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sedac.engine.levels import LevelTable
-from sedac.engine.state import DECIDES, OBSERVED, SOFT, State, Tokens
+from sedac.engine.state import State
+from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe

@@ -7,6 +7,7 @@ engine misses revisions; neither holds anyone up. It never touches the store.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 from dataclasses import dataclass, field
 
@@ -140,11 +141,9 @@ class Fleet:
     async def wait(self, seen: int, timeout_seconds: float) -> int:
         """Return the version once it is newer than `seen`, or after the timeout."""
         if self._version == seen:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_seconds):
                     await self._changed.wait()
-            except TimeoutError:
-                pass
         return self._version
 
     def to_status(self) -> control_pb2.Status:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from sedac.engine.adaptation import Difficulty
-from sedac.engine.state import DECIDES, OBSERVED, SOFT, State, Tokens
+from sedac.engine.state import State
+from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.policy import EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
 
 _MAX_FINISHED = 1000

@@ -8,7 +8,6 @@ T tokens of the step, C checkpoints, V levels, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,85 +18,15 @@ from sedac.engine import native
 from sedac.engine.adaptation import Adapter
 from sedac.engine.levels import NO_LEVEL, LevelTable
 from sedac.engine.record import Recorder
+from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, HostViews, Tokens
 from sedac.policy import MAX_LEVELS, Layout, Policy, validate
 from sedac.probe.cascade import Knobs, decide, get_soft_ratio
 from sedac.probe.probe import LREProbe
 from sedac.stats import CheckpointStats, Stats, TierStats
 
-DECIDES, SOFT, OBSERVED = 1, 2, 4
-"""bits of a token's role: checkpoints decide about it; softly; its risk is only looked at"""
 _RULES = {"first": 0, "single": 0, "accumulate": 1}
 _SCOPES = {"token": 0, "batch": 1}
 _RATE_ALPHA = 0.05  # of the exit rates that status shows
-
-
-@dataclass(kw_only=True)
-class Tokens:
-    """What the step's tokens may get; arrays of length T."""
-
-    role_T: np.ndarray[Any, Any]
-    """uint8, DECIDES | SOFT | OBSERVED"""
-    floor_T: np.ndarray[Any, Any]
-    """uint8: level at the first layer"""
-    goal_T: np.ndarray[Any, Any]
-    """uint8: level when confident"""
-    scale_T: np.ndarray[Any, Any]
-    """float32: multiplies the thresholds"""
-    tier_T: np.ndarray[Any, Any]
-    """int: row of the tier counters"""
-    decides_T: np.ndarray[Any, Any] = field(init=False)
-    """bool"""
-    num_decides: int = field(init=False)
-    has_floor: bool = field(init=False)
-    tier_counts: np.ndarray[Any, Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.decides_T = (self.role_T & DECIDES) > 0
-        self.num_decides = int(np.count_nonzero(self.decides_T))
-        self.has_floor = bool(self.floor_T.any())
-        self.tier_counts = np.bincount(self.tier_T)
-
-
-class _HostViews:
-    """The token buffers as the host reads and writes them: the very memory on the CPU, copies of it on a device."""
-
-    def __init__(self, state: State) -> None:
-        self._is_cpu = state.level_T.device.type == "cpu"
-        self._written = [state.level_T, state._role_T, state._goal_T, state._scale_T]
-        self._cleared = [state.level_T, state._done_T, state._confidence_T, state.saved_T]
-        self._arrays = {id(t): t.numpy() for t in (*self._written, *self._cleared, state._risk_CT, state._active)} if self._is_cpu else {}
-
-    def write(self, state: State, tokens: Tokens, num_tokens: int, *, is_new: bool) -> None:
-        """Put the step's tokens into the buffers; those that the same tokens left there last time stay."""
-        values = (tokens.floor_T, tokens.role_T, tokens.goal_T, tokens.scale_T)
-        for buffer, value in list(zip(self._written, values, strict=True))[: None if is_new else 1]:
-            if self._is_cpu:
-                self._arrays[id(buffer)][:num_tokens] = value
-            else:
-                buffer[:num_tokens].copy_(torch.from_numpy(value), non_blocking=True)
-        if state._num_rows > num_tokens:
-            state._role_T[num_tokens : state._num_rows] = 0
-        state._num_rows = num_tokens
-        state._active.fill_(1)
-
-    def read(self, state: State, num_tokens: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Return MLPs saved (T,), whether decided (T,) and risks (C, T), and clear what belongs to the step."""
-        if not self._is_cpu:
-            risk_CT, saved_T, done_T = (t[..., :num_tokens].cpu().numpy() for t in (state._risk_CT, state.saved_T, state._done_T))
-            for buffer in self._cleared:
-                buffer[:num_tokens].zero_()
-            state._risk_CT[:, :num_tokens] = float("nan")
-            state._active.zero_()
-            return saved_T, done_T, risk_CT
-        arrays = self._arrays
-        saved_T = arrays[id(state.saved_T)][:num_tokens].copy()
-        done_T = arrays[id(state._done_T)][:num_tokens].copy()
-        risk_CT = arrays[id(state._risk_CT)][:, :num_tokens].copy()
-        for buffer in self._cleared:
-            arrays[id(buffer)][:num_tokens] = 0
-        arrays[id(state._risk_CT)][:, :num_tokens] = np.nan
-        arrays[id(state._active)][0] = 0
-        return saved_T, done_T, risk_CT
 
 
 class State:
@@ -130,10 +59,13 @@ class State:
         """evaluated, exited, since the worker started"""
         self.is_active = False
         """whether any token of the running step is or may get reduced"""
-        self._host = _HostViews(self)
+        self._host = HostViews(
+            written=[self.level_T, self._role_T, self._goal_T, self._scale_T],
+            cleared=[self.level_T, self._done_T, self._confidence_T, self.saved_T],
+            read=[self.saved_T, self._done_T, self._risk_CT],
+            active=self._active,
+        )
         self._has_thresholds = False
-        self._num_rows = 0
-        """rows of the token buffers that the last active step wrote"""
         self._num_tokens = 0
         self._tokens: Tokens | None = None
         self.last_tokens: Tokens | None = None
@@ -202,7 +134,7 @@ class State:
         self._totals["num_decode_tokens"] += tokens.num_decides
         self.is_active = tokens.has_floor or (self._has_thresholds and (tokens.num_decides > 0 or bool(tokens.role_T.any())))
         if self.is_active:
-            self._host.write(self, tokens, num_tokens, is_new=tokens is not previous)
+            self._host.write(tokens, num_tokens, is_new=tokens is not previous)
 
     def end_step(self) -> np.ndarray[Any, Any] | None:
         """Finish the pass: count it and clear what belongs to it alone; returns the MLPs saved per token (T,), None: none."""
@@ -213,7 +145,7 @@ class State:
         saved_T = None
         if self.is_active:
             assert tokens is not None
-            saved_T, done_T, self.risk_CT = self._host.read(self, num_tokens)
+            saved_T, done_T, self.risk_CT = self._host.read(num_tokens)
             self._num_saved += float(saved_T.sum())
             self._count_tiers(tokens, saved_T, done_T)
             self.last_tokens = tokens
