@@ -20,11 +20,12 @@ os.environ.update(
     VLLM_USE_V2_MODEL_RUNNER="0",
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_NO_USAGE_STATS="1",
+    VLLM_ALLOW_INSECURE_SERIALIZATION="1",
     VLLM_PLUGINS="sedac" if JOB.get("sedac") is not None else "none",
 )
 
 
-def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0):
+def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0, seed=0):
     """Continuations in groups of `batch`, each with its tier and LoRA adapter (a directory): [{"tokens": [...], "logprobs": [...]}, ...]."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -38,7 +39,7 @@ def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, sa
         params = [
             SamplingParams(
                 temperature=temperature,
-                seed=start + i if temperature else None,
+                seed=seed + start + i if temperature else None,
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 logprobs=logprobs,
@@ -103,6 +104,14 @@ def stats(llm):
 def worker_stats(llm):
     """The totals of every worker."""
     return llm.collective_rpc("sedac_get_stats")
+
+
+def worker_risks(llm):
+    """The risks of the last step with decisions, of every worker: (C, T), NaN where not evaluated."""
+    import vllm.envs as envs
+
+    assert envs.VLLM_ALLOW_INSECURE_SERIALIZATION
+    return [torch.from_numpy(risk_CT) for risk_CT in llm.collective_rpc(lambda worker: worker.sedac_state.risk_CT)]
 
 
 def counters(llm):

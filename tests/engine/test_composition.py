@@ -6,10 +6,15 @@ Everything in fp32, where batch sizes and the shapes of matrix products do not c
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 
-from tests.engine.conftest import run_engine
+from tests.engine.conftest import DEMO, EngineFailed, run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -90,6 +95,25 @@ def test_speculation_changes_no_token(demo_model, demo_probes, prompts, plain, m
         assert draft == [{"class": "SedacQwen2ForCausalLM", "state": False, "touched": []}]
 
 
+def test_speculation_keeps_the_distribution_at_a_temperature(demo_model, demo_probes, prompts):
+    """vLLM's CPU sampler loses the temperature of draft tokens; the worker repairs it (engine/sampling.py)."""
+    copies = [prompts[0] * 2] * 512
+    run = {"do": "generate", "prompts": copies, "max_tokens": 3, "temperature": 0.7}
+    first, second = run_engine(demo_model, [run, run | {"seed": 10_000}], **_EAGER)
+    llm = {"speculative_config": _METHODS["ngram"], "disable_log_stats": False, **_EAGER}
+    exact = run | {"tiers": ["exact"] * len(copies), "seed": 20_000}
+    _, drafted, counters = run_engine(demo_model, [_policy(demo_probes), exact, {"do": "counters"}], sedac=_sedac(demo_probes), **llm)
+    assert counters["vllm:spec_decode_num_draft_tokens"] > 512
+    chance = _get_distance(first, second)
+    assert _get_distance(drafted, first) < 1.5 * chance + 0.03
+
+
+def _get_distance(ours, theirs) -> float:
+    """Total variation between the distributions of the last token."""
+    counts = [Counter(result["tokens"][-1] for result in results) for results in (ours, theirs)]
+    return sum(abs(counts[0][t] - counts[1][t]) for t in counts[0] | counts[1]) / 2 / len(ours)
+
+
 def _check_rows(watched) -> None:
     """Rows may be decided on exactly where a bounded request is past its prompt, by the positions that the model computes."""
     num_drafted = 0
@@ -101,3 +125,184 @@ def _check_rows(watched) -> None:
             expected += [step["bounded"][i] and position >= step["num_prompt"][i] for position in positions]
         assert step["decides"] == expected
     assert num_drafted > 0
+
+
+def test_chunked_prefill_and_prefix_cache_change_no_token(demo_model, demo_probes, prompts, plain, mixed):
+    """Prompts in pieces of at most 48 tokens beside decoding; exact requests after bounded ones read none of their KV."""
+    run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS}
+    shared = [prompts[0] * 4 + p for p in prompts[:4]]
+    again = {"do": "generate", "prompts": shared, "max_tokens": 16}
+    steps = [
+        _policy(demo_probes),
+        run | {"tiers": _TIERS},
+        _policy(demo_probes, phase="all") | {"revision": 2},
+        {"do": "reset_prefix_cache"},
+        again | {"salt": "sedac-bounded:balanced:"},
+        again | {"tiers": ["exact"] * 4},
+        {"do": "reset_prefix_cache"},
+        again,
+        again | {"tiers": ["exact"] * 4},
+        {"do": "counters"},
+    ]
+    llm = {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 48, "max_num_seqs": 16, "disable_log_stats": False, **_EAGER}
+    _, pieces, _, _, bounded, exact, _, _, unsalted, counters = run_engine(demo_model, steps, sedac=_sedac(demo_probes), **llm)
+    assert _tokens(pieces) == mixed
+    expected = _tokens(run_engine(demo_model, [again], **_EAGER)[0])
+    assert _tokens(bounded) != expected, "what the bounded requests wrote must be different"
+    assert counters["vllm:prefix_cache_hits"] > 0, "the cache must have been read"
+    assert _tokens(exact) == expected
+    assert _tokens(unsalted) != expected, "without salts the cache must show, else this test proves nothing"
+
+
+def test_preemption_changes_no_token(demo_model, demo_probes, prompts, mixed):
+    steps = [_policy(demo_probes), {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS, "tiers": _TIERS}, {"do": "counters"}]
+    llm = {"num_gpu_blocks_override": 12, "block_size": 32, "max_model_len": 256, "disable_log_stats": False, **_EAGER}
+    _, results, counters = run_engine(demo_model, steps, sedac=_sedac(demo_probes), **llm)
+    assert counters["vllm:num_preemptions"] > 0
+    assert _tokens(results) == mixed
+
+
+def _make_adapter(directory: Path, seed: int) -> str:
+    """Write a random LoRA adapter for the demo model, large enough to change its tokens."""
+    from safetensors.torch import save_file
+
+    config = json.loads((DEMO / "model" / "config.json").read_text())
+    hidden, inner, rank = config["hidden_size"], config["intermediate_size"], 8
+    sizes = {"self_attn.q_proj": (hidden, hidden), "mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner), "mlp.down_proj": (inner, hidden)}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, (num_inputs, num_outputs) in sizes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, num_inputs, generator=generator) / num_inputs**0.5
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(num_outputs, rank, generator=generator) * 0.05
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    targets = [name.split(".")[-1] for name in sizes]
+    adapter = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": targets, "bias": "none", "task_type": "CAUSAL_LM"}
+    (directory / "adapter_config.json").write_text(json.dumps(adapter))
+    return str(directory)
+
+
+def test_lora_adapters_in_one_batch(demo_model, demo_probes, prompts, plain, tmp_path):
+    adapters = [_make_adapter(tmp_path / "first", 1), _make_adapter(tmp_path / "second", 2)]
+    llm = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, **_EAGER}
+    chosen = [[None, *adapters][i % 3] for i in range(16)]  # beside _TIERS: every adapter exact and bounded
+    run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS, "adapters": chosen}
+    expected = _tokens(run_engine(demo_model, [run], **llm)[0])
+    assert [t for t, a in zip(expected, chosen, strict=True) if a is None] == [t for t, a in zip(plain, chosen, strict=True) if a is None]
+    assert all(ours != theirs for ours, theirs, a in zip(expected, plain, chosen, strict=True) if a), "the adapters must show"
+    steps = [_policy(demo_probes), run | {"tiers": _TIERS}, run | {"batch": 3}, run, {"do": "stats"}]
+    _, mixed, alone, together, stats = run_engine(demo_model, steps, sedac=_sedac(demo_probes), **llm)
+    assert _tokens(mixed)[::2] == expected[::2], "exact requests equal plain vLLM with their adapter"
+    assert _tokens(mixed)[1::2] == _tokens(together)[1::2], "a bounded request does not depend on its neighbours' tier"
+    assert _tokens(alone) == _tokens(together)
+    assert sum(ours != theirs for ours, theirs in zip(_tokens(together), expected, strict=True)) > 4
+    assert all(c["num_exited"] > 0 for c in stats["checkpoints"])
+
+
+def _make_levels(demo_probes, directory: Path) -> Path:
+    """Copy the demo probes into a probe set with one level of each reduction, ordered at random."""
+    from sedac.probe import artifact
+    from sedac.probe.levels import Level, Neurons
+    from sedac.probe.manifest import LevelRecord, Manifest, read_manifest
+
+    source = read_manifest(demo_probes)
+    config = json.loads((DEMO / "model" / "config.json").read_text())
+    num_layers, size = config["num_hidden_layers"], config["intermediate_size"]
+    records = (
+        LevelRecord(name="some", reduction="contextual", saved=0.4, perplexity_ratio=1.0),
+        LevelRecord(name="half", reduction="width", saved=0.5, perplexity_ratio=1.0),
+    )
+    levels = (
+        Level(name="some", reduction="contextual", parameters_L=torch.full((num_layers,), 0.3)),
+        Level(name="half", reduction="width", parameters_L=torch.full((num_layers,), size // 2, dtype=torch.int32)),
+    )
+    generator = torch.Generator().manual_seed(3)
+    neurons = {
+        i: Neurons(order_F=torch.randperm(size, generator=generator).int(), scale_F=torch.rand(size, generator=generator) + 0.5, repair_FD=None)
+        for i in range(num_layers)
+    }
+    manifest = Manifest(
+        name="levels", model=source.model, hidden_size=source.hidden_size, num_layers=num_layers, rank=source.rank, target=source.target,
+        probes=source.probes, intermediate_size=size, activation="silu", score="gate", levels=records,
+    )  # fmt: skip
+    artifact.save(directory, manifest, artifact.load(demo_probes, None).probes, levels=levels, neurons=neurons)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def levelled_probes(demo_probes, tmp_path_factory) -> Path:
+    return _make_levels(demo_probes, tmp_path_factory.mktemp("composition") / "levels")
+
+
+def test_reduced_levels_and_lora_are_refused(demo_model, levelled_probes):
+    with pytest.raises(EngineFailed, match=r"UnsupportedModel: the probe set's reduced levels and LoRA can't be combined .*SEDAC_LEVELS=0"):
+        run_engine(demo_model, [], sedac={"probe_set": str(levelled_probes)}, enable_lora=True, max_lora_rank=8, **_EAGER)
+
+
+def test_tensor_parallel_ranks_decide_alike(demo_model, demo_probes, levelled_probes, prompts):
+    tiers = [{"name": "skipping"}, {"name": "some", "level": "some"}, {"name": "half", "level": "half", "floor": "some"}]
+    names = ["exact", *(t["name"] for t in tiers)]
+    policy = _policy(demo_probes, tiers=tiers, default_tier="skipping")
+    run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS, "tiers": names * 4, "logprobs": 0}
+    steps = [policy, run, {"do": "worker_stats"}, {"do": "worker_risks"}]
+    _, alone, (total,), _ = run_engine(demo_model, steps, sedac={"probe_set": str(levelled_probes)}, **_EAGER)
+    _, shared, ranks, risks = run_engine(demo_model, steps, sedac={"probe_set": str(levelled_probes)}, tensor_parallel_size=2, **_EAGER)
+    assert len(ranks) == 2
+    assert [r["checkpoints"] for r in ranks] == [total["checkpoints"]] * 2
+    assert [[(t["num_tokens"], t["num_exited"]) for t in r["tiers"]] for r in ranks] == [
+        [(t["num_tokens"], t["num_exited"]) for t in total["tiers"]]
+    ] * 2
+    assert torch.isfinite(risks[0]).any()
+    assert torch.equal(risks[0].nan_to_num(-1), risks[1].nan_to_num(-1)), "the ranks' risks must be the same to the last bit"
+    assert _tokens(shared) == _tokens(alone)
+    assert all(c["num_exited"] > 0 for c in total["checkpoints"])
+    for ours, theirs in zip(shared, alone, strict=True):
+        assert ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=1e-3)
+
+
+def _quantise(directory: Path) -> Path:
+    """Write the demo model with int8 weights per channel and dynamic int8 activations per token (compressed-tensors)."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO / "model", directory)
+    weights, quantised = load_file(directory / "model.safetensors"), {}
+    for name, weight in weights.items():
+        if not name.endswith("_proj.weight"):
+            quantised[name] = weight
+            continue
+        scale = weight.float().abs().amax(1, keepdim=True) / 127
+        quantised[name] = (weight.float() / scale).round().clamp(-127, 127).to(torch.int8)
+        quantised[f"{name}_scale"] = scale
+    save_file(quantised, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    integer = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**integer, "strategy": "channel", "dynamic": False},
+        "input_activations": {**integer, "strategy": "token", "dynamic": True},
+    }
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_quantised_model_exits_and_refuses_levels(demo_probes, levelled_probes, prompts, plain, tmp_path):
+    model = _quantise(tmp_path / "w8a8")
+    run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS}
+    expected = _tokens(run_engine(model, [run], **_EAGER)[0])
+    assert expected != plain, "the quantisation must show"
+    steps = [_policy(demo_probes), run | {"tiers": _TIERS}, run | {"batch": 4}, run, {"do": "stats"}]
+    _, mixed, alone, together, stats = run_engine(model, steps, sedac=_sedac(demo_probes), **_EAGER)
+    assert _tokens(mixed)[::2] == expected[::2], "exact requests equal plain vLLM on the same quantised model"
+    assert _tokens(mixed)[1::2] == _tokens(together)[1::2]
+    assert _tokens(alone) == _tokens(together)
+    assert _tokens(together) != expected
+    assert all(c["num_exited"] > 0 for c in stats["checkpoints"])
+    refusal = r"UnsupportedModel: model\.layers\.0\.mlp is quantised \(CompressedTensorsLinearMethod\).*SEDAC_LEVELS=0"
+    with pytest.raises(EngineFailed, match=refusal):
+        run_engine(model, [], sedac={"probe_set": str(levelled_probes)}, **_EAGER)

@@ -15,7 +15,7 @@ import numpy as np
 from vllm.config.compilation import CompilationMode
 from vllm.platforms import current_platform
 
-from sedac.engine import mlp
+from sedac.engine import mlp, sampling
 from sedac.engine.requests import Requests
 from sedac.engine.state import State
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
@@ -41,6 +41,8 @@ class SedacWorker(_Worker):
             ConfigError: the engine was started without SEDAC's layout.
         """
         super().load_model(*args, **kwargs)
+        if self.vllm_config.speculative_config is not None:
+            sampling.mend()
         model = self.model_runner.get_model()
         if not hasattr(model, "sedac_state"):
             raise UnsupportedModel(
