@@ -14,15 +14,20 @@ from pathlib import Path
 import torch
 
 JOB = json.loads(Path(sys.argv[1]).read_text()) if __name__ == "__main__" else {}
-os.environ.update(
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_USE_V2_MODEL_RUNNER="0",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_ALLOW_INSECURE_SERIALIZATION="1",
-    VLLM_PLUGINS="sedac" if JOB.get("sedac") is not None else "none",
-)
+if __name__ == "__main__":  # workers that are spawned import this file too, and inherit the environment
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_USE_V2_MODEL_RUNNER="0",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_ALLOW_INSECURE_SERIALIZATION="1",
+        # One core for each rank; a single worker binds itself.
+        VLLM_CPU_OMP_THREADS_BIND="|".join(map(str, sorted(os.sched_getaffinity(0))[:2]))
+        if JOB.get("llm", {}).get("tensor_parallel_size")
+        else "auto",
+        VLLM_PLUGINS="sedac" if JOB.get("sedac") is not None else "none",
+    )
 
 
 def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0, seed=0):

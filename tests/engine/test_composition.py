@@ -19,7 +19,7 @@ from tests.engine.conftest import DEMO, EngineFailed, run_engine
 pytestmark = pytest.mark.engine
 
 _EAGER = {"enforce_eager": True, "dtype": "float32"}
-_TOKENS = 40
+_TOKENS = 32
 _TIERS = ["exact", None] * 8
 _METHODS = {
     "ngram": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1},
@@ -105,7 +105,7 @@ def test_speculation_keeps_the_distribution_at_a_temperature(demo_model, demo_pr
     _, drafted, counters = run_engine(demo_model, [_policy(demo_probes), exact, {"do": "counters"}], sedac=_sedac(demo_probes), **llm)
     assert counters["vllm:spec_decode_num_draft_tokens"] > 512
     chance = _get_distance(first, second)
-    assert _get_distance(drafted, first) < 1.5 * chance + 0.03
+    assert _get_distance(drafted, first) < 1.25 * chance + 0.02, "0.30 without the repair, where chance alone is 0.16"
 
 
 def _get_distance(ours, theirs) -> float:
@@ -175,7 +175,7 @@ def _make_adapter(directory: Path, seed: int) -> str:
         for name, (num_inputs, num_outputs) in sizes.items():
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, num_inputs, generator=generator) / num_inputs**0.5
-            weights[f"{prefix}.lora_B.weight"] = torch.randn(num_outputs, rank, generator=generator) * 0.05
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(num_outputs, rank, generator=generator) * 0.1
     directory.mkdir()
     save_file(weights, directory / "adapter_model.safetensors")
     targets = [name.split(".")[-1] for name in sizes]
@@ -187,12 +187,12 @@ def _make_adapter(directory: Path, seed: int) -> str:
 def test_lora_adapters_in_one_batch(demo_model, demo_probes, prompts, plain, tmp_path):
     adapters = [_make_adapter(tmp_path / "first", 1), _make_adapter(tmp_path / "second", 2)]
     llm = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, **_EAGER}
-    chosen = [[None, *adapters][i % 3] for i in range(16)]  # beside _TIERS: every adapter exact and bounded
+    # No request without an adapter among them: on the CPU vLLM gives it the last adapter's (lora/ops/torch_ops/lora_ops.py, 0.32: index -1).
+    chosen = [adapters[i // 2 % 2] for i in range(16)]  # with _TIERS: each adapter exact and bounded
     run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS, "adapters": chosen}
     expected = _tokens(run_engine(demo_model, [run], **llm)[0])
-    assert [t for t, a in zip(expected, chosen, strict=True) if a is None] == [t for t, a in zip(plain, chosen, strict=True) if a is None]
-    assert all(ours != theirs for ours, theirs, a in zip(expected, plain, chosen, strict=True) if a), "the adapters must show"
-    steps = [_policy(demo_probes), run | {"tiers": _TIERS}, run | {"batch": 3}, run, {"do": "stats"}]
+    assert sum(ours != theirs for ours, theirs in zip(expected, plain, strict=True)) > 12, "the adapters must show"
+    steps = [_policy(demo_probes), run | {"tiers": _TIERS}, run | {"batch": 8}, run, {"do": "stats"}]
     _, mixed, alone, together, stats = run_engine(demo_model, steps, sedac=_sedac(demo_probes), **llm)
     assert _tokens(mixed)[::2] == expected[::2], "exact requests equal plain vLLM with their adapter"
     assert _tokens(mixed)[1::2] == _tokens(together)[1::2], "a bounded request does not depend on its neighbours' tier"
@@ -296,7 +296,7 @@ def test_quantised_model_exits_and_refuses_levels(demo_probes, levelled_probes, 
     run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS}
     expected = _tokens(run_engine(model, [run], **_EAGER)[0])
     assert expected != plain, "the quantisation must show"
-    steps = [_policy(demo_probes), run | {"tiers": _TIERS}, run | {"batch": 4}, run, {"do": "stats"}]
+    steps = [_policy(demo_probes), run | {"tiers": _TIERS}, run | {"batch": 8}, run, {"do": "stats"}]
     _, mixed, alone, together, stats = run_engine(model, steps, sedac=_sedac(demo_probes), **_EAGER)
     assert _tokens(mixed)[::2] == expected[::2], "exact requests equal plain vLLM on the same quantised model"
     assert _tokens(mixed)[1::2] == _tokens(together)[1::2]
