@@ -191,7 +191,7 @@ def train(rank: int, args: argparse.Namespace, work: Path) -> None:
     dist.destroy_process_group()
 
 
-def plot(curve: list[dict[str, float]], path: Path, tokens_per_step: int) -> None:
+def plot(curve: list[dict[str, float]], path: Path, tokens_per_step: int, title: str) -> None:
     """Draw training and held-out loss against tokens seen."""
     import matplotlib
 
@@ -202,7 +202,7 @@ def plot(curve: list[dict[str, float]], path: Path, tokens_per_step: int) -> Non
     tokens = [c["step"] * tokens_per_step / 1e6 for c in curve]
     for key, label in (("train", "training batch"), ("heldout", "held-out files")):
         axes.plot(tokens, [c[key] for c in curve], label=label)
-    axes.set(xlabel="million tokens seen", ylabel="loss, nats per token", title="held-out loss")
+    axes.set(xlabel="million tokens seen", ylabel="loss, nats per token", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
@@ -231,7 +231,7 @@ def export(args: argparse.Namespace, work: Path, tokenizer: PreTrainedTokenizerF
         "heldout_digest": corpus.digest(corpus.read_stdlib("heldout")), "curve": state["curve"],
     }  # fmt: skip
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(state["curve"], args.out / "loss.png", tokens_per_step)
+    plot(state["curve"], args.out / "loss.png", tokens_per_step, "SEDAC demo model" if args.architecture == "qwen2" else "llama model")
     print(f"held-out loss {final:.3f} nats per token, perplexity {math.exp(final):.2f} ({len(heldout)} tokens held out)")
     for prompt in ("def read(self, size=-1):\n", "import os\nimport sys\n\n\nclass ", "    def test_"):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
