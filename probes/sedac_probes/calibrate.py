@@ -7,6 +7,7 @@ L layers, F neurons, D hidden size, T tokens, P points of a curve.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -33,6 +34,7 @@ SCORES: tuple[Score, ...] = ("gate", "activation")
 _DROPPED = (0.25, 0.5, 0.75, 0.92)  # shares of a layer's neurons, the points of its damage curve; no plan goes beyond the last
 _MOST_SAVED = {"contextual": 2 / 3, "width": 1.0}  # of an MLP's FLOPs when no neuron is left; contextual has computed the gate
 _SAMPLED = 2048  # tokens per batch and layer whose scores are sorted
+_PIECES = 16  # of a curve between two points
 _FEW = 2  # batches for damage curves and thresholds
 _REPAIR_SAVINGS = (0.1, 0.2, 0.3, 0.4)
 _RIDGE = 0.3
@@ -182,15 +184,27 @@ def measure_curves(
     return [[(most * d, kl) for d, kl in zip(points, row, strict=True)] for row in damage_LP.tolist()]
 
 
+def _refine(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return more points between a curve's own, and down to 0, as if damage were a power of the saving between each two."""
+    points = sorted((x, max(y, 1e-9)) for x, y in curve)
+    refined: list[tuple[float, float]] = []
+    for (x0, y0), (x1, y1) in pairwise(points):
+        power = math.log(y1 / y0) / math.log(x1 / x0)
+        low = x0 if refined else 0.0
+        steps = [low + (x1 - low) * i / _PIECES for i in range(1, _PIECES + 1)]
+        refined += [(x, y0 * (x / x0) ** power) for x in steps]
+    return refined or points
+
+
 def plan_savings(curves: Sequence[Sequence[tuple[float, float]]], saved: float) -> list[float]:
     """Return each layer's share of saved FLOPs, `saved` on average: the cheapest damage per FLOP first.
 
-    Each curve is replaced by its lower convex hull from (0, 0); the hulls' segments are taken by slope until enough is saved.
+    Each curve, refined, is replaced by its lower convex hull from (0, 0); the hulls' segments are taken by slope until enough is saved.
     """
     segments = []
     for layer, curve in enumerate(curves):
         hull = [(0.0, 0.0)]
-        for x, y in sorted(curve):
+        for x, y in _refine(curve):
             while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-1][0]) >= (y - hull[-1][1]) * (hull[-1][0] - hull[-2][0]):
                 hull.pop()
             hull.append((x, y))

@@ -136,11 +136,15 @@ def test_padding_changes_nothing(model, text_files):
 
 
 def test_the_plan_takes_the_cheapest_and_protects_what_is_dear():
-    cheap, dear = [(0.2, 0.01), (0.4, 0.02)], [(0.2, 5.0), (0.4, 6.0)]
-    assert calibrate.plan_savings([dear, cheap, cheap], 0.2) == pytest.approx([0.0, 0.4, 0.2])
+    cheap, dear = [(0.2, 0.01), (0.4, 0.04)], [(0.2, 5.0), (0.4, 20.0)]
+    plan = calibrate.plan_savings([dear, cheap, cheap], 0.2)
+    assert plan[0] == pytest.approx(0.0, abs=0.02)  # its first small steps cost as little as the others' last
+    assert plan[1:] == pytest.approx([0.3, 0.3], abs=0.02)
+    assert sum(plan) == pytest.approx(3 * 0.2)
     assert calibrate.plan_savings([dear, cheap, cheap], 0.4) == pytest.approx([0.4, 0.4, 0.4])
+    assert calibrate.plan_savings([dear, cheap, cheap], 0.0) == [0.0, 0.0, 0.0]
     bulging = [(0.2, 1.0), (0.4, 1.1)]  # its hull is the chord: the second half pays for the first
-    assert calibrate.plan_savings([bulging, [(0.4, 1.2)]], 0.2) == pytest.approx([0.4, 0.0])
+    assert calibrate.plan_savings([bulging, [(0.2, 0.6), (0.4, 1.2)]], 0.2) == pytest.approx([0.4, 0.0], abs=1e-6)
 
 
 @torch.inference_mode()
