@@ -278,16 +278,8 @@ at::Tensor mask(const Mlp& m, const at::Tensor& gate_up, const at::Tensor& h, co
   at::parallel_for(0, h.size(0), 4, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const W *gate = products + r * 2 * num_neurons, *up = gate + num_neurons, *row = from + r * num_neurons;
-      const float limit = limits[r];
-      if (m.scores_activation) {  // h = act(gate) * up, so abs(act(gate)) * scale >= limit needs no activation of its own
-        for (int64_t n = 0; n < num_neurons; ++n) {
-          to[r * num_neurons + n] = std::abs(widen(row[n])) * scale[n] >= limit * std::abs(widen(up[n])) ? row[n] : W(0);
-        }
-      } else {
-        for (int64_t n = 0; n < num_neurons; ++n) {
-          to[r * num_neurons + n] = std::abs(widen(gate[n])) * scale[n] >= limit ? row[n] : W(0);
-        }
-      }
+      // h = act(gate) * up, so abs(act(gate)) * scale >= limit needs no activation of its own
+      mask_row(row, m.scores_activation ? row : gate, m.scores_activation ? up : nullptr, scale, limits[r], to + r * num_neurons, num_neurons);
     }
   });
   return out;

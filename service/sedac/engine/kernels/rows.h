@@ -94,6 +94,22 @@ SEDAC_CLONES void add_scaled(const bf16* const* w, const float* h, float* y, int
 SEDAC_CLONES void add_scaled_one(const float* w, float h, float* y, int64_t n) { add_scaled_block<1>(&w, &h, y, 1, n); }
 SEDAC_CLONES void add_scaled_one(const bf16* w, float h, float* y, int64_t n) { add_scaled_block<1>(&w, &h, y, 1, n); }
 
+// to = row where abs(value) * scale >= limit * abs(unit), else 0, over n elements; no `unit`: 1.
+template <typename W>
+SEDAC_INLINE void mask_row_inline(const W* row, const W* value, const W* unit, const float* scale, float limit, W* to, int64_t n) {
+  if (unit) {
+    for (int64_t i = 0; i < n; ++i) to[i] = __builtin_fabsf(widen(value[i])) * scale[i] >= limit * __builtin_fabsf(widen(unit[i])) ? row[i] : W(0);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = __builtin_fabsf(widen(value[i])) * scale[i] >= limit ? row[i] : W(0);
+  }
+}
+SEDAC_CLONES void mask_row(const float* row, const float* value, const float* unit, const float* scale, float limit, float* to, int64_t n) {
+  mask_row_inline(row, value, unit, scale, limit, to, n);
+}
+SEDAC_CLONES void mask_row(const bf16* row, const bf16* value, const bf16* unit, const float* scale, float limit, bf16* to, int64_t n) {
+  mask_row_inline(row, value, unit, scale, limit, to, n);
+}
+
 #ifdef SEDAC_X86
 #define SEDAC_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 template <int R>
