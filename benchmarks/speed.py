@@ -8,8 +8,10 @@ that where weights happen to lie in memory favours neither. Every round times ea
 takes the median decode step of each; a variant's figure is the median over the rounds of plain time / its own time (1.00 =
 as fast as plain, above = faster). `step` is the whole engine's step with scheduler, sampler and Python; `model` the forward
 pass and the logits alone, which is what SEDAC can save on. `ideal` is what the saved bytes (few rows) or FLOPs (many) alone
-would give, from the share of MLP work that the workers counted; `of ideal` holds `model` against it. Absolute times of a
-shared machine are noise.
+would give, from the share of MLP work that the workers counted; `of ideal` holds `model` against it. `by products` is what
+would come out if plain vLLM's own MLPs, timed alone at the same batch, got shorter by that share and nothing else changed:
+what bytes and FLOPs say and a matrix product does not deliver shows between the two. Absolute times of a shared machine are
+noise.
 """
 
 from __future__ import annotations
@@ -139,6 +141,20 @@ class Engine:
         if answer["violations"]:
             raise SystemExit(f"the policy was refused: {answer['violations']}")
 
+    def time_mlps(self, batch: int) -> float:
+        """Return the seconds that the MLPs of all layers take, one after the other, for `batch` rows."""
+        import torch
+
+        layers = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.model.layers
+        x_TD, passes = torch.randn(batch, HIDDEN, dtype=torch.bfloat16), []
+        with torch.inference_mode():
+            for _ in range(4):
+                started = time.perf_counter()
+                for layer in layers:
+                    layer.mlp(x_TD)
+                passes.append(time.perf_counter() - started)
+        return statistics.median(passes[1:])
+
     def get_saved(self) -> tuple[float, float]:
         stats = self.llm.collective_rpc("sedac_get_stats")[0]
         return stats["num_mlp_blocks_skipped"], stats["num_decode_tokens"]
@@ -174,7 +190,7 @@ def measure(plain: Engine, attached: Engine, names: list[str], batch: int, token
 
     rounds_of: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     saved: dict[str, float] = {}
-    plain_seconds = []
+    plain_seconds, mlp_seconds = [], []
     for number in tqdm(range(rounds + 1), desc=f"batch {batch}", unit="round", leave=False):
         order = ["plain", *names]
         random.Random(number).shuffle(order)
@@ -189,15 +205,18 @@ def measure(plain: Engine, attached: Engine, names: list[str], batch: int, token
             saved[name] = (attached.get_saved()[0] - before) / (batch * (tokens - 1) * LAYERS)
         if number:  # the first round warms up
             plain_seconds.append(seconds["plain"])
+            mlp_seconds.append(plain.time_mlps(batch) / seconds["plain"][1])
             for name, values in rounds_of.items():
                 values.append((seconds["plain"][0] / seconds[name][0], seconds["plain"][1] / seconds[name][1]))
     step, model = (statistics.median(s[i] for s in plain_seconds) * 1e3 for i in (0, 1))
-    print(f"batch {batch}: plain vLLM's median step {step:.1f} ms, of which the model {model:.1f} ms")
+    mlps = statistics.median(mlp_seconds)
+    print(f"batch {batch}: plain vLLM's median step {step:.1f} ms, of which the model {model:.1f} ms, {mlps:.0%} of that in MLPs")
     records = []
     for name, values in rounds_of.items():
         steps, models = [v[0] for v in values], [v[1] for v in values]
         deciles = statistics.quantiles(models, n=10)
         measured = {"saved": saved[name], "step": statistics.median(steps), "model": statistics.median(models), "ideal": get_ideal(saved[name])}
+        measured["by_products"] = 1 / (1 - saved[name] * mlps)
         records.append({"batch": batch, "variant": name, **measured, "low": deciles[0], "high": deciles[-1]})
     return records
 
@@ -250,11 +269,12 @@ def main() -> None:
         for batch in args.batch:
             names = [n for n in args.variant or VARIANTS if batch > 1 or VARIANTS[n]["share"] == 1.0]
             results += [{"mode": args.mode, **record} for record in measure(plain, attached, names, batch, args.tokens, args.rounds)]
-    columns = ("mode", "batch", "variant", "MLP work saved", "step", "model", "10 to 90 %", "ideal", "of ideal")
+    columns = ("mode", "batch", "variant", "MLP work saved", "step", "model", "10 to 90 %", "ideal", "of ideal", "by products")
     table = Table(*columns, title="plain vLLM = 1.00, higher is faster", box=None)
     for r in results:
         spread = f"{r['low']:.3f} .. {r['high']:.3f}"
         values = [f"{r['saved']:.3f}", f"{r['step']:.3f}", f"{r['model']:.3f}", spread, f"{r['ideal']:.3f}", f"{r['model'] / r['ideal']:.3f}"]
+        values.append(f"{r['by_products']:.3f}")
         table.add_row(r["mode"], str(r["batch"]), r["variant"], *values)
     Console(width=130).print(table)
     if args.out:

@@ -175,11 +175,11 @@ class ReducedModel:
         return after[0]
 
     @torch.inference_mode()
-    def measure(self, batches: Sequence[Batch], forms: Sequence[Form], description: str = "measure") -> list[Quality]:
-        """Measure each form against the full model on the same text."""
+    def measure(self, batches: Sequence[Batch], forms: Sequence[Form], description: str | None = "measure") -> list[Quality]:
+        """Measure each form against the full model on the same text; no progress bar without a description."""
         sums = torch.zeros(len(forms), 4, dtype=torch.float64)  # saved, loss difference, agreement, KL
         num_tokens = num_scored = 0
-        bar = tqdm(total=len(batches) * (len(forms) + 1), desc=description, unit="pass")
+        bar = tqdm(total=len(batches) * (len(forms) + 1), desc=description, unit="pass", disable=description is None)
         for batch in batches:
             scored_BS = batch.real_BS[:, 1:]
             next_N = batch.ids_BS[:, 1:][scored_BS]

@@ -53,6 +53,15 @@ def write_json(path: Path, points: Points, **more: Any) -> None:
     path.write_text(json.dumps({**more, "mechanisms": rows}, indent=1) + "\n")
 
 
+def find_front(qualities: Sequence[Quality]) -> list[Quality]:
+    """Return the Pareto front, by saving: those that no other beats in both saving and perplexity ratio."""
+    front: list[Quality] = []
+    for quality in sorted(qualities, key=lambda q: (-q.saved, q.perplexity_ratio)):
+        if not front or quality.perplexity_ratio < front[-1].perplexity_ratio:
+            front.append(quality)
+    return front[::-1]
+
+
 def draw(path: Path, points: Points, title: str) -> None:
     """Draw perplexity increase (log scale) against saved FLOPs, one line per mechanism."""
     import matplotlib
@@ -66,6 +75,8 @@ def draw(path: Path, points: Points, title: str) -> None:
         axes.plot(
             *zip(*line, strict=True), marker="os^vDPX*"[i % 8], markersize=4, linewidth=1.2, label=mechanism, color=pyplot.colormaps["tab20"](i % 20)
         )
+    front = find_front([q for rows in points.values() for _, q in rows])
+    axes.plot([q.saved * 100 for q in front], [max(1e-3, q.perplexity_ratio * 100 - 100) for q in front], "k--", linewidth=0.8, label="front")
     axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="MLP FLOPs saved, %", ylabel="perplexity increase, %", yscale="log", title=title)
     axes.grid(alpha=0.3)

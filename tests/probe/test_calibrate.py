@@ -9,11 +9,17 @@ import torch
 from sedac.errors import ConfigError
 from sedac.probe import artifact
 from sedac.probe.cascade import Knobs
-from sedac.probe.manifest import Manifest, ProbeRecord
+from sedac.probe.levels import Level
+from sedac.probe.manifest import Manifest, ProbeRecord, TierRecord
 from sedac.probe.probe import LREProbe
 from sedac_probes import calibrate, cli
 from sedac_probes.forms import AtLevel, Decided, Randomly, Skip
+from sedac_probes.neurons import describe_neurons
+from sedac_probes.plan import plan_savings
 from sedac_probes.reduced import Plain, Quality, ReducedModel
+from sedac_probes.reductions import make_level
+from sedac_probes.repair import fit_repair
+from sedac_probes.tiers import Target, find_tier, set_thresholds
 from typer.testing import CliRunner
 
 LAYERS, HIDDEN, SIZE = 3, 32, 48
@@ -137,23 +143,23 @@ def test_padding_changes_nothing(model, text_files):
 
 def test_the_plan_takes_the_cheapest_and_protects_what_is_dear():
     cheap, dear = [(0.2, 0.01), (0.4, 0.04)], [(0.2, 5.0), (0.4, 20.0)]
-    plan = calibrate.plan_savings([dear, cheap, cheap], 0.2)
+    plan = plan_savings([dear, cheap, cheap], 0.2)
     assert plan[0] == pytest.approx(0.0, abs=0.02)  # its first small steps cost as little as the others' last
     assert plan[1:] == pytest.approx([0.3, 0.3], abs=0.02)
     assert sum(plan) == pytest.approx(3 * 0.2)
-    assert calibrate.plan_savings([dear, cheap, cheap], 0.4) == pytest.approx([0.4, 0.4, 0.4])
-    assert calibrate.plan_savings([dear, cheap, cheap], 0.0) == [0.0, 0.0, 0.0]
+    assert plan_savings([dear, cheap, cheap], 0.4) == pytest.approx([0.4, 0.4, 0.4])
+    assert plan_savings([dear, cheap, cheap], 0.0) == [0.0, 0.0, 0.0]
     bulging = [(0.2, 1.0), (0.4, 1.1)]  # its hull is the chord: the second half pays for the first
-    assert calibrate.plan_savings([bulging, [(0.2, 0.6), (0.4, 1.2)]], 0.2) == pytest.approx([0.4, 0.0], abs=1e-6)
+    assert plan_savings([bulging, [(0.2, 0.6), (0.4, 1.2)]], 0.2) == pytest.approx([0.4, 0.0], abs=1e-6)
 
 
 @torch.inference_mode()
 def test_repair_lowers_the_error_of_its_level(model, text_files):
     batches = model.make_batches([p.read_text() for p in text_files], max_length=64)
-    neurons = calibrate.describe_neurons(model, batches)
-    level = calibrate.make_level(model, batches, "x", "contextual", [0.0, 0.4, 0.0], neurons, "gate")
+    neurons = describe_neurons(model, batches)
+    level = make_level(model, batches, "x", "contextual", [0.0, 0.4, 0.0], neurons, "gate")
     assert level.parameters_L[0] == level.parameters_L[2] == 0.0
-    repaired = calibrate.fit_repair(model, batches, [level], neurons, "gate", ridge=1e-3)
+    repaired = fit_repair(model, batches, [level], neurons, "gate", ridge=1e-3)
     errors = []
     for known in (neurons, repaired):
         stream = model.advance(batches[0], Plain(), 0, None)
@@ -162,23 +168,47 @@ def test_repair_lowers_the_error_of_its_level(model, text_files):
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_tiers_keep_their_bounds(model):
-    quality = lambda saved, ratio: Quality(saved=saved, perplexity_ratio=ratio, agreement=1.0, kl=0.0, num_tokens=1)  # noqa: E731
-    level = lambda name, kind: calibrate.Level(name=name, reduction=kind, parameters_L=torch.zeros(1))  # noqa: E731
-    levels = [level("c-20", "contextual"), level("w-20", "width"), level("c-30", "contextual"), level("c-40", "contextual")]
+def quality(saved, ratio):
+    return Quality(saved=saved, perplexity_ratio=ratio, agreement=1.0, kl=0.0, num_tokens=1)
+
+
+def test_tiers_meet_their_targets():
+    levels = [
+        Level(name=name, reduction=kind, parameters_L=torch.zeros(1))
+        for name, kind in (("c-20", "contextual"), ("w-20", "width"), ("c-30", "contextual"), ("c-40", "contextual"))
+    ]
     qualities = [quality(0.2, 1.004), quality(0.21, 1.2), quality(0.3, 1.009), quality(0.4, 1.02)]
     asked = []
 
-    def measure_tier(floor, above):
-        asked.append((floor.name, above.name))
-        return quality(0.33, 1.0099)
+    def measure(floor, level, scale):
+        asked.append((floor.name, level.name, scale))
+        return quality(0.3 + scale / 100, 1.009 + scale / 5000)
 
-    tiers, found = calibrate.propose_tiers(levels, qualities, measure_tier)
-    assert [(t.floor, t.level) for t in tiers] == [("full", "full"), ("c-30", "c-40"), ("c-40", "c-40")]
-    assert asked == [("c-30", "c-40")]
-    assert set(found) == {"balanced", "aggressive"}
-    tiers, _ = calibrate.propose_tiers(levels, qualities, lambda *_: quality(0.33, 1.5))
-    assert (tiers[1].floor, tiers[1].level) == ("c-30", "c-30")
+    def find(**target):
+        asked.clear()
+        return find_tier("mine", Target(**target), levels, qualities, [1.0, 3.0, 9.0], measure)
+
+    assert find(max_ratio=1.003) == (TierRecord(name="mine", floor="full", level="full"), None)
+    tier, found = find(max_ratio=1.0099)  # at scale 9 the bound is passed; c-20's tries end the same way
+    assert (tier.floor, tier.level, tier.threshold_scale) == ("c-30", "c-40", 3.0)
+    assert found.saved == pytest.approx(0.33)
+    assert asked[:3] == [("c-30", "c-40", 1.0), ("c-30", "c-40", 3.0), ("c-30", "c-40", 9.0)]
+    tier, found = find(max_ratio=1.03)
+    assert (tier.floor, tier.level, found.saved) == ("c-40", "c-40", 0.4)
+    tier, found = find(min_saved=0.3)  # a level alone does it at 1.009
+    assert (tier.floor, tier.level, found.perplexity_ratio) == ("c-30", "c-30", 1.009)
+    tier, found = find(min_saved=0.35)  # 9 is the first scale that saves enough, and cheaper than c-40 for all
+    assert (tier.floor, tier.level, tier.threshold_scale) == ("c-30", "c-40", 9.0)
+    assert find(min_saved=0.9) == (TierRecord(name="mine", floor="full", level="full"), None)
+
+
+def test_thresholds_give_the_exit_rates():
+    risks = {1: torch.arange(1000.0) + 1, 4: torch.arange(1000.0).flip(0) + 1}
+    thresholds = set_thresholds(risks, [0.2, 0.5])
+    first = risks[1] < thresholds[1]
+    assert first.float().mean().item() == pytest.approx(0.2, abs=2e-3)
+    assert (risks[4][~first] < thresholds[4]).float().mean().item() == pytest.approx(0.5, abs=2e-3)
+    assert set_thresholds(risks, [0.0, 0.1])[1] == 0.0
 
 
 class FixedProbe(torch.nn.Module):
