@@ -9,9 +9,9 @@ takes the median decode step of each; a variant's figure is the median over the 
 as fast as plain, above = faster). `step` is the whole engine's step with scheduler, sampler and Python; `model` the forward
 pass and the logits alone, which is what SEDAC can save on. `ideal` is what the saved bytes (few rows) or FLOPs (many) alone
 would give, from the share of MLP work that the workers counted; `of ideal` holds `model` against it. `by products` is what
-would come out if plain vLLM's own MLPs, timed alone at the same batch, got shorter by that share and nothing else changed:
-what bytes and FLOPs say and a matrix product does not deliver shows between the two. Absolute times of a shared machine are
-noise.
+would come out if plain vLLM's own MLPs, timed alone, got shorter by that share (where requests skip: ran on the rows that are
+left) and nothing else changed: between the two shows what bytes and FLOPs promise and a matrix product does not deliver.
+Absolute times of a shared machine are noise.
 """
 
 from __future__ import annotations
@@ -190,7 +190,9 @@ def measure(plain: Engine, attached: Engine, names: list[str], batch: int, token
 
     rounds_of: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     saved: dict[str, float] = {}
-    plain_seconds, mlp_seconds = [], []
+    rows_left = {name: round((1 - VARIANTS[name]["share"]) * batch) for name in names}
+    plain_seconds: list[tuple[float, float]] = []
+    mlp_shares: dict[int, list[float]] = {rows: [] for rows in {batch, *rows_left.values()} if rows}  # of plain's model time, by rows
     for number in tqdm(range(rounds + 1), desc=f"batch {batch}", unit="round", leave=False):
         order = ["plain", *names]
         random.Random(number).shuffle(order)
@@ -205,18 +207,20 @@ def measure(plain: Engine, attached: Engine, names: list[str], batch: int, token
             saved[name] = (attached.get_saved()[0] - before) / (batch * (tokens - 1) * LAYERS)
         if number:  # the first round warms up
             plain_seconds.append(seconds["plain"])
-            mlp_seconds.append(plain.time_mlps(batch) / seconds["plain"][1])
+            for rows, shares in mlp_shares.items():
+                shares.append(plain.time_mlps(rows) / seconds["plain"][1])
             for name, values in rounds_of.items():
                 values.append((seconds["plain"][0] / seconds[name][0], seconds["plain"][1] / seconds[name][1]))
     step, model = (statistics.median(s[i] for s in plain_seconds) * 1e3 for i in (0, 1))
-    mlps = statistics.median(mlp_seconds)
-    print(f"batch {batch}: plain vLLM's median step {step:.1f} ms, of which the model {model:.1f} ms, {mlps:.0%} of that in MLPs")
+    mlps = {0: 0.0} | {rows: statistics.median(shares) for rows, shares in mlp_shares.items()}
+    print(f"batch {batch}: plain vLLM's median step {step:.1f} ms, of which the model {model:.1f} ms, {mlps[batch]:.0%} of that in MLPs")
     records = []
     for name, values in rounds_of.items():
         steps, models = [v[0] for v in values], [v[1] for v in values]
         deciles = statistics.quantiles(models, n=10)
         measured = {"saved": saved[name], "step": statistics.median(steps), "model": statistics.median(models), "ideal": get_ideal(saved[name])}
-        measured["by_products"] = 1 / (1 - saved[name] * mlps)
+        layers = saved[name] / VARIANTS[name]["share"]  # the share of MLP work that each reduced request saves
+        measured["by_products"] = 1 / (1 - layers * (mlps[batch] - mlps[rows_left[name]]))
         records.append({"batch": batch, "variant": name, **measured, "low": deciles[0], "high": deciles[-1]})
     return records
 
