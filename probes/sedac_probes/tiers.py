@@ -18,6 +18,7 @@ from sedac_probes.reduced import Batch, Plain, Quality, ReducedModel
 
 SHARES = (0.1, 0.3, 0.6)
 """of the tokens at a checkpoint that a tier may find confident; the scales that are tried let about so many go"""
+_MARGIN = 0.85  # of what a target's ratio allows over 1: the best of many tries on one text looks better than it is
 _FLOORS = 2
 _GOALS = 2
 
@@ -30,7 +31,7 @@ class Target:
     """What a tier shall do; one of the two is given."""
 
     max_ratio: float | None = None
-    """perplexity ratio at most: the most saving tier within it is searched"""
+    """perplexity ratio at most: the most saving tier within it, with a margin, is searched"""
     min_saved: float | None = None
     """share of MLP FLOPs at least: the tier that saves it at the lowest perplexity ratio is searched"""
 
@@ -91,7 +92,7 @@ def find_tier(
     """
     order = sorted(range(len(levels)), key=lambda i: qualities[i].saved, reverse=True)
     if target.max_ratio is not None:
-        limit = target.max_ratio
+        limit = 1 + _MARGIN * (target.max_ratio - 1)
         floors = [i for i in order if qualities[i].perplexity_ratio <= limit][:_FLOORS]
     else:
         enough = [i for i in order if qualities[i].saved >= (target.min_saved or 0.0)]
