@@ -6,15 +6,17 @@ import typer
 from sedac.errors import SedacError
 
 from sedac_probes.commands.calibrate import calibrate
+from sedac_probes.commands.certify import certify
 from sedac_probes.commands.collect import collect
 from sedac_probes.commands.compare import compare
 from sedac_probes.commands.convert import convert
 from sedac_probes.commands.demo import demo
+from sedac_probes.commands.report import report
 from sedac_probes.commands.train import train
 from sedac_probes.commands.validate import validate
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="From a model and some text to a probe set that `sedac serve` serves.")
-for command in (collect, train, calibrate, validate, compare, convert, demo):
+for command in (collect, train, calibrate, validate, compare, certify, convert, report, demo):
     app.command()(command)
 
 

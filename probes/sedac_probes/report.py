@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -53,9 +53,22 @@ def write_json(path: Path, points: Points, **more: Any) -> None:
     path.write_text(json.dumps({**more, "mechanisms": rows}, indent=1) + "\n")
 
 
-def find_front(qualities: Sequence[Quality]) -> list[Quality]:
+class Priced(Protocol):
+    """A saving and its price."""
+
+    @property
+    def saved(self) -> float: ...
+
+    @property
+    def perplexity_ratio(self) -> float: ...
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def find_front(qualities: Sequence[P]) -> list[P]:
     """Return the Pareto front, by saving: those that no other beats in both saving and perplexity ratio."""
-    front: list[Quality] = []
+    front: list[P] = []
     for quality in sorted(qualities, key=lambda q: (-q.saved, q.perplexity_ratio)):
         if not front or quality.perplexity_ratio < front[-1].perplexity_ratio:
             front.append(quality)
