@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hypothesis import strategies as st
+from sedac.certificate import Certificate, get_knobs_digest
 from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 
 _numbers = st.floats(allow_nan=False)
@@ -23,6 +26,8 @@ adaptations = st.builds(
     max_threshold=_numbers,
     generation=_int32,
 )
+_by_type = {"float": _numbers, "int": st.integers(-(2**63), 2**63 - 1), "str": st.text(st.characters(codec="utf-8"), max_size=20)}
+certificates = st.builds(Certificate, **{field.name: _by_type[field.type] for field in dataclasses.fields(Certificate)})
 any_policies = st.builds(
     Policy,
     enabled=st.booleans(),
@@ -37,6 +42,7 @@ any_policies = st.builds(
     default_tier=_names,
     allow_overrides=st.booleans(),
     adaptation=adaptations,
+    certificate=st.none() | certificates,
 )
 """valid or not; what is given to `validate` should be refused without harm"""
 
@@ -81,3 +87,25 @@ def valid_policies(draw: st.DrawFn, layers: tuple[int, ...] = (2, 5, 8), levels:
             generation=draw(st.integers(0, 2**31 - 1)),
         ),
     )
+
+
+def certify(policy: Policy, tier: str = "balanced", *, weights: str = "1" * 64, probe_set: str = "2" * 64, **knobs: object) -> Policy:
+    """Return the policy with a certificate of its own knobs that `validate` accepts for these weights and this probe set."""
+    stated = {
+        "tier": tier,
+        "model": "tiny",
+        "weights_sha256": weights,
+        "probe_set_sha256": probe_set,
+        "knobs_sha256": get_knobs_digest(policy, tier),
+        "engine": "vLLM 0.32.0, SEDAC 0.1.0, cpu, float32",
+        "loss": "mismatch",
+        "eps": 0.05,
+        "delta": 0.05,
+        "procedure": "wsr",
+        "num_requests": 500,
+        "mean_loss": 0.031,
+        "upper_limit": 0.047,
+        "data_sha256": "3" * 64,
+        "date": "2026-11-21",
+    }
+    return dataclasses.replace(policy, certificate=Certificate(**(stated | knobs)))

@@ -11,6 +11,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from sedac.certificate import Certificate, get_knobs_digest
 from sedac.errors import FieldViolation, PolicyInvalid
 
 Phase = Literal["decode", "all"]
@@ -102,6 +103,8 @@ class Policy:
     allow_overrides: bool = False
     """whether a request may bring its own level or threshold scale"""
     adaptation: Adaptation = field(default_factory=Adaptation)
+    certificate: Certificate | None = None
+    """of one of the tiers with these very knobs; None: UNCERTIFIED"""
 
     def get_tiers(self) -> tuple[Tier, ...]:
         """Return the tiers beside `exact`, the implied one where none is listed."""
@@ -124,6 +127,7 @@ class Policy:
             "checkpoints": tuple(Checkpoint(**c) for c in data.get("checkpoints", ())),
             "tiers": tuple(Tier(**t) for t in data.get("tiers", ())),
             "adaptation": Adaptation(**adaptation),
+            "certificate": Certificate(**data["certificate"]) if data.get("certificate") else None,
         }
         return cls(**{**data, **parts})
 
@@ -137,6 +141,10 @@ class Layout:
     checkpoint_layers: tuple[int, ...]
     probe_set: str
     levels: tuple[str, ...] = (FULL, SKIP)
+    weights_sha256: str = ""
+    """see sedac.weights; empty: unknown, so that no certificate can be checked"""
+    probe_set_sha256: str = ""
+    """empty: unknown"""
 
 
 def validate(policy: Policy, layout: Layout | None = None) -> None:
@@ -168,6 +176,8 @@ def validate(policy: Policy, layout: Layout | None = None) -> None:
         bad.append(FieldViolation("sensitivity", f"{policy.sensitivity} is outside 0..10; 0 turns it off"))
     bad += _validate_tiers(policy, layout)
     bad += _validate_adaptation(policy)
+    if policy.certificate:
+        bad += _validate_certificate(policy, policy.certificate, layout)
     if layout and policy.probe_set not in ("", layout.probe_set):
         bad.append(
             FieldViolation("probe_set", f"{policy.probe_set!r} is not loaded; the engine has {layout.probe_set!r}: name that one or leave it empty")
@@ -254,4 +264,29 @@ def _validate_adaptation(policy: Policy) -> list[FieldViolation]:
     low, high = adaptation.min_threshold, adaptation.max_threshold
     if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
         bad.append(FieldViolation("adaptation.min_threshold", f"bounds {low} to {high}: give 0 <= min_threshold <= max_threshold, both finite"))
+    return bad
+
+
+def _validate_certificate(policy: Policy, certificate: Certificate, layout: Layout | None) -> list[FieldViolation]:
+    bad = certificate.find_violations()
+    if bad:
+        return bad
+    remedy = "certify again on this model with `sedac-probes certify`, or leave the certificate out with `sedac ctl policy apply --force`"
+    tiers = [tier.name for tier in policy.get_tiers()]
+    if certificate.tier not in tiers:
+        return [FieldViolation("certificate.tier", f"{certificate.tier!r} is no tier of this policy, it has {', '.join(tiers)}; {remedy}")]
+    knobs = get_knobs_digest(policy, certificate.tier)
+    if certificate.knobs_sha256 != knobs:
+        found = f"{certificate.knobs_sha256[:12]}..., this policy's tier {certificate.tier!r} has {knobs[:12]}..."
+        bad.append(FieldViolation("certificate.knobs_sha256", f"{found}: knobs were changed; {remedy}"))
+    if policy.adaptation.enabled:
+        bad.append(FieldViolation("adaptation.enabled", f"moves the thresholds from those that were certified; turn it off, {remedy}"))
+    if layout:
+        for name, engine in (("weights_sha256", layout.weights_sha256), ("probe_set_sha256", layout.probe_set_sha256)):
+            stated = getattr(certificate, name)
+            if not engine:
+                why = "the engine does not know its own, see its log; name it a model whose files it can read, or"
+                bad.append(FieldViolation(f"certificate.{name}", f"{stated[:12]}... can't be checked: {why} leave the certificate out with --force"))
+            elif stated != engine:
+                bad.append(FieldViolation(f"certificate.{name}", f"{stated[:12]}..., the engine has {engine[:12]}...; {remedy}"))
     return bad

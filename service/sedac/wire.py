@@ -5,6 +5,7 @@ Used by the control service, the agent and the client.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from sedac import errors
+from sedac.certificate import Certificate
 from sedac.control.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid, SedacError
 from sedac.policy import FULL, SKIP, Adaptation, Checkpoint, Layout, Phase, Policy, Rule, Scope, Tier
@@ -52,11 +54,17 @@ def policy_from_proto(message: control_pb2.Policy) -> Policy:
         default_tier=message.default_tier or Policy.default_tier,
         allow_overrides=message.allow_overrides,
         adaptation=_read_adaptation(message.adaptation),
+        certificate=certificate_from_proto(message.certificate) if message.HasField("certificate") else None,
         **_read(message, "decay"),
     )
     if bad:
         raise PolicyInvalid(bad)
     return policy
+
+
+def certificate_from_proto(message: control_pb2.Certificate) -> Certificate:
+    """Read a certificate; values are not validated."""
+    return Certificate(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Certificate)})
 
 
 def _read_adaptation(message: control_pb2.Adaptation) -> Adaptation:
@@ -111,6 +119,7 @@ def policy_to_proto(
         default_tier=policy.default_tier,
         allow_overrides=policy.allow_overrides,
         adaptation=control_pb2.Adaptation(**vars(policy.adaptation)),
+        certificate=control_pb2.Certificate(**vars(policy.certificate)) if policy.certificate else None,
     )
     if create_time is not None:
         message.revision_create_time.FromDatetime(create_time)
@@ -125,6 +134,8 @@ def layout_from_hello(hello: control_pb2.EngineHello) -> Layout:
         checkpoint_layers=tuple(hello.checkpoint_layers),
         probe_set=hello.probe_set,
         levels=tuple(hello.levels) or (FULL, SKIP),
+        weights_sha256=hello.weights_sha256,
+        probe_set_sha256=hello.probe_set_sha256,
     )
 
 

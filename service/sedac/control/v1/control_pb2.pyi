@@ -31,6 +31,12 @@ class Rule(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RULE_ACCUMULATE: _ClassVar[Rule]
     RULE_SINGLE: _ClassVar[Rule]
 
+class Certification(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CERTIFICATION_UNSPECIFIED: _ClassVar[Certification]
+    CERTIFICATION_UNCERTIFIED: _ClassVar[Certification]
+    CERTIFICATION_CERTIFIED: _ClassVar[Certification]
+
 class EngineState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ENGINE_STATE_UNSPECIFIED: _ClassVar[EngineState]
@@ -48,6 +54,9 @@ RULE_UNSPECIFIED: Rule
 RULE_FIRST: Rule
 RULE_ACCUMULATE: Rule
 RULE_SINGLE: Rule
+CERTIFICATION_UNSPECIFIED: Certification
+CERTIFICATION_UNCERTIFIED: Certification
+CERTIFICATION_CERTIFIED: Certification
 ENGINE_STATE_UNSPECIFIED: EngineState
 ENGINE_STATE_PENDING: EngineState
 ENGINE_STATE_SYNCED: EngineState
@@ -102,8 +111,42 @@ class Adaptation(_message.Message):
     generation: int
     def __init__(self, enabled: _Optional[bool] = ..., frozen: _Optional[bool] = ..., target_exit_rates: _Optional[_Iterable[float]] = ..., alpha: _Optional[float] = ..., warmup_steps: _Optional[int] = ..., window_tokens: _Optional[int] = ..., min_threshold: _Optional[float] = ..., max_threshold: _Optional[float] = ..., generation: _Optional[int] = ...) -> None: ...
 
+class Certificate(_message.Message):
+    __slots__ = ("tier", "model", "weights_sha256", "probe_set_sha256", "knobs_sha256", "engine", "loss", "eps", "delta", "procedure", "num_requests", "mean_loss", "upper_limit", "data_sha256", "date")
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    PROBE_SET_SHA256_FIELD_NUMBER: _ClassVar[int]
+    KNOBS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    EPS_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    PROCEDURE_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MEAN_LOSS_FIELD_NUMBER: _ClassVar[int]
+    UPPER_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    DATA_SHA256_FIELD_NUMBER: _ClassVar[int]
+    DATE_FIELD_NUMBER: _ClassVar[int]
+    tier: str
+    model: str
+    weights_sha256: str
+    probe_set_sha256: str
+    knobs_sha256: str
+    engine: str
+    loss: str
+    eps: float
+    delta: float
+    procedure: str
+    num_requests: int
+    mean_loss: float
+    upper_limit: float
+    data_sha256: str
+    date: str
+    def __init__(self, tier: _Optional[str] = ..., model: _Optional[str] = ..., weights_sha256: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., knobs_sha256: _Optional[str] = ..., engine: _Optional[str] = ..., loss: _Optional[str] = ..., eps: _Optional[float] = ..., delta: _Optional[float] = ..., procedure: _Optional[str] = ..., num_requests: _Optional[int] = ..., mean_loss: _Optional[float] = ..., upper_limit: _Optional[float] = ..., data_sha256: _Optional[str] = ..., date: _Optional[str] = ...) -> None: ...
+
 class Policy(_message.Message):
-    __slots__ = ("name", "etag", "revision", "revision_create_time", "author", "comment", "enabled", "probe_set", "checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "default_tier", "allow_overrides", "adaptation")
+    __slots__ = ("name", "etag", "revision", "revision_create_time", "author", "comment", "enabled", "probe_set", "checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "default_tier", "allow_overrides", "adaptation", "certificate")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -122,6 +165,7 @@ class Policy(_message.Message):
     DEFAULT_TIER_FIELD_NUMBER: _ClassVar[int]
     ALLOW_OVERRIDES_FIELD_NUMBER: _ClassVar[int]
     ADAPTATION_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     etag: str
     revision: int
@@ -140,7 +184,8 @@ class Policy(_message.Message):
     default_tier: str
     allow_overrides: bool
     adaptation: Adaptation
-    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., revision: _Optional[int] = ..., revision_create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., author: _Optional[str] = ..., comment: _Optional[str] = ..., enabled: _Optional[bool] = ..., probe_set: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., rule: _Optional[_Union[Rule, str]] = ..., decay: _Optional[float] = ..., sensitivity: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., default_tier: _Optional[str] = ..., allow_overrides: _Optional[bool] = ..., adaptation: _Optional[_Union[Adaptation, _Mapping]] = ...) -> None: ...
+    certificate: Certificate
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., revision: _Optional[int] = ..., revision_create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., author: _Optional[str] = ..., comment: _Optional[str] = ..., enabled: _Optional[bool] = ..., probe_set: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., rule: _Optional[_Union[Rule, str]] = ..., decay: _Optional[float] = ..., sensitivity: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., default_tier: _Optional[str] = ..., allow_overrides: _Optional[bool] = ..., adaptation: _Optional[_Union[Adaptation, _Mapping]] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ...) -> None: ...
 
 class GetPolicyRequest(_message.Message):
     __slots__ = ("name", "revision")
@@ -205,12 +250,14 @@ class WatchStatusRequest(_message.Message):
     def __init__(self, interval_seconds: _Optional[float] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("policy", "engines")
+    __slots__ = ("policy", "engines", "certification")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATION_FIELD_NUMBER: _ClassVar[int]
     policy: Policy
     engines: _containers.RepeatedCompositeFieldContainer[EngineStatus]
-    def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ...) -> None: ...
+    certification: Certification
+    def __init__(self, policy: _Optional[_Union[Policy, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ..., certification: _Optional[_Union[Certification, str]] = ...) -> None: ...
 
 class EngineStatus(_message.Message):
     __slots__ = ("engine", "state", "desired_revision", "active_revision", "error", "last_seen_time", "report")
@@ -241,7 +288,7 @@ class EngineMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., answer: _Optional[_Union[PolicyAnswer, _Mapping]] = ..., report: _Optional[_Union[EngineReport, _Mapping]] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy", "levels")
+    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy", "levels", "weights_sha256")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VLLM_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -255,6 +302,7 @@ class EngineHello(_message.Message):
     ACTIVE_REVISION_FIELD_NUMBER: _ClassVar[int]
     INITIAL_POLICY_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_SHA256_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     model: str
     vllm_version: str
@@ -268,7 +316,8 @@ class EngineHello(_message.Message):
     active_revision: int
     initial_policy: Policy
     levels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[Policy, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ...) -> None: ...
+    weights_sha256: str
+    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[Policy, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ..., weights_sha256: _Optional[str] = ...) -> None: ...
 
 class PolicyAnswer(_message.Message):
     __slots__ = ("nonce", "revision", "error", "apply_seconds")
