@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from scipy.stats import beta, binom
+from sedac.errors import ConfigError
 
 Procedure = Literal["wsr", "hb"]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -20,6 +21,17 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 MAX_NEEDED = 1 << 22
 """requests up to which `get_num_needed` runs the test itself; beyond it extrapolates"""
 _STEPS = 50  # of bisection: limits are exact to 1e-15
+
+
+def read_procedure(name: str) -> Procedure:
+    """Return `name` as a procedure.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in get_args(Procedure):
+        raise ConfigError(f"procedure {name!r} is unknown; use {' or '.join(get_args(Procedure))}")
+    return cast(Procedure, name)
 
 
 def get_p_value(losses_N: Any, eps: float, procedure: Procedure, delta: float) -> Array:

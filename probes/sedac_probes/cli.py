@@ -6,6 +6,7 @@ import typer
 from sedac.errors import SedacError
 
 from sedac_probes.commands.calibrate import calibrate
+from sedac_probes.commands.certify import certify
 from sedac_probes.commands.collect import collect
 from sedac_probes.commands.compare import compare
 from sedac_probes.commands.convert import convert
@@ -15,7 +16,7 @@ from sedac_probes.commands.train import train
 from sedac_probes.commands.validate import validate
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="From a model and some text to a probe set that `sedac serve` serves.")
-for command in (collect, train, calibrate, validate, compare, convert, report, demo):
+for command in (collect, train, calibrate, validate, compare, certify, convert, report, demo):
     app.command()(command)
 
 
