@@ -84,9 +84,10 @@ def make_data(collection: Part | None, num_tokens: int, used: Mapping[str, Mappi
     if not rows:
         return None
     blocks: list[Any] = [make_table(rows, "", ("step", "documents", "tokens", "sha256"))]
-    digests = [row["sha256"] for row in rows if isinstance(row["sha256"], str)]
-    if len(digests) > 1 and len(set(digests)) == len(digests):
-        blocks.append(Text(text="Every step had its own texts, told by their digests.", kind="note"))
+    for digest in dict.fromkeys(row["sha256"] for row in rows if isinstance(row["sha256"], str)):
+        steps = [row["step"] for row in rows if row["sha256"] == digest]
+        if len(steps) > 1:
+            blocks.append(Text(text=f"{' and '.join(steps)} took the very same texts.", kind="note"))
     if collection:
         layers = as_text(collection.take("layers"))
         blocks.append(Facts(rows=(("Checkpoints after layers", layers), ("Tokens per document at most", as_text(collection.take("max_length"))))))
@@ -233,6 +234,7 @@ def _make_plan(plans: Any) -> list[HeatMap]:
         if numbers and all(n is not None for n in numbers):
             rows.append((name, tuple(n for n in numbers if n is not None)))
     rows = [row for row in rows if len(row[1]) == len(rows[0][1])]
+    rows.sort(key=lambda row: row[0].rpartition("-")[0])  # level by level of one reduction, in ascending order
     caption = "The plan: per cent of each layer's MLP FLOPs that a level saves. A layer that can't bear it stays whole."
     most = max((max(shares) for _, shares in rows), default=1.0)
     return [HeatMap(rows=tuple(rows), caption=caption, most=most or 1.0)] if rows else []

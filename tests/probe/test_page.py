@@ -265,6 +265,13 @@ def test_the_command_writes_the_page_and_refuses_nothing_to_report(work, probe_s
     assert "can't be written" in str(result.exception)
 
 
+def test_steps_on_the_same_texts_are_named(work, probe_set):
+    assert "took the very same texts" not in read(make_page(work, probe_set[0])).text
+    data = json.loads((work / "comparison.json").read_text())
+    write(work / "comparison.json", **data | {"data": {"num_documents": 9, "data_digest": "e" * 64}})
+    assert "calibrate and compare took the very same texts." in read(make_page(work, probe_set[0])).text
+
+
 def test_a_part_is_known_by_its_kind(work, probe_set):
     (work / "comparison.json").rename(work / "quality.json")
     data = json.loads((work / "quality.json").read_text())
