@@ -22,7 +22,7 @@ from markupsafe import Markup
 from sedac.errors import ArtifactError, ConfigError
 from sedac.probe.manifest import read_manifest
 
-from sedac_probes import sections
+from sedac_probes import sections, statement
 from sedac_probes.blocks import Part, Section, Text, as_dict, as_number, as_percent, as_text, mark_code
 
 NAMES = ("train", "validation", "calibration", "comparison", "certificate", "check")
@@ -99,14 +99,14 @@ def make_page(work: Path, probe_set: Path, *, model: str = "") -> str:
     certificate = as_dict(certification.data.get("certificate") if certification else None)
     problems += _find_mixture(manifest, parts, certificate)
     made = (
-        sections.make_certificate(certification, parts.get("check")),
+        statement.make_certificate(certification, parts.get("check")),
         sections.make_data(collection, count_tokens(work / "streams"), _get_uses(manifest, parts)),
         sections.make_model(manifest, collection, certificate),
         sections.make_probes(manifest, parts.get("train"), work / "train.png"),
         sections.make_validation(parts.get("validation"), work / "validation.png"),
         sections.make_levels(manifest, parts.get("calibration")),
         sections.make_comparison(parts.get("comparison")),
-        sections.make_next(work, model, probe_set, missing, certification),
+        statement.make_next(work, model, probe_set, missing, certification),
     )
     shown = [_mention_missing(section, missing) for section in made if section]
     if problems:
@@ -153,14 +153,14 @@ def _judge(certification: Part | None) -> dict[str, str]:
     if certification is None:
         return {"kind": "none", "word": "UNCERTIFIED", "text": "No certification was run: what is below is measured, and nothing of it is promised."}
     good = bool(certification.data.get("certificate"))
-    return {"kind": "good" if good else "bad", "word": "CERTIFIED" if good else "NONE CERTIFIED", "text": sections.state(certification)}
+    return {"kind": "good" if good else "bad", "word": "CERTIFIED" if good else "NONE CERTIFIED", "text": statement.state(certification)}
 
 
 def _make_cards(manifest: Mapping[str, Any], parts: Mapping[str, Part]) -> list[tuple[str, str]]:
     certification = parts.get("certificate")
     settings = as_dict(certification.data.get("settings") if certification else None)
     certificate = as_dict(certification.data.get("certificate") if certification else None)
-    saving = sections.get_best_saving(certification)
+    saving = statement.get_best_saving(certification)
     cards = []
     if saving is not None:
         cards.append((as_percent(saving), "of MLP FLOPs saved, certified"))
