@@ -40,9 +40,12 @@ def certify(
     """Show that answers lose at most EPS on average, and write the fastest policy for which that is shown.
 
     Every request is answered exactly and under one policy after the other, from the safest to the fastest, until one fails its test.
-    The last that passed becomes the tier `certified` of OUT/policy.json, for `sedac ctl policy apply`; where none passes, nothing is
-    written and the exit code is 1. It holds for traffic like the texts: take your own, and none that trained or calibrated the
-    probe set (those are left out where the probe set was made from these very texts). Choose loss, eps and delta before you look.
+
+    The last that passed becomes the tier `certified` of OUT/policy.json. Where none passes, no policy is written and the exit code is 1.
+
+    It holds for traffic like the texts: give your own, and none that made the probe set (left out where these very texts made it).
+
+    Choose loss, eps and delta before you see results; trying until something passes voids the bound.
 
     Examples:
 
