@@ -66,8 +66,9 @@ def find_layers(directory: Path, pattern: str, wanted: tuple[int, ...] = ()) -> 
             if (layer := int(match.group(1))) in found:
                 raise ConfigError(f"{path} and {found[layer].name} are both of layer {layer}; remove one")
             found[layer] = path
-    if missing := [layer for layer in wanted if layer not in found] or ([] if found else ["any"]):
-        raise ConfigError(f"{directory} has {pattern.format('N')} of layers {sorted(found)}, not of {missing}; name those that it has")
+    missing = [layer for layer in wanted if layer not in found]
+    if missing or not found:
+        raise ConfigError(f"{directory} has {pattern.format('N')} of layers {sorted(found)}, not of {missing or 'any'}; name those that it has")
     return {layer: found[layer] for layer in (sorted(set(wanted)) or sorted(found))}
 
 

@@ -235,7 +235,7 @@ def make_comparison(comparison: Part | None) -> Section | None:
     """All mechanisms at equal saving, and the front."""
     if comparison is None:
         return None
-    points, blocks = get_points(comparison.take("mechanisms")), []
+    points, blocks = get_points(comparison.take("mechanisms")), list[Any]()
     if points:
         caption = "Held-out text, every token subject to the mechanism. Below and right is better; dashed: the Pareto front, which nothing beats."
         blocks.append(make_front(points, caption))
@@ -248,9 +248,9 @@ def make_comparison(comparison: Part | None) -> Section | None:
     ratios = as_dict(equal.get("perplexity_ratio"))
     if savings and ratios:
         found = [(name, values) for name, values in ratios.items() if isinstance(values, list) and len(values) == len(savings)]
-        rows = tuple((name, *(as_figure(v) for v in values)) for name, values in found if any(as_number(v) is not None for v in values))
+        table = tuple((name, *(as_figure(v) for v in values)) for name, values in found if any(as_number(v) is not None for v in values))
         caption = "Perplexity ratio at equal saved MLP FLOPs; -: does not reach it. What reaches none of them is left out."
-        blocks.append(Table(columns=("mechanism", *(as_percent(s, 0) for s in savings)), rows=rows, caption=caption))
+        blocks.append(Table(columns=("mechanism", *(as_percent(s, 0) for s in savings)), rows=table, caption=caption))
     for key in ("data", "probe_set"):
         comparison.take(key)
     return Section(name="front", title="Mechanisms compared", blocks=(*blocks, *comparison.get_rest()))
