@@ -42,7 +42,7 @@ class Converted:
     """probe set, collection, earlier probes or earlier streams"""
     layers: tuple[int, ...]
     sha256: str
-    """of the probe set, or of the streams' data"""
+    """of the probe set, or of the data that the streams are from"""
     notes: tuple[str, ...] = ()
     """what the operator must know"""
 
@@ -214,22 +214,43 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _to_earlier_streams(source: Path, out: Path, layers: tuple[int, ...]) -> Converted:
+    paths = sorted(source.glob("shard-*.safetensors"))
     try:
         described = json.loads((source / "collection.json").read_text())
-        held = tuple(int(layer) for layer in described["layers"])
-        shards = [safetensors.torch.load_file(path) for path in sorted(source.glob("shard-*.safetensors"))]
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise ArtifactError(f"{source} can't be read as a collection ({error}); run `sedac-probes collect` again") from error
+        held, num_shards = tuple(int(layer) for layer in described["layers"]), int(described.get("num_shards", 0))
+        names = [set(_read_names(path)) for path in paths]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{source} can't be read as a collection ({error}); run `sedac-probes collect` again, it resumes") from error
     wanted = tuple(sorted(set(layers))) or held
     if missing := sorted(set(wanted) - set(held)):
         raise ConfigError(f"--layers names {missing}, {source} has layers {list(held)}")
-    needed = ("document", "position", "entropy", *(f"stream.{layer}" for layer in wanted))
-    if not shards or any(key not in shard for shard in shards for key in needed):
-        raise ArtifactError(f"{source} lacks shards or some of {list(needed)} in them; run `sedac-probes collect` again, it resumes")
-    whole = {key: torch.cat([shard[key] for shard in shards]) for key in needed}
+    rows = ("document", "position", "entropy")
+    needed = {*rows, *(f"stream.{layer}" for layer in wanted)}
+    if not paths or (num_shards and len(paths) != num_shards) or not all(needed <= found for found in names):
+        lack = f"{len(paths)} of {num_shards or 'its'} shards, or some lack one of {sorted(needed)}"
+        raise ArtifactError(f"{source} has {lack}; run `sedac-probes collect` again, it resumes")
+    document_N, position_N, entropy_N = (_read_column(paths, key) for key in rows)
+    legacy.check_tensor(source, "entropy", entropy_N)
     with _new_directory(out) as temporary:
-        for layer in wanted:
-            torch.save(whole[f"stream.{layer}"], temporary / legacy.STREAMS.format(layer))
-            torch.save(whole["entropy"], temporary / legacy.ENTROPIES.format(layer))
-        torch.save({key: whole[key].long() for key in ("document", "position")}, temporary / legacy.DOCUMENTS)
-    return Converted(kind="earlier streams", layers=wanted, sha256=_digest(whole))
+        for layer in wanted:  # one at a time: streams are large
+            stream_ND = legacy.check_tensor(source, f"stream.{layer}", _read_column(paths, f"stream.{layer}"))
+            torch.save(stream_ND, temporary / legacy.STREAMS.format(layer))
+            torch.save(entropy_N, temporary / legacy.ENTROPIES.format(layer))
+        torch.save({"document": document_N.long(), "position": position_N.long()}, temporary / legacy.DOCUMENTS)
+    left = sorted({name.split(".")[0] for found in names for name in found - set(rows) if not name.startswith("stream.")})
+    notes = (f"{', '.join(left)} stay behind: the earlier layout has no place for them",) if left else ()
+    return Converted(kind="earlier streams", layers=wanted, sha256=str(described.get("data_digest", "")), notes=notes)
+
+
+def _read_names(path: Path) -> list[str]:
+    with safetensors.safe_open(path, framework="pt") as shard:
+        return list(shard.keys())
+
+
+def _read_column(paths: list[Path], key: str) -> Tensor:
+    """Return one tensor of all shards, row after row."""
+    parts = []
+    for path in paths:
+        with safetensors.safe_open(path, framework="pt") as shard:
+            parts.append(shard.get_tensor(key))
+    return torch.cat(parts)

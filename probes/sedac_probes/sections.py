@@ -82,7 +82,7 @@ def make_data(collection: Part | None, num_tokens: int, used: Mapping[str, Mappi
     if collection:
         layers = as_text(collection.take("layers"))
         blocks.append(Facts(rows=(("Checkpoints after layers", layers), ("Tokens per document at most", as_text(collection.take("max_length"))))))
-        for key in ("model", "hidden_size", "num_layers"):
+        for key in ("model", "hidden_size", "num_layers", "weights_sha256"):
             collection.take(key)
         blocks += collection.get_rest()
     return Section(name="data", title="Data", blocks=tuple(blocks))
@@ -97,7 +97,7 @@ def make_model(manifest: Mapping[str, Any], collection: Part | None, certificate
         "Hidden size": manifest.get("hidden_size") or known.get("hidden_size"),
         "Neurons per MLP": manifest.get("intermediate_size") or None,
         "Activation": manifest.get("activation") or None,
-        "Weights, sha256": certificate.get("weights_sha256"),
+        "Weights, sha256": certificate.get("weights_sha256") or known.get("weights_sha256"),
         "Engine": certificate.get("engine"),
         "Probe set": manifest.get("name"),
         "Probe set, sha256": manifest.get("sha256"),

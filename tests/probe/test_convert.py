@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from sedac.errors import SedacError
 from sedac.probe import artifact
+from sedac.probe.manifest import Manifest, ProbeRecord
 from sedac.probe.probe import LREProbe
 from sedac_probes.cli import app
 from sedac_probes.convert import convert
@@ -53,8 +54,12 @@ def earlier(tmp_path):
     return directory, probes
 
 
-def get_tree(directory):
-    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+def assert_same_probes(found, expected):
+    assert found.keys() == expected.keys()
+    for layer, probe in expected.items():
+        ours, theirs = probe.state_dict(), found[layer].state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def refuse(tmp_path, match, *args, **kwargs):
@@ -83,23 +88,20 @@ def test_probes_come_in_and_go_out_bit_for_bit(earlier, tmp_path, model):
         strict.load_state_dict(torch.load(tmp_path / "back" / f"sedac_probe_layer{layer}.pth", weights_only=True))
         assert all(torch.equal(a, b) for a, b in zip(strict.state_dict().values(), probe.state_dict().values(), strict=True))
     convert(tmp_path / "back", tmp_path / "again", model=model, name="old")
-    assert get_tree(tmp_path / "again")[(tmp_path / "again" / artifact.WEIGHTS).relative_to(tmp_path / "again")] == (
-        (tmp_path / "set" / artifact.WEIGHTS).read_bytes()
-    )
+    assert_same_probes(artifact.load(tmp_path / "again").probes, loaded.probes)
     assert artifact.load(tmp_path / "again").manifest.probes == loaded.manifest.probes
 
 
 def test_a_probe_set_of_ours_comes_back(tmp_path, model):
-    """Theirs from ours and back: the same weights file, and so the same digest."""
-    from sedac.probe.manifest import Manifest, ProbeRecord
-
     records = tuple(ProbeRecord(layer=layer, threshold=0.1 * layer) for layer in LAYERS)
     manifest = Manifest(name="ours", model="m", hidden_size=HIDDEN, num_layers=6, rank=RANK, target="x", probes=records)
-    written = artifact.save(tmp_path / "set", manifest, {layer: LREProbe(HIDDEN, RANK) for layer in LAYERS})
+    probes = {layer: LREProbe(HIDDEN, RANK) for layer in LAYERS}
+    artifact.save(tmp_path / "set", manifest, probes)
     convert(tmp_path / "set", tmp_path / "old")
     convert(tmp_path / "old", tmp_path / "back", model=model, name="ours")
-    assert artifact.load(tmp_path / "back").manifest.sha256 == written.sha256
-    assert artifact.load(tmp_path / "back").manifest.probes == records
+    back = artifact.load(tmp_path / "back")
+    assert_same_probes(back.probes, probes)
+    assert back.manifest.probes == records
 
 
 SPELLINGS = {
@@ -260,9 +262,11 @@ def test_a_collection_goes_out_and_comes_back_bit_for_bit(tmp_path, model):
     position = torch.cat([torch.arange(n) for n in (7, 3, 5)])
     whole = {"document": document, "position": position, "entropy": torch.rand(15)}
     whole |= {f"stream.{layer}": torch.randn(15, HIDDEN).bfloat16() for layer in LAYERS}
+    more = {"top_logprob": torch.rand(15, 4), "statistics.up.0": torch.rand(15)}
     for number, rows in enumerate((slice(0, 10), slice(10, 15))):
-        safetensors.torch.save_file({k: t[rows].contiguous() for k, t in whole.items()}, ours / f"shard-{number:05d}.safetensors")
-    convert(ours, tmp_path / "old")
+        safetensors.torch.save_file({k: t[rows].contiguous() for k, t in (whole | more).items()}, ours / f"shard-{number:05d}.safetensors")
+    notes = convert(ours, tmp_path / "old").notes
+    assert notes == ("statistics, top_logprob stay behind: the earlier layout has no place for them",)
     assert torch.equal(torch.load(tmp_path / "old" / "hidden_states_layer5.pt", weights_only=True), whole["stream.5"])
     assert torch.equal(torch.load(tmp_path / "old" / "entropies_layer2.pt", weights_only=True), whole["entropy"])
     assert convert(tmp_path / "old", tmp_path / "back", model=model).notes == ()
@@ -270,7 +274,28 @@ def test_a_collection_goes_out_and_comes_back_bit_for_bit(tmp_path, model):
     assert back.keys() == whole.keys()
     assert all(torch.equal(back[key], tensor) and back[key].dtype == tensor.dtype for key, tensor in whole.items())
     described = json.loads((tmp_path / "back" / "collection.json").read_text())
-    assert {k: v for k, v in described.items() if k != "data_digest"} == {k: v for k, v in description.items() if k != "data_digest"}
+    assert {k: described[k] for k in description if k != "data_digest"} == {k: v for k, v in description.items() if k != "data_digest"}
+
+
+def test_a_broken_collection_is_refused_whole(tmp_path):
+    ours, out = tmp_path / "streams", tmp_path / "old"
+    ours.mkdir()
+    tensors = {"document": torch.zeros(4).long(), "position": torch.arange(4), "entropy": torch.rand(4), "stream.2": torch.randn(4, HIDDEN)}
+    path, description = ours / "shard-00000.safetensors", ours / "collection.json"
+    description.write_text(json.dumps({"layers": [2], "num_shards": 1}))
+    refuse(tmp_path, "has 0 of 1 shards", ours, out)
+    safetensors.torch.save_file(tensors, path)
+    refuse(tmp_path, r"--layers names \[5\], .* has layers \[2\]", ours, out, layers=(5,))
+    good = path.read_bytes()
+    path.write_bytes(good[:-8])
+    refuse(tmp_path, "can't be read as a collection", ours, out)
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if k != "stream.2"}, path)
+    refuse(tmp_path, "some lack one of .*stream.2", ours, out)
+    tensors["stream.2"][1, 1] = float("inf")
+    safetensors.torch.save_file(tensors, path)
+    refuse(tmp_path, "stream.2 holds 1 NaN or infinite", ours, out)
+    description.write_text("{")
+    refuse(tmp_path, "can't be read as a collection", ours, out)
 
 
 def test_broken_streams_are_refused_whole(tmp_path, model):
