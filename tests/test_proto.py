@@ -123,5 +123,6 @@ def test_counters_survive_the_wire(stats):
 
 def test_layouts_survive_the_hello():
     layout = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5), probe_set="demo", levels=("full", "skip", "width-25"))
+    layout = dataclasses.replace(layout, weights_sha256="1" * 64, probe_set_sha256="2" * 64)
     assert wire.layout_from_hello(control_pb2.EngineHello(**vars(layout))) == layout
     assert wire.layout_from_hello(control_pb2.EngineHello()).levels == ("full", "skip"), "an engine that names none has what every engine has"

@@ -28,6 +28,8 @@ EXACT = "exact"
 """the tier that always exists and that no policy may redefine"""
 TIER_KEY, SCALE_KEY, LEVEL_KEY = "sedac_tier", "sedac_threshold_scale", "sedac_level"
 """in `vllm_xargs` of a request (SamplingParams.extra_args): its tier, and where the policy allows overrides, its own knobs"""
+CERTIFICATE_KEY = "sedac_certificate"
+"""beside them, set by the server alone: the knobs' digest of the certificate that the request was promised to be computed under"""
 _MAX_LEVEL_CHARS = 64
 _TIER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2
-from sedac.errors import PolicyInvalid
+from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 from sedac.settings import EngineSettings
 from sedac.stats import CheckpointStats, Stats, TierStats
@@ -21,12 +22,18 @@ from sedac.stats import CheckpointStats, Stats, TierStats
 from tests.agent.test_metrics import get_metric
 from tests.agent.workers import LAYOUT, Workers
 from tests.control.conftest import FIRST, RunningServer, settings  # noqa: F401  fixture
+from tests.strategies import certify
 
 
-async def _make_agent(address: str, name: str, hello_layers=(2, 5, 8)) -> Agent:
+def _refuse_weights() -> str:
+    raise ConfigError("random weights")
+
+
+async def _make_agent(address: str, name: str, hello_layers=(2, 5, 8), find_weights=_refuse_weights) -> Agent:
     engine = AttachedEngine(client=Workers())
     layout = await engine.describe()
     assert layout == LAYOUT
+    layout = replace(layout, probe_set_sha256="2" * 64)
     hello = control_pb2.EngineHello(engine_id=name, **{**vars(layout), "checkpoint_layers": hello_layers})
     return Agent(
         engine=engine,
@@ -34,6 +41,7 @@ async def _make_agent(address: str, name: str, hello_layers=(2, 5, 8)) -> Agent:
         layout=layout,
         metrics=EngineMetrics(model_name=name, layout=layout),
         hello=hello,
+        find_weights=find_weights,
     )
 
 
@@ -159,5 +167,62 @@ def test_status_shows_tiers_levels_and_adaptation():
             {"layer": 2, "policy_threshold": 0.5, "threshold": 0.375, "exit_rate": 0.25, "target_exit_rate": 0.2},
             {"layer": 5, "policy_threshold": 0.25, "threshold": 0.25, "exit_rate": 0.0, "target_exit_rate": 0.4},
         ]
+
+    asyncio.run(scenario())
+
+
+def test_a_fitting_certificate_is_taken_and_a_foreign_one_refused(settings):  # noqa: F811
+    async def scenario() -> None:
+        server = await asyncio.to_thread(RunningServer, settings)
+        agent = await _make_agent(server.address, "certified", find_weights=lambda: "1" * 64)
+        await agent.start(FIRST)
+        with ControlClient(server.address) as client:
+            await _until(lambda: len(client.get_status().engines) == 1)
+            for stated in ({"weights": "a" * 64}, {"probe_set": "a" * 64}):
+                with pytest.raises(PolicyInvalid, match=r"_sha256: aaaaaaaaaaaa\.\.\., the engine has .*certify again.*\(engine certified\)"):
+                    await asyncio.to_thread(client.update_policy, certify(FIRST, **stated))
+            made = await asyncio.to_thread(client.update_policy, certify(FIRST))
+            await _until(lambda: agent.revision == made.revision)
+            assert agent.describe()["certified"]
+            assert agent.describe()["policy"]["certificate"]["tier"] == "balanced"
+            assert get_metric("sedac_policy_certified", "certified") == 1
+            assert agent.engine.client.policies == [certify(FIRST)] * 2
+            other = await _make_agent(server.address, "other", find_weights=lambda: "b" * 64)
+            unknown = await _make_agent(server.address, "unknown")
+            for late in (other, unknown):
+                await late.start(FIRST)
+                await _until(lambda late=late: late.refusal != "")
+                assert (late.revision, late.describe()["certified"], get_metric("sedac_policy_certified", late.settings.engine_id)) == (0, False, 0)
+            assert "certificate.weights_sha256: 111111111111..., the engine has bbbbbbbbbbbb...; certify again on this model" in other.refusal
+            assert "certificate.weights_sha256: 111111111111... can't be checked: the engine does not know its own" in unknown.refusal
+            status = await asyncio.to_thread(client.get_status)
+            assert [e.state for e in status.engines] == [control_pb2.ENGINE_STATE_SYNCED, *[control_pb2.ENGINE_STATE_NACKED] * 2]
+            assert "certificate.weights_sha256" in status.engines[1].error.message
+            made = await asyncio.to_thread(client.update_policy, FIRST)
+            await _until(lambda: {a.revision for a in (agent, other, unknown)} == {made.revision})
+            assert get_metric("sedac_policy_certified", "certified") == 0
+        for each in (agent, other, unknown):
+            await each.stop()
+        await asyncio.to_thread(server.stop)
+
+    asyncio.run(scenario())
+
+
+def test_requests_are_served_while_the_weights_are_still_read(settings):  # noqa: F811
+    async def scenario() -> None:
+        server = await asyncio.to_thread(RunningServer, settings)
+        done = threading.Event()
+        agent = await _make_agent(server.address, "slow", find_weights=lambda: "1" * 64 if done.wait(10) else "")
+        await agent.start(FIRST)
+        assert agent.get_terms().policy.enabled
+        with ControlClient(server.address) as client:
+            await asyncio.sleep(0.2)
+            assert not client.get_status().engines, "an engine that does not know its weights yet would refuse a certified policy"
+            done.set()
+            await _until(lambda: len(client.get_status().engines) == 1)
+            assert client.get_status().engines[0].engine.weights_sha256 == "1" * 64
+        assert agent.layout.weights_sha256 == "1" * 64
+        await agent.stop()
+        await asyncio.to_thread(server.stop)
 
     asyncio.run(scenario())

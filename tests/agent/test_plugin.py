@@ -14,7 +14,7 @@ from vllm.entrypoints.serve.exception_handling.register import init_exception_ha
 
 from tests.agent.workers import Workers
 
-REPORT = {"request_id": "cmpl-abc", "tier": "balanced", "revision": 3, "num_tokens": 40, "num_mlp_blocks_computed": 300.5, "mlp_share": 0.626}
+REPORT = {"request_id": "cmpl-abc", "tier": "balanced", "certified": True, "revision": 3, "num_tokens": 40, "mlp_share": 0.626}
 
 
 @pytest.fixture

@@ -12,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac.agent import promise
 from sedac.agent.promise import Terms
-from sedac.policy import LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
+from sedac.policy import CERTIFICATE_KEY, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+
+from tests.strategies import certify
 
 TIERS = (Tier(name="conservative", threshold_scale=0.5), Tier(name="balanced"))
 POLICY = Policy(enabled=True, tiers=TIERS, allow_overrides=True)
@@ -23,7 +25,7 @@ OFF = replace(TERMS, policy=replace(POLICY, enabled=False))
 
 
 def _make_request(salt: str | None = None, **extra):
-    return SimpleNamespace(sampling_params=SamplingParams(extra_args=extra or None), cache_salt=salt)
+    return SimpleNamespace(sampling_params=SamplingParams(extra_args=extra or None), cache_salt=salt, lora_request=None)
 
 
 def _stamp(request, terms: Terms = TERMS):
@@ -132,6 +134,30 @@ def test_kv_is_shared_only_by_requests_of_one_promise_and_one_salt(first, second
 def test_a_salt_that_would_reach_bounded_kv_is_refused():
     with pytest.raises(VLLMValidationError, match="may not begin with 'sedac-bounded:'"):
         _stamp(_make_request("sedac-bounded:balanced:", **{TIER_KEY: "exact"}))
+
+
+def test_requests_of_the_certified_tier_carry_its_certificate_and_share_no_kv_with_others():
+    policy = certify(POLICY)
+    knobs = policy.certificate.knobs_sha256
+    certified = _stamp(_make_request(), replace(TERMS, policy=policy))
+    assert certified.sampling_params.extra_args == {TIER_KEY: "balanced", CERTIFICATE_KEY: knobs}
+    assert certified.cache_salt == f"sedac-bounded:balanced+sedac_certificate={knobs}:"
+    before = _stamp(_make_request())
+    assert before.cache_salt != certified.cache_salt, "its KV was written under knobs that nobody certified"
+    for extra in ({TIER_KEY: "conservative"}, {TIER_KEY: "exact"}, {SCALE_KEY: 1.0}, {LEVEL_KEY: "skip"}):
+        assert CERTIFICATE_KEY not in _stamp(_make_request(**extra), replace(TERMS, policy=policy)).sampling_params.extra_args
+    adapted = _make_request()
+    adapted.lora_request = object()
+    assert CERTIFICATE_KEY not in _stamp(adapted, replace(TERMS, policy=policy)).sampling_params.extra_args, "an adapter is other weights"
+    off = replace(TERMS, policy=replace(policy, enabled=False))
+    assert CERTIFICATE_KEY not in _stamp(_make_request(), off).sampling_params.extra_args
+
+
+@pytest.mark.parametrize("extra", [{}, {TIER_KEY: "exact"}])
+def test_no_request_can_certify_itself(extra):
+    request = _stamp(_make_request(**{CERTIFICATE_KEY: "1" * 64}, **extra))
+    assert CERTIFICATE_KEY not in request.sampling_params.extra_args
+    assert "certificate" not in (request.cache_salt or "")
 
 
 def test_pooling_requests_pass():

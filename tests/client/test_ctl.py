@@ -8,6 +8,7 @@ import re
 import threading
 
 import pytest
+from google.protobuf import json_format
 from rich.console import Console
 from sedac import wire
 from sedac.client import tables
@@ -17,6 +18,7 @@ from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 from typer.testing import CliRunner
 
 from tests.control.conftest import FIRST, RunningServer
+from tests.strategies import certify
 
 
 @pytest.fixture
@@ -191,6 +193,44 @@ def test_apply_takes_what_get_prints(ctl, client):
     assert ctl("policy", "apply", "-", stdin='{"speed": 1}').exit_code == 2
     assert ctl("policy", "rollback", "1").exit_code == 0
     assert "rollback to revision 1" in ctl("policy", "revisions").output
+
+
+def _write(path, policy: Policy) -> str:
+    path.write_text(json_format.MessageToJson(wire.policy_to_proto(policy), preserving_proto_field_name=True))
+    return str(path)
+
+
+def test_a_certified_file_is_applied_where_it_fits_and_shown(ctl, client, make_engine, tmp_path):
+    make_engine().pushes.get(timeout=5)
+    assert "UNCERTIFIED" in ctl("status").output
+    done = ctl("policy", "apply", _write(tmp_path / "policy.json", certify(FIRST)), "--wait", "5")
+    assert done.exit_code == 0, done.output
+    line = "CERTIFIED  balanced certified: mismatch <= 0.05 at 95 %, 500 requests, 2026-11-21"
+    for command in (["status"], ["policy", "get"]):
+        assert line in ctl(*command).output
+    assert json.loads(ctl("status", "--json").output)["certification"] == "CERTIFICATION_CERTIFIED"
+    assert re.search(r"balanced +balanced", ctl("policy", "revisions").output), "default tier, certified tier"
+    assert ctl("policy", "apply", "-", stdin=ctl("policy", "get", "--json").output).exit_code == 0, "what get prints is applied as it is"
+    assert client.get_policy().HasField("certificate")
+    assert "UNCERTIFIED" in ctl("policy", "set", "--threshold", "2=0.6").output
+    assert json.loads(ctl("status", "--json").output)["certification"] == "CERTIFICATION_UNCERTIFIED"
+
+
+def test_a_foreign_certificate_is_refused_unless_forced(ctl, client, make_engine, tmp_path):
+    make_engine().pushes.get(timeout=5)
+    foreign = _write(tmp_path / "policy.json", certify(FIRST, weights="a" * 64, probe_set="b" * 64))
+    refused = ctl("policy", "apply", foreign)
+    assert refused.exit_code == 1
+    lines = refused.stderr.splitlines()
+    assert lines[0] == "sedac: policy refused:"
+    remedy = "certify again on this model with `sedac-probes certify`, or leave the certificate out with `sedac ctl policy apply --force` (engine e1)"
+    assert lines[2] == f"  certificate.weights_sha256: aaaaaaaaaaaa..., the engine has 111111111111...; {remedy}"
+    assert lines[1] == f"  certificate.probe_set_sha256: bbbbbbbbbbbb..., the engine has 222222222222...; {remedy}"
+    assert client.get_policy().revision == 1
+    forced = ctl("policy", "apply", foreign, "--force", "--wait", "5")
+    assert forced.exit_code == 0, forced.output
+    assert "applied UNCERTIFIED, without the file's certificate (balanced certified: mismatch <= 0.05" in forced.stderr
+    assert wire.policy_from_proto(client.get_policy()) == FIRST
 
 
 def test_apply_names_a_file_that_is_not_there(ctl, tmp_path):

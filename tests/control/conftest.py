@@ -67,6 +67,7 @@ class FakeEngine:
         initial: Policy | None = FIRST,
         layers: Sequence[int] = (2, 5, 8),
         levels: Sequence[str] = (),
+        weights: str = "1" * 64,
     ) -> None:
         self._outbox: queue.Queue[control_pb2.EngineMessage | None] = queue.Queue()
         self.pushes: queue.Queue[control_pb2.PolicyPush] = queue.Queue()
@@ -76,6 +77,7 @@ class FakeEngine:
         self._channel = grpc.insecure_channel(address)
         hello = control_pb2.EngineHello(engine_id=engine_id, model="m", num_layers=12, hidden_size=8, checkpoint_layers=layers, probe_set="demo")
         hello.levels.extend(levels)
+        hello.weights_sha256, hello.probe_set_sha256 = weights, "2" * 64
         if initial is not None:
             hello.initial_policy.CopyFrom(wire.policy_to_proto(initial))
         self.send(control_pb2.EngineMessage(hello=hello))

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,8 +23,8 @@ from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics, get_target_exit_rates
 from sedac.agent.promise import Terms
 from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.errors import PolicyInvalid, SedacError
-from sedac.policy import EXACT, FULL, Layout, Policy, Tier
+from sedac.errors import ConfigError, PolicyInvalid, SedacError
+from sedac.policy import EXACT, FULL, Layout, Policy, Tier, validate
 from sedac.settings import EngineSettings
 from sedac.stats import Stats
 
@@ -48,6 +48,8 @@ class Agent:
     layout: Layout
     metrics: EngineMetrics
     hello: control_pb2.EngineHello
+    find_weights: Callable[[], str]
+    """returns the digest of the model's weights; may take seconds and block, and raises ConfigError where it can't be known"""
     policy: Policy = field(default_factory=Policy)
     revision: int = 0
     """in force in every worker; 0: the first policy, from the settings"""
@@ -88,6 +90,7 @@ class Agent:
             "control_address": self.settings.control_address,
             "revision": self.revision,
             "refusal": self.refusal,
+            "certified": self.policy.certificate is not None,
             "policy": self.policy.to_dict(),
             "layout": asdict(self.layout),
             "tiers": [asdict(tier) for tier in (Tier(name=EXACT, level=FULL, threshold_scale=0.0), *self.policy.get_tiers())],
@@ -114,6 +117,8 @@ class Agent:
         return {"state": state, "generation": knobs.generation, "num_adaptations": self.stats.num_adaptations, "checkpoints": checkpoints}
 
     async def _apply(self, policy: Policy, revision: int) -> None:
+        if policy.certificate:
+            validate(policy, self.layout)  # the workers check all but the certificate, for they don't know the weights
         self._is_bounded = self._is_bounded and policy.enabled  # while a policy is on its way, the safer promise of the two
         try:
             await self.engine.apply(policy, revision)
@@ -140,7 +145,18 @@ class Agent:
                 rates = ", ".join(f"{c.layer}: {c.num_exited / max(1, self.stats.num_decode_tokens):.1%}" for c in self.stats.checkpoints)
                 _log.info("step %d, revision %d, exit rate by checkpoint %s", self.stats.num_steps, self.revision, rates)
 
+    async def _identify_weights(self) -> None:
+        """Learn the weights' digest beside the running server; until then the control service does not know the engine."""
+        try:
+            digest = await asyncio.to_thread(self.find_weights)
+        except ConfigError as error:
+            _log.warning("the weights' digest is unknown, so policies that carry a certificate will be refused: %s", error)
+            return
+        self.layout, self.hello.weights_sha256 = replace(self.layout, weights_sha256=digest), digest
+        _log.info("weights %s", digest)
+
     async def _follow(self) -> None:
+        await self._identify_weights()
         backoff = 0.2
         async with grpc.aio.insecure_channel(self.settings.control_address, options=_KEEPALIVE) as channel:
             stub = control_pb2_grpc.DiscoveryStub(channel)

@@ -60,6 +60,6 @@ class AttachedEngine:
         return Stats.from_dict(answer)
 
     async def find_report(self, request_id: str) -> dict[str, Any] | None:
-        """Return what a response was computed with: tier, revision, tokens, MLPs and their share; None where no worker remembers it."""
+        """Return what a response was computed with: tier, `certified`, revision, tokens, MLPs and their share; None: no worker remembers it."""
         answers = await self.client.collective_rpc("sedac_get_report", _TIMEOUT_SECONDS, (request_id,))
         return next((answer for answer in answers if answer is not None), None)

@@ -47,6 +47,7 @@ _TOTALS = {
 }
 _REVISION = Gauge("sedac_policy_revision", "Policy revision in force in every worker; 0 is the one the engine started with.", _LABELS)
 _ENABLED = Gauge("sedac_policy_enabled", "1 while the policy in force lets tokens exit.", _LABELS)
+_CERTIFIED = Gauge("sedac_policy_certified", "1 while the policy in force carries a certificate, which then fits this engine.", _LABELS)
 _UPDATES = Counter("sedac_policy_updates", "Policies pushed by the control service and applied (ack) or refused (nack).", [*_LABELS, "result"])
 _APPLY_SECONDS = Histogram("sedac_policy_apply_seconds", "Time from a pushed policy to its being in force.", _LABELS, buckets=_APPLY_BUCKETS)
 _CONNECTED = Gauge("sedac_control_connected", "1 while the control service is connected; 0 means the policy may be stale.", _LABELS)
@@ -77,7 +78,7 @@ class EngineMetrics:
         _LAYERS.labels(*self._labels).set(layout.num_layers)
         for result in ("ack", "nack"):
             _UPDATES.labels(*self._labels, result)
-        for gauge in (_REVISION, _ENABLED, _CONNECTED, _LAST_CONTACT):
+        for gauge in (_REVISION, _ENABLED, _CERTIFIED, _CONNECTED, _LAST_CONTACT):
             gauge.labels(*self._labels)
         _APPLY_SECONDS.labels(*self._labels)
         if is_speculating:  # else both are absent: a rate of nothing is no figure
@@ -87,6 +88,7 @@ class EngineMetrics:
         """Show the policy in force."""
         _REVISION.labels(*self._labels).set(revision)
         _ENABLED.labels(*self._labels).set(policy.enabled)
+        _CERTIFIED.labels(*self._labels).set(policy.certificate is not None)
         thresholds, targets = {c.layer: c.threshold for c in policy.checkpoints}, get_target_exit_rates(policy)
         was_adapting, self._is_adapting = self._is_adapting, policy.enabled and policy.adaptation.enabled
         self._revision = revision

@@ -8,6 +8,7 @@ know no policy and promise every request to be exact. Without an engine (render 
 from __future__ import annotations
 
 import contextlib
+import functools
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -23,10 +24,12 @@ from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.promise import Terms
 from sedac.control.v1 import control_pb2
+from sedac.errors import ConfigError
 from sedac.policy import FULL, SKIP
 from sedac.probe.manifest import read_manifest
 from sedac.settings import read_settings
 from sedac.versions import find_vllm_version
+from sedac.weights import get_weights_digest
 
 _MAX_ID_CHARS = 256
 
@@ -61,7 +64,7 @@ class AgentPlugin:
 
         @app.get("/sedac/v1/requests/{request_id}")
         async def report(request_id: str, request: Request) -> dict[str, Any]:
-            """Return what the response of that id was computed with: tier, policy revision, tokens, MLPs and their share."""
+            """Return what the response of that id was computed with: tier, whether certified, policy revision, tokens, MLPs and their share."""
             agent: Agent | None = getattr(request.app.state, "sedac_agent", None)
             if agent is None:
                 raise HTTPException(404, "this API server runs no SEDAC agent; ask the first one")
@@ -87,7 +90,7 @@ class AgentPlugin:
             promise.install(engine_client.input_processor, lambda: exact)
             return
         engine = AttachedEngine(client=engine_client)
-        layout = await engine.describe()
+        layout = replace(await engine.describe(), probe_set_sha256=manifest.sha256)
         model_name = state.openai_serving_models.base_model_paths[0].name
         hello = control_pb2.EngineHello(
             engine_id=settings.engine_id,
@@ -99,13 +102,26 @@ class AgentPlugin:
             checkpoint_layers=layout.checkpoint_layers,
             probe_set=layout.probe_set,
             levels=layout.levels,
-            probe_set_sha256=manifest.sha256,
+            probe_set_sha256=layout.probe_set_sha256,
             num_workers=engine.num_workers,
             initial_policy=wire.policy_to_proto(first),
         )
         is_speculating = engine_client.vllm_config.speculative_config is not None
         metrics = EngineMetrics(model_name=model_name, layout=layout, is_speculating=is_speculating)
-        agent = Agent(engine=engine, settings=settings, layout=layout, metrics=metrics, hello=hello)
+        find_weights = functools.partial(_find_weights, engine_client.vllm_config)
+        agent = Agent(engine=engine, settings=settings, layout=layout, metrics=metrics, hello=hello, find_weights=find_weights)
         await agent.start(first)
         promise.install(engine_client.input_processor, agent.get_terms)
         state.sedac_agent = agent
+
+
+def _find_weights(vllm_config: Any) -> str:
+    """Return the digest of the weights that vLLM loaded; blocks while it reads files.
+
+    Raises:
+        ConfigError: they were not read from a directory or the hub's cache.
+    """
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if load.load_format == "dummy":
+        raise ConfigError("the engine was started with --load-format dummy and has random weights")
+    return get_weights_digest(model.model, revision=model.revision, cache_dir=load.download_dir)

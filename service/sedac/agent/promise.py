@@ -1,8 +1,8 @@
 """The promise of each request, fixed when it arrives: exact, or bounded by a tier of the policy in force.
 
 A bounded request may be reduced; the KV it writes is kept apart from that of every other promise by a cache salt that names
-its tier and its own knobs. An exact one is never reduced, whatever policy comes later, and never reads KV that was written
-under a bounded decision. The workers find the promise in `SamplingParams.extra_args`, under the three keys of policy.py.
+its tier, its own knobs and its certificate. An exact one is never reduced, whatever policy comes later, and never reads KV that was written
+under a bounded decision. The workers find the promise in `SamplingParams.extra_args`, under the four keys of policy.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from vllm.exceptions import VLLMValidationError
 
-from sedac.policy import EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy
+from sedac.policy import CERTIFICATE_KEY, EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy
 
 BOUNDED_SALT = "sedac-bounded:"
 
@@ -46,10 +46,13 @@ def stamp(request: Any, terms: Terms) -> None:
         raise VLLMValidationError(f"cache_salt may not begin with {BOUNDED_SALT!r}; choose another", parameter="cache_salt", value=salt)
     tier = _find_tier(extra, terms.policy)
     overrides = _read_overrides(extra, terms, tier)
-    extra = {key: value for key, value in extra.items() if key not in (SCALE_KEY, LEVEL_KEY)}
+    extra = {key: value for key, value in extra.items() if key not in (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY)}
     if tier == EXACT or not terms.policy.enabled:
         params.extra_args = {**extra, TIER_KEY: EXACT}
         return
+    certificate = terms.policy.certificate
+    if certificate and certificate.tier == tier and not overrides and request.lora_request is None:
+        overrides = {CERTIFICATE_KEY: certificate.knobs_sha256}  # so that it reads no KV of before these knobs
     params.extra_args = {**extra, **overrides, TIER_KEY: tier}
     knobs = "".join(f"+{key}={quote(str(value), safe='')}" for key, value in sorted(overrides.items()))
     request.cache_salt = f"{BOUNDED_SALT}{tier}{knobs}:{salt}"

@@ -15,7 +15,7 @@ from sedac import wire
 from sedac.client import tables
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2
-from sedac.errors import ControlUnavailable, NotSynced, SedacError
+from sedac.errors import ControlUnavailable, NotSynced, PolicyInvalid, SedacError
 from sedac.policy import Policy
 
 Address = Annotated[str, typer.Option(envvar="SEDAC_CONTROL_ADDRESS", help="host:port of the control service.")]
@@ -53,7 +53,8 @@ def connect(address: str) -> Iterator[ControlClient]:
         with ControlClient(address) as client:
             yield client
     except SedacError as error:
-        typer.echo(f"sedac: {error}", err=True)
+        violations = error.violations if isinstance(error, PolicyInvalid) else ()
+        typer.echo("\n  ".join(["sedac: policy refused:", *map(str, violations)]) if len(violations) > 1 else f"sedac: {error}", err=True)
         raise typer.Exit(4 if isinstance(error, ControlUnavailable) else 3 if isinstance(error, NotSynced) else 1) from None
 
 

@@ -195,16 +195,22 @@ def apply_policy(
     validate_only: DryRun = False,
     wait: Wait = 0.0,
     as_json: AsJson = False,
+    force: Annotated[bool, typer.Option("--force", help="Leave out the file's certificate, so that it need not fit: UNCERTIFIED.")] = False,
 ) -> None:
     """Make a whole policy from a file the one in force; knobs that the file leaves out get their defaults.
 
     An etag in the file guards against changes made since it was read; leave it out to apply the file whatever is in force.
+
+    A file with a certificate (`sedac-probes certify` writes one) is refused where the knobs, or an attached engine's weights or probe set,
+    are not the ones that were certified.
 
     Examples:
 
         sedac ctl policy get --json > policy.json     then edit it
 
         sedac ctl policy apply policy.json --comment "new thresholds" --wait 5
+
+        sedac ctl policy apply build/certificate/policy.json --wait 5
     """
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
@@ -213,6 +219,9 @@ def apply_policy(
         raise typer.BadParameter(f"{file} can't be read as a policy: {error}") from None
     with connect(address) as client:
         policy: Policy = wire.policy_from_proto(message)
+        if force and policy.certificate:
+            typer.echo(f"sedac: applied UNCERTIFIED, without the file's certificate ({policy.certificate.describe()})", err=True)
+            policy = dataclasses.replace(policy, certificate=None)
         note = comment or message.comment
         change(client, policy, (), etag=message.etag, comment=note, validate_only=validate_only, wait=wait, as_json=as_json)
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sedac import wire
 from sedac.control.v1 import control_pb2
 
 _STATE_STYLES = {"SYNCED": "green", "PENDING": "yellow", "NACKED": "red", "STALE": "red"}
@@ -43,7 +44,14 @@ def make_policy_table(policy: control_pb2.Policy) -> Table:
     table.add_row("default tier", escape(policy.default_tier))
     table.add_row("overrides", "allowed" if policy.allow_overrides else "refused")
     table.add_row("adaptation", _describe_adaptation(policy))
+    table.add_row("certificate", _describe_certificate(policy))
     return table
+
+
+def _describe_certificate(policy: control_pb2.Policy) -> str:
+    if not policy.HasField("certificate"):
+        return "[yellow]UNCERTIFIED[/]"
+    return f"[green]CERTIFIED[/]  {escape(wire.certificate_from_proto(policy.certificate).describe())}"
 
 
 def _describe_tier(tier: control_pb2.Tier) -> str:
@@ -62,12 +70,12 @@ def _describe_adaptation(policy: control_pb2.Policy) -> str:
 
 def make_revisions_table(policies: Iterable[control_pb2.Policy]) -> Table:
     """Show revisions, newest first."""
-    table = Table("revision", "made", "author", "enabled", "thresholds", "default tier", "comment", box=None)
+    table = Table("revision", "made", "author", "enabled", "thresholds", "default tier", "certified", "comment", box=None)
     for p in policies:
         thresholds = " ".join(f"{c.layer}:{c.threshold:g}" for c in p.checkpoints)
         made = p.revision_create_time.ToDatetime().strftime("%Y-%m-%d %H:%M:%S")
-        enabled = "yes" if p.enabled else "no"
-        table.add_row(str(p.revision), made, escape(p.author), enabled, thresholds, escape(p.default_tier), escape(p.comment))
+        enabled, certified = "yes" if p.enabled else "no", escape(p.certificate.tier) if p.HasField("certificate") else "-"
+        table.add_row(str(p.revision), made, escape(p.author), enabled, thresholds, escape(p.default_tier), certified, escape(p.comment))
     return table
 
 

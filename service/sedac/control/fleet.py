@@ -150,7 +150,11 @@ class Fleet:
         """Write the desired policy and every engine's state."""
         desired = self.desired
         engines = [engine.to_status(desired.revision if desired else 0) for _, engine in sorted(self.engines.items())]
-        return control_pb2.Status(policy=desired.to_proto() if desired else None, engines=engines)
+        if desired is None:
+            return control_pb2.Status(engines=engines)
+        certified = desired.policy.certificate is not None
+        certification = control_pb2.CERTIFICATION_CERTIFIED if certified else control_pb2.CERTIFICATION_UNCERTIFIED
+        return control_pb2.Status(policy=desired.to_proto(), engines=engines, certification=certification)
 
     def check(self, policy: Policy) -> None:
         """Check a policy against every connected engine, as far as the policy in force fits it.

@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import Message
 
 from sedac import wire
+from sedac.certificate import get_knobs_digest
 from sedac.control.fleet import Fleet
 from sedac.control.metrics import ControlMetrics
 from sedac.control.status import answering, refuse
@@ -145,7 +146,8 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 done = await asyncio.to_thread(self._store.find_request, request_id, fingerprint)
                 if done:
                     return done.to_proto()
-            policy = make(self._fleet.desired)
+            before = self._fleet.desired
+            policy = make(before)
             self._validate(policy)
             made = await asyncio.to_thread(
                 self._store.append,
@@ -153,12 +155,15 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 author=author,
                 comment=comment,
                 expected_etag=etag,
-                first=self._fleet.desired is None,
+                first=before is None,
                 request_id=request_id,
                 fingerprint=fingerprint,
             )
             self._fleet.set_desired(made)
+            dropped = before.policy.certificate if before and not policy.certificate else None
         _log.info("policy revision %d by %s%s", made.revision, made.author, f": {made.comment}" if made.comment else "")
+        if dropped:
+            _log.warning("policy revision %d is UNCERTIFIED: it leaves out the certificate of the one before (%s)", made.revision, dropped.describe())
         return made.to_proto()
 
     def _validate(self, policy: Policy) -> None:
@@ -197,7 +202,16 @@ def _merge(current: Policy, request: control_pb2.UpdatePolicyRequest) -> Policy:
     parts = {path.partition(".")[2] for path in paths if path in _ADAPTATION_FIELDS}
     if parts and "adaptation" not in changes:
         changes["adaptation"] = dataclasses.replace(current.adaptation, **{part: getattr(sent.adaptation, part) for part in parts})
-    return dataclasses.replace(current, **changes)
+    merged = dataclasses.replace(current, **changes)
+    return merged if "certificate" in changes or _is_certified(merged) else dataclasses.replace(merged, certificate=None)
+
+
+def _is_certified(policy: Policy) -> bool:
+    """Whether a policy's certificate is for its own knobs."""
+    certificate = policy.certificate
+    if certificate is None or certificate.tier not in {tier.name for tier in policy.get_tiers()}:
+        return False
+    return get_knobs_digest(policy, certificate.tier) == certificate.knobs_sha256
 
 
 def _check_name(name: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from sedac.engine.adaptation import Difficulty
 from sedac.engine.state import State
 from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy import EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
+from sedac.policy import CERTIFICATE_KEY, EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
 
 _MAX_FINISHED = 1000
 
@@ -30,6 +30,8 @@ class _Request:
     """empty: the policy's default"""
     level: str | None
     scale: float
+    certificate: str
+    """its knobs' digest, as promised; empty: uncertified, from the start or since other knobs were in force"""
     revision: int = -1
     """for which the fields below were resolved"""
     tier_row: int = 0
@@ -59,8 +61,12 @@ class Requests:
 
     def add(self, request_id: str, extra: dict[str, Any]) -> None:
         """Remember a new request and its `vllm_xargs`."""
-        level = extra.get(LEVEL_KEY)
-        self._running[request_id] = _Request(tier=str(extra.get(TIER_KEY, "")), level=level, scale=float(extra.get(SCALE_KEY, 1.0)))
+        self._running[request_id] = _Request(
+            tier=str(extra.get(TIER_KEY, "")),
+            level=extra.get(LEVEL_KEY),
+            scale=float(extra.get(SCALE_KEY, 1.0)),
+            certificate=str(extra.get(CERTIFICATE_KEY, "")),
+        )
 
     def finish(self, request_ids: Iterable[str]) -> None:
         """Keep only the reports of finished requests, and of these the newest."""
@@ -118,6 +124,8 @@ class Requests:
         tier = next((t for t in policy.get_tiers() if t.name == name), None)
         request.revision = state.revision
         request.is_bounded = tier is not None
+        if policy.certificate is None or policy.certificate.knobs_sha256 != request.certificate:
+            request.certificate = ""
         tier = tier or Tier(name=EXACT)
         request.tier_row = state.get_tier_row(tier.name)
         level = tier.level if request.level is None or request.level not in table.names else request.level
@@ -133,6 +141,8 @@ class Requests:
             request = self._running[request_id]
             request.num_tokens += count
             request.num_saved += saved
+            if not self._state.policy.enabled:
+                request.certificate = ""  # the policy was switched off in between: neither the certified answer nor the exact one
         if saved_T is not None and self._state.policy.sensitivity > 0:
             self._count_risks(request_ids, bounds)
 
@@ -152,6 +162,7 @@ class Requests:
         return {
             "request_id": request_id,
             "tier": name if request.is_bounded or not request.tier else request.tier,
+            "certified": bool(request.certificate),
             "revision": max(request.revision, 0),
             "num_tokens": request.num_tokens,
             "num_mlp_blocks_computed": blocks - request.num_saved,
@@ -170,4 +181,5 @@ class Requests:
         tokens, blocks = sum(r["num_tokens"] for r in parts), sum(r["num_mlp_blocks_computed"] for r in parts)
         total = tokens * self._state.layout.num_layers
         share = blocks / total if total else 1.0
-        return parts[0] | {"request_id": request_id, "num_tokens": tokens, "num_mlp_blocks_computed": blocks, "mlp_share": share}
+        whole = {"request_id": request_id, "num_tokens": tokens, "num_mlp_blocks_computed": blocks, "mlp_share": share}
+        return parts[0] | whole | {"certified": all(r["certified"] for r in parts)}
