@@ -46,6 +46,7 @@ def read_parts(work: Path) -> tuple[dict[str, Part], list[str]]:
     for path in sorted(paths, key=lambda p: p.stem not in NAMES):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
+            data = {"rows": data} if isinstance(data, list) else data
             if not isinstance(data, dict):
                 raise ValueError(f"it holds a {type(data).__name__}, not an object")
         except (OSError, ValueError, RecursionError) as error:
@@ -195,19 +196,18 @@ def _find_missing(work: Path, probe_set: Path, parts: Mapping[str, Part], manife
     m, p, w = shlex.quote(model), shlex.quote(str(probe_set)), shlex.quote(str(work))
     steps = {
         "collection": ("recorded streams", f"sedac-probes collect --model {m} --texts TRAFFIC.txt --out {w}/streams"),
-        "manifest": ("probe set", f"sedac-probes train --collection {w}/streams --out {p} --name NAME"),
-        "validation": ("validation", f"sedac-probes validate --model {m} --probe-set {p} --texts HELD_OUT.txt --out {w}/validation"),
+        "train": ("training" if manifest else "probe set", f"sedac-probes train --collection {w}/streams --out {p} --name NAME"),
+        "validation": ("validation", f"sedac-probes validate --model {m} --probe-set {p} --texts HELD_OUT.txt --json > {w}/validation.json"),
         "calibration": ("calibration", f"sedac-probes calibrate --model {m} --probe-set {p} --texts TRAFFIC.txt --report {w}/calibration"),
         "comparison": ("comparison of mechanisms", f"sedac-probes compare --model {m} --probe-set {p} --texts HELD_OUT.txt --out {w}/comparison"),
         "certificate": ("certificate", f"sedac-probes certify --model {m} --probe-set {p} --texts FRESH_TRAFFIC.txt --out {w}"),
     }
-    there = set(parts) | ({"manifest"} if manifest else set())
-    return [step for name, step in steps.items() if name not in there]
+    return [step for name, step in steps.items() if name not in parts]
 
 
 def _mention_missing(section: Section, missing: list[tuple[str, str]]) -> Section:
     """Name in a section the parts of it that are left out."""
-    homes = {"data": ("recorded streams",), "probes": ("probe set",), "levels": ("calibration",)}
+    homes = {"data": ("recorded streams",), "probes": ("probe set", "training"), "levels": ("calibration",)}
     lines = [Text(text=f"No {what} here; made by: {command}", kind="missing") for what, command in missing if what in homes.get(section.name, ())]
     return Section(name=section.name, title=section.title, blocks=(*section.blocks, *lines)) if lines else section
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import typer
 from sedac.errors import ConfigError
 from sedac.probe import artifact
 from sedac.probe.levels import Level, Neurons
@@ -179,17 +180,28 @@ def test_a_missing_or_broken_part_is_left_out_with_its_command(work, probe_set, 
     path.unlink()
     seen = read(make_page(work, probe_set[0]))
     commands = {
+        "train": "train",
         "validation": "validate",
         "calibration": "calibrate",
         "comparison": "compare",
         "certificate": "certify",
         "streams/collection": "collect",
     }
-    if name in commands:
-        assert f"sedac-probes {commands[name]} " in seen.text.replace("sedac-probes certify --check", "")
-    for broken in (b"{", b"[1]", b"\xff\xfe", b"[" * 100_000):
+    assert f"sedac-probes {commands[name]} " in seen.text.replace("sedac-probes certify --check", "")
+    for broken in (b"{", b"1", b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(broken)
         assert f"{path.name} can't be read" in read(make_page(work, probe_set[0])).text
+
+
+def test_the_commands_on_the_page_have_these_options(tmp_path, probe_set):
+    """Of a directory that lacks everything but the probe set."""
+    (tmp_path / "new").mkdir()
+    known = typer.main.get_command(app).commands
+    lines = re.findall(r"sedac-probes (\w+) ([^<]*)</code>", make_page(tmp_path / "new", probe_set[0]))
+    assert [name for name, _ in lines] == ["collect", "train", "validate", "calibrate", "compare", "certify"]
+    for name, options in lines:
+        accepted = {option for parameter in known[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[\w-]+", options)) <= accepted, name
 
 
 def test_every_text_is_escaped(work, probe_set):
