@@ -103,7 +103,7 @@ def make_next(work: Path, model: str, probe_set: Path, missing: Sequence[tuple[s
     if policy.is_file():
         apply = f"sedac ctl policy apply {shlex.quote(str(policy))} --wait 5"
         rows.append(("Serve the model with this probe set", f"sedac serve {shlex.quote(model)} --probe-set {shlex.quote(str(probe_set))}"))
-        rows.append(("Put the policy into force in every engine; undo with `sedac ctl policy rollback`", apply))
+        rows.append(("Put the policy into force in every engine; undo with `sedac ctl policy rollback REVISION`", apply))
         certified = certification and certification.data.get("certificate")
         blocks.append(
             Text(text="The policy is certified for this model, these probes and these knobs. Applied to others it is refused.")
