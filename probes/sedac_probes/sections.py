@@ -126,9 +126,8 @@ def make_probes(manifest: Mapping[str, Any], train: Part | None, picture: Path) 
         if other:
             blocks.append(make_table([{"layer": p.get("layer"), **{n: as_dict(p.get("metrics")).get(n) for n in other}} for p in probes]))
     if train:
-        blocks += _find_curves(train)
-    blocks += make_picture(picture, "Training, as `sedac-probes train` drew it.")
-    if train:
+        shown = _show_training(train)
+        blocks += shown or make_picture(picture, "Training, as `sedac-probes train` drew it.")
         blocks += train.get_rest()
     return Section(name="probes", title="Probes", blocks=tuple(blocks))
 
@@ -140,22 +139,51 @@ def _get_quantile(name: str) -> float | None:
         return None
 
 
-def _find_curves(train: Part) -> list[Any]:
-    """Draw the calibration curves, where the file has them as pairs per layer."""
-    curves = []
-    for row in as_rows(train.data.get("probes") or train.data.get("layers")):
-        for key, value in row.items():
-            if "calibration" not in key or not isinstance(value, list):
-                continue
-            pairs = [tuple(v.values())[:2] if isinstance(v, dict) else tuple(v)[:2] if isinstance(v, list) else () for v in value]
-            good = [(x, y) for x, y in ((as_number(p[0]), as_number(p[1])) for p in pairs if len(p) == 2) if x is not None and y is not None]
-            if len(good) > 1:
-                curves.append(charts.Curve(name=f"layer {row.get('layer')}", points=tuple(good)))
-    if not curves:
+_TRAINED = ("layer", "num_heldout_tokens", "spearman", "spearman_damage", "huber", "overconfident", "underconfident", "calibration", "losses")
+
+
+def _show_training(train: Part) -> list[Any]:
+    """How training went, by checkpoint: over- and under-confidence, calibration curves, the course of the loss."""
+    rows = as_rows(train.take("probes"))
+    train.take("probe_set")  # the digest before calibration, which writes the set anew
+    if not rows:
         return []
-    caption = "Calibration on held-out tokens: the mean of what came out against the mean risk, by bins of risk. Dotted: perfect."
-    chart = charts.draw_curves(curves, "predicted risk", "mean of the target", diagonal=True)
-    return [Figure(markup=chart, caption=caption, legend=tuple(curve.name for curve in curves))]
+    cells = []
+    for row in rows:
+        sides = (f"{as_percent(side.get('share'), 0)} by {as_figure(side.get('size'), '.3f')}" for side in _get_sides(row))
+        figures = (as_figure(row.get("spearman"), ".3f"), as_figure(row.get("spearman_damage"), ".3f"), as_figure(row.get("huber")))
+        cells.append((as_text(row.get("layer")), as_text(row.get("num_heldout_tokens")), *figures, *sides))
+    columns = ("layer", "held-out tokens", "rank correlation", "with damage", "Huber loss", "over-confident", "under-confident")
+    caption = "Training; with damage: rank correlation of risk and the measured KL of reducing the token; over-confident: risk below the target"
+    blocks: list[Any] = [Table(columns=columns, rows=tuple(cells), caption=caption)]
+    names = [f"layer {as_text(row.get('layer'))}" for row in rows]
+    pairs = [_get_pairs(row.get("calibration")) for row in rows]
+    courses = [[(float(i), y) for i, y in enumerate(map(as_number, as_list(row.get("losses"))), start=1) if y is not None] for row in rows]
+    caption = "Calibration on held-out tokens: mean of the target against mean risk, by bins of risk. Dotted: perfect."
+    blocks += _make_curves(names, pairs, caption, "predicted risk", "mean of the target", diagonal=True)
+    blocks += _make_curves(
+        names, courses, "Held-out Huber loss by epoch; the best epoch's weights are kept.", "epoch", "held-out loss", diagonal=False
+    )
+    more = [{"layer": row.get("layer")} | {key: value for key, value in row.items() if key not in _TRAINED} for row in rows]
+    if any(len(row) > 1 for row in more):
+        blocks.append(make_table(more))
+    return blocks
+
+
+def _get_sides(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [as_dict(row.get(key)) for key in ("overconfident", "underconfident")]
+
+
+def _get_pairs(curve: Any) -> list[tuple[float, float]]:
+    points = [(as_number(p.get("predicted")), as_number(p.get("observed"))) for p in as_rows(curve)]
+    return [(x, y) for x, y in points if x is not None and y is not None]
+
+
+def _make_curves(names: Sequence[str], curves: Sequence[Sequence[tuple[float, float]]], caption: str, x: str, y: str, *, diagonal: bool) -> list[Any]:
+    found = [charts.Curve(name=name, points=tuple(points)) for name, points in zip(names, curves, strict=True) if len(points) > 1]
+    if not found:
+        return []
+    return [Figure(markup=charts.draw_curves(found, x, y, diagonal=diagonal), caption=caption, legend=tuple(curve.name for curve in found))]
 
 
 def make_validation(validation: Part | None, picture: Path) -> Section | None:

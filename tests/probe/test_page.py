@@ -119,7 +119,10 @@ def work(tmp_path, probe_set):
           data_digest="d" * 64)  # fmt: skip
     for number, count in enumerate((30, 12)):
         safetensors.torch.save_file({"entropy": torch.rand(count)}, work / "streams" / f"shard-{number:05d}.safetensors")
-    write(work / "train.json", kind="train", probes=[{"layer": 1, "calibration": [[0.1, 0.12], [0.5, 0.4]]}], surprise={"deep": [1, 2]})
+    curve = [{"predicted": 0.1, "observed": 0.12}, {"predicted": 0.5, "observed": 0.4}]
+    trained = {"layer": 1, "num_heldout_tokens": 4242, "spearman": 0.66, "huber": 0.01, "overconfident": {"share": 0.37, "size": 0.123}}
+    trained |= {"calibration": curve, "losses": [0.3, 0.2, 0.25], "later": "version"}
+    write(work / "train.json", kind="train", probes=[trained], surprise={"deep": [1, 2]})
     write(work / "validation.json", kind="validate", rows=[{"quantile": 0.05, "perplexity_ratio": 1.1234}])
     write(work / "calibration.json", kind="calibrate", probe_set=sha256, plans={"contextual-30": [0, 0.2, 0.4, 0.6]},
           mechanisms={"contextual": [make_quality("contextual-30", 0.301, 1.0042)], "tier balanced": [make_quality("...", 0.33, 1.0099)]},
@@ -129,7 +132,7 @@ def work(tmp_path, probe_set):
           equal_savings={"saved": [0.1, 0.2], "perplexity_ratio": {"hard exit": [1.17, None], "contextual": [1.0011, 1.0022]}})  # fmt: skip
     write_certificate(work, sha256)
     write(work / "policy.json", enabled=True)
-    (work / "train.png").write_bytes(PNG)
+    (work / "validation.png").write_bytes(PNG)
     return work
 
 
@@ -137,7 +140,23 @@ def test_a_whole_run_is_told_on_one_page(work, probe_set):
     page = make_page(work, probe_set[0])
     seen = read(page)
     assert "Of requests like the 1,234 tested, the expected mismatch is at most 0.05, with confidence 90 %." in seen.text
-    for expected in ("CERTIFIED", "30.1%", "0.731", "novel", "7.5", "1.0042", "1.0099", "1.1234", "deep", "1.0022", "not tested", "4,321"):
+    for expected in (
+        "CERTIFIED",
+        "30.1%",
+        "0.731",
+        "novel",
+        "7.5",
+        "1.0042",
+        "1.0099",
+        "1.1234",
+        "deep",
+        "1.0022",
+        "not tested",
+        "4,321",
+        "4,242",
+        "37% by 0.123",
+        "version",
+    ):
         assert expected in seen.text, expected
     for digest in ("a" * 64, "b" * 64, "c" * 64, "d" * 64, "e" * 64, "f" * 64, probe_set[1]):
         assert digest in seen.text
@@ -147,7 +166,7 @@ def test_a_whole_run_is_told_on_one_page(work, probe_set):
     assert "Missing" not in seen.text
     assert "Look at this first" not in seen.text
     assert base64.b64encode(PNG).decode() in page
-    assert len(re.findall(r"<svg viewBox=\"0 0", page)) == 4  # certificate, calibration curves, calibration, comparison
+    assert len(re.findall(r"<svg viewBox=\"0 0", page)) == 5  # certificate, two of training, calibration, comparison
     assert re.findall(r'title="layer (\d): ([\d.]+) %"', page) == [("0", "0.0"), ("1", "20.0"), ("2", "40.0"), ("3", "60.0")]
 
 
