@@ -103,4 +103,4 @@ def _import(name: str) -> Callable[[str, str, str], Any]:
         raise ConfigError(f"loss {name!r} can't be imported ({error}); name a function of a module here or on PYTHONPATH") from error
     if not callable(function):
         raise ConfigError(f"loss {name!r} is no function; it is called with prompt, exact answer and bounded answer")
-    return function  # type: ignore[no-any-return]
+    return function

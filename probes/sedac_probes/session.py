@@ -77,10 +77,17 @@ class Session:
         self.requests = prompts.cut_requests(documents, tokenizer, num_requests=count, num_tokens=length, seed=settings.seed)
         self.loss: Loss = load_loss(settings.loss, tokenizer.decode, temperature=settings.temperature)
         self.engine, self.weights_sha256, self.data_sha256 = describe_engine(self.llm), get_weights_digest(model), prompts.get_digest(self.requests)
-        shared = {"num_tokens": settings.answer_tokens, "temperature": settings.temperature, "seed": settings.seed}
-        trial = Trial(self.llm, self.requests, **shared)
-        named = {"engine": self.engine, "weights": self.weights_sha256, "probe_set": self.manifest.sha256, "data": self.data_sha256}
-        self._kept = KeptTrial(trial, kept, named | shared)
+        trial = Trial(self.llm, self.requests, num_tokens=settings.answer_tokens, temperature=settings.temperature, seed=settings.seed)
+        decides = {
+            "engine": self.engine,
+            "weights": self.weights_sha256,
+            "probe_set": self.manifest.sha256,
+            "data": self.data_sha256,
+            "num_tokens": settings.answer_tokens,
+            "temperature": settings.temperature,
+            "seed": settings.seed,
+        }
+        self._kept = KeptTrial(trial, kept, decides)
         self.exact = self._kept.answer(Policy(), EXACT, key=EXACT, scored=self.loss.needs_gaps, label=EXACT)
 
     @property

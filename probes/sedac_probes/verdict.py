@@ -50,7 +50,7 @@ def print_outcomes(made: Certification) -> None:
     table.add_row("exact answers", "0.0%", f"{made.exact_loss:.4f}", "-", "-", "-", "-")
     for outcome in made.outcomes:
         verdict = _get_verdict(outcome, made)
-        needs = "-" if outcome.passed else "no number" if outcome.num_needed is None else f"{outcome.num_needed:,}"
+        needs = "-" if outcome.passed else "never" if outcome.num_needed is None else f"{outcome.num_needed:,}"
         figures = (f"{outcome.saved:.1%}", f"{outcome.mean_loss:.4f}", f"{outcome.upper_limit:.4f}", f"{outcome.p_value:.2g}")
         table.add_row(outcome.member.label, *figures, verdict, needs, style="bold" if verdict == "certified" else "")
     for member in made.untested:
