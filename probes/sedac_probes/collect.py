@@ -1,39 +1,44 @@
-"""Collect: run texts through the engine, teacher-forced, and write streams and final entropies as safetensors shards.
+"""Collect: run texts through the engine, teacher-forced, and write what it computed as safetensors shards; see collection.py.
 
-Resumable: a shard is written whole (temporary name, then renamed) and never again. N tokens, D hidden size.
+Resumable: a shard is written whole and never again, and nothing in it depends on what ran before it: a shard's documents enter an
+idle engine together and leave it before the next shard's do. One shard is in memory at a time.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
 from sedac.errors import ConfigError
+from sedac.weights import get_weights_digest
+from torch import Tensor
 from tqdm import tqdm
 
 from sedac_probes import corpus
-from sedac_probes.recording import LLM, start_engine, tokenise
+from sedac_probes.collection import (
+    DESCRIPTION,
+    Collection,
+    check_same,
+    get_shard_path,
+    is_whole,
+    read_collection,
+    read_description,
+    read_statistics,
+    write_description,
+    write_shard,
+)
+from sedac_probes.recording import LLM, read_config, start_engine, tokenise
 
+__all__ = ["Collection", "choose_layers", "collect", "read_collection", "read_statistics", "record"]
+
+_log = logging.getLogger(__name__)
 _DOCUMENTS_PER_SHARD = 16
+_MAX_TOP_K = 1024
 _FRACTIONS = (0.19, 0.41, 0.65)  # where the earlier versions put their checkpoints: 7, 14, 21 of 36 and 5, 12, 19 of 28
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collection:
-    """What a collection directory holds; written as collection.json."""
-
-    model: str
-    layers: tuple[int, ...]
-    num_documents: int
-    max_length: int
-    """tokens per document at most"""
-    hidden_size: int
-    num_layers: int
-    data_digest: str
 
 
 def choose_layers(num_layers: int) -> tuple[int, ...]:
@@ -41,58 +46,127 @@ def choose_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({max(0, round(num_layers * f)) for f in _FRACTIONS}))
 
 
-def collect(out: Path, model: str, documents: Sequence[corpus.Document], *, layers: tuple[int, ...] = (), max_length: int = 512) -> Collection:
-    """Write shard-NNNNN.safetensors under `out`: `stream.<layer>` (N, D), `entropy` (N,) nats, `document` and `position` (N,).
+def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Return the layers in order.
 
     Raises:
-        ConfigError: no documents, or `out` holds a collection made with other settings.
+        ConfigError: one is named twice, or no checkpoint can stand there.
     """
-    if not documents:
-        raise ConfigError("no documents to collect from; name texts of at least 200 characters")
-    text_config = json.loads((Path(model) / "config.json").read_text())
-    num_layers, hidden_size = text_config["num_hidden_layers"], text_config["hidden_size"]
+    if twice := sorted({layer for layer in layers if list(layers).count(layer) > 1}):
+        raise ConfigError(f"--layers names {twice} more than once; name each layer once")
+    if outside := sorted(layer for layer in layers if not 0 <= layer < num_layers - 1):
+        raise ConfigError(
+            f"--layers names {outside}, outside 0..{num_layers - 2} (the model has {num_layers} layers, 0-based, none decides after the last)"
+        )
+    return tuple(sorted(layers))
+
+
+def collect(
+    out: Path,
+    model: str,
+    documents: Sequence[corpus.Document],
+    *,
+    layers: tuple[int, ...] = (),
+    max_length: int = 512,
+    top_k: int = 8,
+    dtype: str = "auto",
+    tensor_parallel_size: int = 1,
+    suggest: bool = False,
+) -> Collection:
+    """Write the shards under `out` and return what they are.
+
+    `suggest` picks the layers from the first documents; a collection that is resumed keeps those that it was begun with.
+
+    Raises:
+        ConfigError: a value is out of range, the texts are too short, `out` holds a collection made with other settings, or the disk is full.
+    """
+    config = read_config(model)
+    num_layers = config["num_hidden_layers"]
+    _check(documents, max_length, top_k, config)
+    if suggest and layers:
+        raise ConfigError(f"--layers {list(layers)} and --suggest are two ways to choose the layers; give one")
+    begun = suggest and (out / DESCRIPTION).exists()
     wanted = Collection(
         model=model,
-        layers=layers or choose_layers(num_layers),
+        layers=tuple(read_description(out)["layers"]) if begun else check_layers(layers, num_layers) or choose_layers(num_layers),
         num_documents=len(documents),
         max_length=max_length,
-        hidden_size=hidden_size,
+        hidden_size=config["hidden_size"],
         num_layers=num_layers,
         data_digest=corpus.digest(list(documents)),
+        weights_sha256=get_weights_digest(model),
+        top_k=top_k,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        num_shards=-(-len(documents) // _DOCUMENTS_PER_SHARD),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    description = out / "collection.json"
-    if description.exists() and json.loads(description.read_text()) != json.loads(json.dumps(asdict(wanted))):
-        raise ConfigError(f"{out} holds a collection made with other settings; name another directory or remove it")
-    description.write_text(json.dumps(asdict(wanted), indent=2) + "\n")
-    groups = [documents[i : i + _DOCUMENTS_PER_SHARD] for i in range(0, len(documents), _DOCUMENTS_PER_SHARD)]
-    missing = [i for i in range(len(groups)) if not (out / f"shard-{i:05d}.safetensors").exists()]
-    if missing:
-        llm = start_engine(model, layers=wanted.layers, max_length=max_length)
-        for i in tqdm(missing, desc="collect", unit="shard"):
-            _write_shard(llm, out / f"shard-{i:05d}.safetensors", groups[i], i * _DOCUMENTS_PER_SHARD, max_length)
+    if not suggest or begun:
+        check_same(out, wanted)
+    missing = [i for i in range(wanted.num_shards) if not is_whole(get_shard_path(out, i))]
+    if not missing:
+        return wanted
+    chooses = suggest and not begun
+    watched = tuple(range(num_layers - 1)) if chooses else wanted.layers
+    llm = start_engine(model, layers=watched, max_length=max_length, dtype=dtype, top_k=top_k, tensor_parallel_size=tensor_parallel_size)
+    prompts = _tokenise(llm, documents, max_length)
+    if chooses:
+        from sedac_probes.suggest import suggest_layers
+
+        wanted = replace(wanted, layers=suggest_layers(lambda ids: record(llm, ids)[0], prompts, num_layers))
+        llm.collective_rpc("sedac_keep_streams", args=(list(wanted.layers),))
+    write_description(out, wanted)
+    for i in tqdm(missing, desc="collect", unit="shard"):
+        first = i * _DOCUMENTS_PER_SHARD
+        tensors, left_out = record(llm, prompts[first : first + _DOCUMENTS_PER_SHARD], first)
+        if left_out and i == missing[0]:
+            _log.warning("no neuron statistics of layers %s: %s", sorted(left_out), "; ".join(sorted(set(left_out.values()))))
+        write_shard(get_shard_path(out, i), tensors)
     return wanted
 
 
-def _write_shard(llm: LLM, path: Path, documents: Sequence[corpus.Document], first: int, max_length: int) -> None:
+def _check(documents: Sequence[corpus.Document], max_length: int, top_k: int, config: dict[str, Any]) -> None:
+    if not documents:
+        raise ConfigError("no documents to collect from; name texts")
+    limit = config.get("max_position_embeddings")
+    if max_length < 3 or (limit and max_length > limit):
+        raise ConfigError(f"--max-length is {max_length}; give 3 to {limit or 'the length that the model takes'}")
+    most = min(_MAX_TOP_K, config["vocab_size"])
+    if not 1 <= top_k <= most:
+        raise ConfigError(f"--top-k is {top_k}; give 1 to {most}")
+
+
+def _tokenise(llm: LLM, documents: Sequence[corpus.Document], max_length: int) -> list[list[int]]:
+    prompts = tokenise(llm, [d.text for d in documents], max_length)
+    if short := [d.path for d, ids in zip(documents, prompts, strict=True) if len(ids) < 2]:
+        raise ConfigError(f"{short[0]} and {len(short) - 1} more texts have fewer than 2 tokens; a text must say what follows: leave them out")
+    return prompts
+
+
+def record(llm: LLM, prompts: Sequence[list[int]], first: int = 0) -> tuple[dict[str, Tensor], dict[int, str]]:
+    """Run token ids through a recording engine that is idle: (tensors of a shard, why layers have no statistics).
+
+    Documents are numbered from `first`; rows are ordered by document and position.
+    """
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": ids} for ids in tokenise(llm, [d.text for d in documents], max_length)]
-    outputs = llm.generate(prompts, SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
     # The engine's request ids end in "-<suffix>" since 0.32; outputs carry the part before it, in the order of the prompts.
     numbers = {output.request_id: first + i for i, output in enumerate(outputs)}
-    parts: dict[str, list[torch.Tensor]] = {}
-    for (entries,) in [llm.collective_rpc("sedac_take_records")]:
-        for entry in entries:
-            for request_id, start, count in entry["requests"]:
-                number = numbers[request_id if request_id in numbers else request_id.rpartition("-")[0]]
-                parts.setdefault("document", []).append(torch.full((count,), number))
-                parts.setdefault("position", []).append(torch.arange(start, start + count))
-            parts.setdefault("entropy", []).append(entry["entropy"])
-            for layer, stream in entry["streams"].items():
-                parts.setdefault(f"stream.{layer}", []).append(stream)
-    tensors = {name: torch.cat(pieces) for name, pieces in parts.items()}
+    parts: dict[str, list[Tensor]] = {}
+    for entry in llm.collective_rpc("sedac_take_records")[0]:  # every rank has the same streams, the first one has the logits
+        for request_id, start, count in entry.pop("requests"):
+            number = numbers[request_id if request_id in numbers else request_id.rpartition("-")[0]]
+            parts.setdefault("document", []).append(torch.full((count,), number))
+            parts.setdefault("position", []).append(torch.arange(start, start + count))
+        for layer, stream in entry.pop("streams").items():
+            parts.setdefault(f"stream.{layer}", []).append(stream)
+        for name, values in entry.items():
+            parts.setdefault(name, []).append(values)
+    tensors = {name: torch.cat(pieces).cpu() for name, pieces in parts.items()}
     order = torch.argsort(tensors["document"] * 1_000_000 + tensors["position"])
-    temporary = path.with_suffix(".tmp")
-    safetensors.torch.save_file({name: t[order].contiguous() for name, t in tensors.items()}, temporary)
-    temporary.rename(path)
+    shard = {name: t[order] for name, t in tensors.items()}
+    ranks = llm.collective_rpc("sedac_take_statistics")
+    for kind in ("up", "hidden"):
+        for layer in sorted(ranks[0][kind]):  # a rank has the neurons that follow those of the rank before
+            shard[f"statistics.{kind}.{layer}"] = torch.cat([rank[kind][layer].cpu() for rank in ranks])
+    return shard, ranks[0]["left_out"]

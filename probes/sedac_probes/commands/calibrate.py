@@ -47,7 +47,7 @@ def calibrate(
         if not (max_ratio is None or max_ratio > 1) or not (saving is None or 0 < saving < 1):
             raise ConfigError(f"--max-ratio {max_ratio}, --saving {saving}: a ratio is over 1, a saving between 0 and 1")
         targets[tier] = Target(max_ratio=max_ratio, min_saved=saving)
-    documents = read_documents(texts, "train", samples)
+    documents = read_documents(texts, "train", samples, model)
     loaded, found = ReducedModel(model), artifact.load(probe_set)
     rates = [float(part) for part in exit_rates.split(",") if part]
     rates = rates * len(found.probes) if len(rates) == 1 else rates

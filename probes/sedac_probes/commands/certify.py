@@ -68,13 +68,13 @@ def certify(
     kept = out / "certify"
     if check:
         policy = policy_file.read(check)
-        seen = workshop.check(model, probe_set, policy, read_documents(texts, "heldout", _ALL), settings, kept)
+        seen = workshop.check(model, probe_set, policy, read_documents(texts, "heldout", _ALL, model), settings, kept)
         verdict.print_observation(seen)
         verdict.write_observation(out / "check.json", seen)
         raise typer.Exit(0 if seen.holds else 1)
     manifest = read_manifest(probe_set)
     members = [family.parse_member(text) for text in member] if member else family.make_family(manifest)
-    documents = _leave_out(read_documents(texts, "train", _ALL), texts, manifest.training)
+    documents = _leave_out(read_documents(texts, "train", _ALL, model), texts, manifest.training, model)
     made = workshop.certify(model, probe_set, documents, members, settings, kept)
     verdict.print_outcomes(made)
     verdict.write_json(out / "certificate.json", made)
@@ -89,13 +89,13 @@ def certify(
     typer.echo(f"{target}; put it into force: sedac ctl policy apply {target} --wait 5")
 
 
-def _leave_out(documents: list[Any], texts: list[Path] | None, training: dict[str, Any]) -> list[Any]:
+def _leave_out(documents: list[Any], texts: list[Path] | None, training: dict[str, Any], model: str) -> list[Any]:
     """Drop the documents that `collect` and `calibrate` took from these very texts, told by the digests in the manifest."""
     from sedac_probes import corpus
 
     used: set[str] = set()
     for made in (training, training.get("calibration", {})):
-        taken = read_documents(texts, "train", made.get("num_documents", 1))
+        taken = read_documents(texts, "train", made.get("num_documents", 1), model)
         if corpus.digest(taken) == made.get("data_digest"):
             used |= {d.path for d in taken}
     left = [d for d in documents if d.path not in used]

@@ -29,9 +29,9 @@ def compare(
     from sedac_probes import report as results
     from sedac_probes.reduced import ReducedModel
 
-    documents, savings = read_documents(texts, "heldout", samples), (0.1, 0.2, 0.3)
+    documents, savings = read_documents(texts, "heldout", samples, model), (0.1, 0.2, 0.3)
     loaded, found = ReducedModel(model), artifact.load(probe_set)
-    calibration = [d.text for d in read_documents(texts, "train", 16)]
+    calibration = [d.text for d in read_documents(texts, "train", 16, model)]
     points = workshop.compare(loaded, found, [d.text for d in documents], calibration, max_length=max_length)
     num_tokens = next(iter(points.values()))[0][1].num_tokens
     results.print_points(points, f"{num_tokens} held-out tokens")

@@ -44,6 +44,8 @@ class StaticConfig:
     """offer the probe set's reduced levels, not only `full` and `skip`"""
     record: bool = False
     """record streams at the checkpoints instead of serving decisions"""
+    record_top_k: int = 8
+    """how many of the most likely next tokens to record with each token"""
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> StaticConfig | None:
@@ -61,7 +63,7 @@ class StaticConfig:
         try:
             return cls(**{**entry, "checkpoint_layers": tuple(entry.get("checkpoint_layers", ()))})
         except TypeError as error:
-            raise ConfigError(f"--additional-config {CONFIG_KEY}: {error}; known keys: probe_set, checkpoint_layers, levels, record") from error
+            raise ConfigError(f"--additional-config {CONFIG_KEY}: {error}; known keys: {', '.join(cls.__dataclass_fields__)}") from error
 
 
 def find_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
@@ -164,7 +166,11 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         device=device,
         allow_native=vllm_config.model_config.dtype in (torch.float32, torch.bfloat16),
     )
-    state.recorder = Recorder() if static.record else None
+    if static.record:
+        state.recorder = Recorder(static.record_top_k)
+        for i, layer in enumerate(layers):
+            is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
+            state.recorder.attach(i, layer.mlp, lambda: state.num_tokens, is_eager=is_eager)
     for i in layout.checkpoint_layers:
         checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
     first = 0 if levels else min(layout.checkpoint_layers, default=num_layers) + 1  # without levels nothing below a checkpoint changes

@@ -137,6 +137,11 @@ class State:
         if self.is_active:
             self._host.write(tokens, num_tokens, is_new=tokens is not previous)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the running step; 0 between steps, where warm-up and dummy passes run."""
+        return self._num_tokens
+
     def end_step(self) -> np.ndarray[Any, Any] | None:
         """Finish the pass: count it and clear what belongs to it alone; returns the MLPs saved per token (T,), None: none."""
         totals, num_tokens, tokens = self._totals, self._num_tokens, self._tokens
@@ -155,7 +160,7 @@ class State:
             self.is_active = False
         elif tokens is not None:
             self._count_tiers(tokens, None, None)
-        self._tokens = None
+        self._tokens, self._num_tokens = None, 0
         return saved_T
 
     def _count_tiers(self, tokens: Tokens, saved_T: np.ndarray[Any, Any] | None, done_T: np.ndarray[Any, Any] | None) -> None:

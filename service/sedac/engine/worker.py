@@ -12,10 +12,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from vllm.config.compilation import CompilationMode
 from vllm.platforms import current_platform
 
 from sedac.engine import mlp, sampling
+from sedac.engine.record import NO_TOKEN, Recorder
 from sedac.engine.requests import Requests
 from sedac.engine.state import State
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
@@ -112,7 +114,8 @@ class SedacWorker(_Worker):
         if state.recorder is not None:
             counts = np.diff(bounds)
             requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.req_ids)]
-            state.recorder.finish_step(requests, hidden, runner.model.compute_logits)
+            next_T = torch.cat([_get_next(batch, i, start, count) for i, (_, start, count) in enumerate(requests)])
+            state.recorder.finish_step(requests, next_T, hidden, runner.model.compute_logits)
         return hidden
 
     def sedac_describe(self) -> dict[str, Any]:
@@ -136,11 +139,39 @@ class SedacWorker(_Worker):
         return self._sedac_requests.get_report(request_id)
 
     def sedac_take_records(self) -> list[dict[str, Any]]:
-        """Return and forget what was recorded since the last call.
+        """Return and forget what was recorded since the last call; see `Recorder.finish_step`.
 
         Raises:
             ConfigError: the engine does not record.
         """
+        return self._sedac_get_recorder().take()
+
+    def sedac_take_statistics(self) -> dict[str, Any]:
+        """Return and forget the sums per neuron since the last call, of this rank's share; see `Recorder.take_statistics`.
+
+        Raises:
+            ConfigError: the engine does not record.
+        """
+        return self._sedac_get_recorder().take_statistics()
+
+    def sedac_keep_streams(self, layers: list[int]) -> None:
+        """Record from now on the streams after these layers only, of those that have a checkpoint.
+
+        Raises:
+            ConfigError: the engine does not record.
+        """
+        self._sedac_get_recorder().layers = frozenset(layers)
+
+    def _sedac_get_recorder(self) -> Recorder:
         if self.sedac_state.recorder is None:
             raise ConfigError('this engine does not record; start it with --additional-config \'{"sedac": {"record": true, ...}}\'')
-        return self.sedac_state.recorder.take()
+        return self.sedac_state.recorder
+
+
+def _get_next(batch: Any, index: int, start: int, count: int) -> torch.Tensor:
+    """Return the tokens that follow a request's rows of this step, or NO_TOKEN: int64 (count,)."""
+    known = int(batch.num_tokens_no_spec[index])
+    next_T = torch.full((count,), NO_TOKEN)
+    found = torch.from_numpy(batch.token_ids_cpu[index, start + 1 : min(start + 1 + count, known)].copy())
+    next_T[: len(found)] = found.long()
+    return next_T
