@@ -57,7 +57,7 @@ def save(
         tensors[f"neurons.{layer}.scale"] = known.scale_F.float().contiguous()
         if known.repair_FD is not None:
             tensors[f"neurons.{layer}.repair"] = known.repair_FD.to(torch.bfloat16).contiguous()
-    data = safetensors.torch.save(tensors, metadata={"format": FORMAT, "name": manifest.name})
+    data = safetensors.torch.save(tensors, metadata={"format": FORMAT})  # one key: several come in random order
     written = Manifest(**{**vars(manifest), "sha256": hashlib.sha256(data).hexdigest()})
     (directory / WEIGHTS).write_bytes(data)
     (directory / "manifest.json").write_text(json.dumps(asdict(written), indent=2) + "\n")
