@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -152,15 +152,18 @@ class ReducedModel:
             raise ConfigError("no text to calibrate with; name texts of at least 200 characters")
         return batches
 
-    def run(self, batch: Batch, form: Form, start: int = 0, stream_BSD: Tensor | None = None) -> tuple[Tensor, float]:
+    def run(
+        self, batch: Batch, form: Form, start: int = 0, stream_BSD: Tensor | None = None, attention: Mapping[str, Any] | None = None
+    ) -> tuple[Tensor, float]:
         """Return the logits (B, S, V) under a form, and the share of all MLP FLOPs that the real tokens took.
 
-        With the stream before layer `start` given, the layers before it are not run again; they count as full.
+        With the stream before layer `start` given, the layers before it are not run again; they count as full. `attention`: what
+        the model's forward is told of positions, mask and cache; else causal, without a cache.
         """
         self._form, self._computed_T = form, torch.full((batch.ids_BS.numel(),), float(start))
         self._active, self._resumed_BSD = range(start, self.num_layers), stream_BSD
         form.begin(batch)
-        logits_BSV = self.model(input_ids=batch.ids_BS, use_cache=False).logits
+        logits_BSV = self.model(input_ids=batch.ids_BS, **(attention or {"use_cache": False})).logits
         return logits_BSV, self._computed_T[batch.real_BS.flatten()].mean().item() / self.num_layers
 
     def advance(self, batch: Batch, form: Form, layer: int, stream_BSD: Tensor | None) -> Tensor:
