@@ -12,8 +12,12 @@ import openai
 import pytest
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2
+from sedac.errors import PolicyInvalid
 from sedac.policy import Checkpoint, Policy, Tier
+from sedac.weights import get_weights_digest
 from sedac_probes import corpus
+
+from tests.strategies import certify
 
 pytestmark = pytest.mark.e2e
 
@@ -227,3 +231,32 @@ def test_a_request_chooses_its_tier_and_asks_what_it_was_computed_with(served, c
         ask(sedac_tier="frugal", sedac_level="full")
     metrics = served.read_metrics()
     assert metrics["sedac_tier_tokens_total{frugal}"] >= 24
+
+
+def test_a_certificate_is_held_against_the_model_that_serves_and_told_of_its_requests(served, control):
+    layers = _get_layers(control)
+    tiers = (Tier(name="balanced", level="skip"), Tier(name="frugal", level="skip"))
+    policy = Policy(enabled=True, checkpoints=tuple(Checkpoint(layer=layer, threshold=1.0) for layer in layers), tiers=tiers, allow_overrides=True)
+    (engine,) = control.get_status().engines
+    weights, probe_set = engine.engine.weights_sha256, engine.engine.probe_set_sha256
+    assert weights == get_weights_digest("probes/demo/model")
+    with pytest.raises(PolicyInvalid, match=r"certificate\.weights_sha256: aaaaaaaaaaaa\.\.\., the engine has"):
+        control.update_policy(certify(policy, weights="a" * 64, probe_set=probe_set))
+    made = control.update_policy(certify(policy, weights=weights, probe_set=probe_set))
+    control.wait_until_synced(made.revision, 30)
+    assert control.get_status().certification == control_pb2.CERTIFICATION_CERTIFIED
+    assert served.read_metrics()["sedac_policy_certified"] == 1
+    client = served.make_openai()
+    for xargs, certified in (
+        ({}, True),
+        ({"sedac_tier": "balanced"}, True),
+        ({"sedac_tier": "frugal"}, False),
+        ({"sedac_tier": "exact"}, False),
+        ({"sedac_threshold_scale": 0.5}, False),
+    ):
+        done = client.completions.create(model="sedac-demo", prompt=PROMPTS[1], max_tokens=8, temperature=0, extra_body={"vllm_xargs": xargs})
+        with urllib.request.urlopen(f"{served.url}/sedac/v1/requests/{done.id}", timeout=10) as answer:
+            assert json.load(answer)["certified"] is certified, xargs
+    made = control.update_policy(Policy(decay=0.5), fields=["decay"])
+    control.wait_until_synced(made.revision, 30)
+    assert served.read_metrics()["sedac_policy_certified"] == 0
