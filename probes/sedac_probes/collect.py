@@ -42,8 +42,8 @@ _FRACTIONS = (0.19, 0.41, 0.65)  # where the earlier versions put their checkpoi
 
 
 def choose_layers(num_layers: int) -> tuple[int, ...]:
-    """Return the default checkpoint layers for a model of that depth."""
-    return tuple(sorted({max(0, round(num_layers * f)) for f in _FRACTIONS}))
+    """Return the default checkpoint layers for a model of that depth; none after the last layer, where nothing is left to decide."""
+    return tuple(sorted({max(0, min(round(num_layers * f), num_layers - 2)) for f in _FRACTIONS}))
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -145,7 +145,9 @@ def read_collection(directory: Path, layer: int) -> tuple[Tensor, Tensor, Tensor
         ConfigError: the collection has no shards, lacks some or the layer, is of several models, or holds NaN or infinity.
         ArtifactError: a shard is cut short or is no safetensors file.
     """
-    streams, targets, documents = [], [], []
+    streams: list[Tensor] = []
+    targets: list[Tensor] = []
+    documents: list[Tensor] = []
     name = f"stream.{layer}"
     for path, shard in _read_shards(directory):
         if name not in shard:

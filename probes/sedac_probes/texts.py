@@ -5,6 +5,7 @@ Called by the commands through `commands.options.read_documents`. It reads whole
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class _Reader:
     def _read_dataset(self, source: str) -> Iterator[Document]:
         name, split, field = [*source.removeprefix(DATASET).split(":"), "", ""][:3]
         try:
-            from datasets import load_dataset
+            load_dataset = importlib.import_module("datasets").load_dataset
         except ImportError as error:
             raise ConfigError(f"--dataset {name} needs the package datasets (pip install datasets); or name local files with --texts") from error
         split = split or "train"

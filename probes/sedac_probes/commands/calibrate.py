@@ -35,8 +35,9 @@ def calibrate(
     from sedac.probe import artifact
 
     from sedac_probes import calibrate as workshop
-    from sedac_probes import collect, corpus
+    from sedac_probes import corpus
     from sedac_probes import report as results
+    from sedac_probes.collection import read_statistics
     from sedac_probes.reduced import ReducedModel
     from sedac_probes.tiers import Target
 
@@ -51,7 +52,7 @@ def calibrate(
     loaded, found = ReducedModel(model), artifact.load(probe_set)
     rates = [float(part) for part in exit_rates.split(",") if part]
     rates = rates * len(found.probes) if len(rates) == 1 else rates
-    statistics = collect.read_statistics(collection) if collection else None
+    statistics = read_statistics(collection) if collection else None
     made = workshop.calibrate(
         loaded, found, [d.text for d in documents], max_length=max_length, exit_rates=rates, targets=targets, statistics=statistics
     )
