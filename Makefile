@@ -66,7 +66,7 @@ demo-model: $(KERNELS) ## train the demo model again, into build/demo-model (an 
 	$(BIN)/python probes/demo/train_model.py --work build/demo-model $(ARGS)
 
 .PHONY: demo-probes
-demo-probes: $(KERNELS) ## collect, train and pack the demo model's probe set
+demo-probes: $(KERNELS) ## the whole workshop on the demo model, into build/demo-probes: from recording to a certified policy and a report
 	$(BIN)/sedac-probes demo $(ARGS)
 
 .PHONY: bench

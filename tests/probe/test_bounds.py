@@ -13,7 +13,7 @@ import itertools
 import numpy as np
 import pytest
 from scipy.stats import beta, binom, binomtest
-from sedac_probes import bounds
+from sedac_probes.certification import bounds
 
 RUNS, N, EPS, DELTA = 2000, 500, 0.05, 0.05
 RISKS = (0.01, 0.02, 0.0505, 0.052, 0.06)

@@ -12,14 +12,15 @@ from sedac.probe.cascade import Knobs
 from sedac.probe.levels import Level
 from sedac.probe.manifest import Manifest, ProbeRecord, TierRecord
 from sedac.probe.probe import LREProbe
-from sedac_probes import calibrate, cli
-from sedac_probes.forms import AtLevel, Decided, Randomly, Skip
-from sedac_probes.neurons import describe_neurons
-from sedac_probes.plan import plan_savings
-from sedac_probes.reduced import Plain, Quality, ReducedModel
-from sedac_probes.reductions import make_level
-from sedac_probes.repair import fit_repair
-from sedac_probes.tiers import Target, find_tier, set_thresholds
+from sedac_probes import cli
+from sedac_probes.calibration import calibrate
+from sedac_probes.calibration.forms import AtLevel, Decided, Randomly, Skip
+from sedac_probes.calibration.neurons import describe_neurons
+from sedac_probes.calibration.plan import plan_savings
+from sedac_probes.calibration.reduced import Plain, Quality, ReducedModel
+from sedac_probes.calibration.reductions import make_level
+from sedac_probes.calibration.repair import fit_repair
+from sedac_probes.calibration.tiers import Target, find_tier, set_thresholds
 from typer.testing import CliRunner
 
 LAYERS, HIDDEN, SIZE = 3, 32, 48

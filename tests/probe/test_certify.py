@@ -16,10 +16,10 @@ from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy import Policy, validate
 from sedac.probe.manifest import LevelRecord, TierRecord, read_manifest
 from sedac.weights import get_weights_digest
-from sedac_probes import certify, losses, policy_file, prompts
+from sedac_probes.certification import certify, losses, policy_file, prompts
+from sedac_probes.certification.family import TIER, Member, make_family, make_layout, make_policy, parse_member
+from sedac_probes.certification.session import Settings
 from sedac_probes.corpus import Document
-from sedac_probes.family import TIER, Member, make_family, make_layout, make_policy, parse_member
-from sedac_probes.session import Settings
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo"
 MANIFEST = read_manifest(DEMO / "probe-set")

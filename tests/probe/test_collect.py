@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 from sedac_probes import corpus
-from sedac_probes.collection import read_statistics
+from sedac_probes.collecting.collection import read_statistics
 from sedac_probes.commands.options import read_documents
 
 from tests.engine.conftest import run_engine

@@ -13,8 +13,8 @@ from sedac.probe import artifact
 from sedac.probe.manifest import Manifest, ProbeRecord
 from sedac.probe.probe import LREProbe
 from sedac_probes.cli import app
-from sedac_probes.convert import convert
-from sedac_probes.train import read_collection
+from sedac_probes.legacy.convert import convert
+from sedac_probes.training.train import read_collection
 from torch import nn
 from typer.testing import CliRunner
 

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from sedac_probes.cli import main
-from sedac_probes.texts import read_texts
+from sedac_probes.collecting.texts import read_texts
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
 GOOD = "def read(self):\n    return self.file.read()\n" * 3
@@ -226,3 +226,11 @@ def test_code_in_a_pickle_offered_as_a_probe_is_never_run(refused, tmp_path):
     with pytest.raises(ArtifactError, match="can't be read"):
         artifact.load(tmp_path / "set")
     assert not canary.exists()
+
+
+def test_default_layers_are_the_earlier_versions():
+    from sedac_probes.collecting.collect import choose_layers
+
+    assert (choose_layers(36), choose_layers(28)) == ((7, 14, 21), (5, 12, 19))
+    assert choose_layers(12) == (2, 5, 8)
+    assert all(layers and max(layers) < depth - 1 for depth in range(2, 100) if (layers := choose_layers(depth)))

@@ -20,7 +20,7 @@ from sedac.probe.levels import Level, Neurons
 from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord
 from sedac.probe.probe import LREProbe
 from sedac_probes.cli import app
-from sedac_probes.page import make_page
+from sedac_probes.page.page import make_page
 from typer.testing import CliRunner
 
 HOSTILE = "<script>alert(1)</script>\"'&`x`"

@@ -9,12 +9,12 @@ import safetensors.torch
 import torch
 from sedac.errors import ConfigError
 from sedac_probes import corpus
-from sedac_probes.collection import Collection, write_description
+from sedac_probes.calibration.forms import Skip
+from sedac_probes.calibration.reduced import Plain, ReducedModel
+from sedac_probes.collecting.collection import Collection, write_description
 from sedac_probes.commands.options import DEMO
-from sedac_probes.damage import Watched, make_batch, make_form, measure_collection, measure_damage, read_damage
-from sedac_probes.forms import Skip
-from sedac_probes.reduced import Plain, ReducedModel
-from sedac_probes.train import describe_errors, make_target, train_probe
+from sedac_probes.training.damage import Watched, make_batch, make_form, measure_collection, measure_damage, read_damage
+from sedac_probes.training.train import describe_errors, make_target, train_probe
 
 LAYERS, LENGTH = (2, 8), 96
 

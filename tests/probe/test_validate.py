@@ -12,12 +12,12 @@ import pytest
 import torch
 from sedac.probe import artifact
 from sedac_probes import corpus
-from sedac_probes.choosers import ORACLE, RANDOM, compare_choosers
+from sedac_probes.calibration.forms import Skip
+from sedac_probes.calibration.reduced import Plain, ReducedModel
 from sedac_probes.commands.options import DEMO
-from sedac_probes.damage import make_batch
-from sedac_probes.forms import Skip
-from sedac_probes.reduced import Plain, ReducedModel
-from sedac_probes.validate import estimate_speedup
+from sedac_probes.training.choosers import ORACLE, RANDOM, compare_choosers
+from sedac_probes.training.damage import make_batch
+from sedac_probes.training.validate import estimate_speedup
 
 LENGTH, SAMPLES = 96, 4
 

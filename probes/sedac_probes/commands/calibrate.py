@@ -34,12 +34,12 @@ def calibrate(
     """
     from sedac.probe import artifact
 
-    from sedac_probes import calibrate as workshop
     from sedac_probes import corpus
-    from sedac_probes import report as results
-    from sedac_probes.collection import read_statistics
-    from sedac_probes.reduced import ReducedModel
-    from sedac_probes.tiers import Target
+    from sedac_probes.calibration import calibrate as workshop
+    from sedac_probes.calibration import report as results
+    from sedac_probes.calibration.reduced import ReducedModel
+    from sedac_probes.calibration.tiers import Target
+    from sedac_probes.collecting.collection import read_statistics
 
     targets = dict(workshop.TARGETS)
     if max_ratio is not None and saving is not None:

@@ -57,9 +57,9 @@ def certify(
     """
     from sedac.probe.manifest import read_manifest
 
-    from sedac_probes import bounds, family, policy_file, verdict
-    from sedac_probes import certify as workshop
-    from sedac_probes.session import Settings
+    from sedac_probes.certification import bounds, family, policy_file, verdict
+    from sedac_probes.certification import certify as workshop
+    from sedac_probes.certification.session import Settings
 
     settings = Settings(
         loss=loss, eps=eps, delta=delta, procedure=bounds.read_procedure(procedure), num_requests=requests, prompt_tokens=prompt_tokens,

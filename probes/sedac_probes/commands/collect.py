@@ -38,8 +38,8 @@ def collect(
 
         sedac-probes collect --model build/model --texts traffic.jsonl --texts notes/ --suggest --out build/streams
     """
-    from sedac_probes.collect import collect as run
-    from sedac_probes.texts import DATASET
+    from sedac_probes.collecting.collect import collect as run
+    from sedac_probes.collecting.texts import DATASET
 
     chosen = parse_layers(layers)
     if (split != "train" or field) and not dataset:

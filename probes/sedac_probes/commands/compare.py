@@ -24,10 +24,10 @@ def compare(
     """
     from sedac.probe import artifact
 
-    from sedac_probes import compare as workshop
     from sedac_probes import corpus
-    from sedac_probes import report as results
-    from sedac_probes.reduced import ReducedModel
+    from sedac_probes.calibration import compare as workshop
+    from sedac_probes.calibration import report as results
+    from sedac_probes.calibration.reduced import ReducedModel
 
     documents, savings = read_documents(texts, "heldout", samples, model), (0.1, 0.2, 0.3)
     loaded, found = ReducedModel(model), artifact.load(probe_set)

@@ -30,7 +30,7 @@ def convert(
 
         sedac-probes convert build/probe-set --out build/sedac_data
     """
-    from sedac_probes.convert import convert as run
+    from sedac_probes.legacy.convert import convert as run
 
     try:
         chosen = tuple(int(text) for text in layers.split(",") if text)

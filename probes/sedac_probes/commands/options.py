@@ -30,7 +30,7 @@ def read_documents(texts: list[Path] | None, split: str, samples: int, model: st
         ConfigError: a text can't be read, or `samples` is below 1.
     """
     from sedac_probes import corpus
-    from sedac_probes.texts import read_texts
+    from sedac_probes.collecting.texts import read_texts
 
     if samples < 1:
         raise ConfigError(f"--samples is {samples}; give at least 1")

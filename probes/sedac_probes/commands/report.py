@@ -21,7 +21,7 @@ def report(
 
     Example: sedac-probes report build/demo-probes --probe-set probes/demo/probe-set
     """
-    from sedac_probes.page import make_page, write_page
+    from sedac_probes.page.page import make_page, write_page
 
     target = out or work / "report.html"
     write_page(target, make_page(work, probe_set or work / "probe-set", model=model))

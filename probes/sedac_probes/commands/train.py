@@ -38,7 +38,7 @@ def train(
     target: Annotated[Target, typer.Option(help="entropy: log1p of the final entropy; damage: the KL of reducing this token.")] = Target.entropy,
     damage_level: Annotated[str, typer.Option(help="What a token is reduced to: skip, or a level of --levels-from.")] = "skip",
     levels_from: Annotated[Path | None, typer.Option(help="Calibrated probe set that has the level.")] = None,
-    transform: Annotated[Transform, typer.Option(help="Of damage: log1p(damage / median), or its rank.")] = Transform.log,
+    transform: Annotated[Transform, typer.Option(help="Of damage: its rank, or log1p(damage / median).")] = Transform.rank,
     texts: Texts = None,
     rank: Annotated[int, typer.Option(help="Rank of the probes.")] = 64,
     epochs: Annotated[int, typer.Option(help="At most; stops early when held-out loss stops falling.")] = 20,
@@ -58,7 +58,7 @@ def train(
     from sedac.probe import artifact
     from sedac.probe.manifest import Manifest, ProbeRecord
 
-    from sedac_probes import train as workshop
+    from sedac_probes.training import train as workshop
 
     description: Any = workshop.read_description(collection)
     damage = _measure(collection, description, texts, damage_level, levels_from, whole=target is Target.damage)
@@ -107,8 +107,9 @@ def _measure(collection: Path, description: Any, texts: list[Path] | None, level
     """Measure damage, of all documents or of the held-out ones; None where it is not needed and can't be had."""
     from sedac.errors import ConfigError
 
-    from sedac_probes import corpus, damage
-    from sedac_probes.reduced import ReducedModel
+    from sedac_probes import corpus
+    from sedac_probes.calibration.reduced import ReducedModel
+    from sedac_probes.training import damage
 
     documents = read_documents(texts, "train", description["num_documents"], description["model"])
     if corpus.digest(documents) != description["data_digest"]:

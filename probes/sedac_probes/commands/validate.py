@@ -41,7 +41,7 @@ def validate(
     if against:
         written = _compare(probe_set, against, model, documents, max_length, tier)
     else:
-        from sedac_probes.validate import validate as run
+        from sedac_probes.training.validate import validate as run
 
         results = run(model, probe_set, documents, QUANTILES, max_length=max_length)
         written = {"kind": "validation", "policies": [asdict(r) for r in results]}
@@ -80,9 +80,9 @@ def _compare(probe_set: Path, against: Path, model: str, texts: list[str], max_l
     from sedac.errors import ConfigError
     from sedac.probe import artifact
 
-    from sedac_probes.choosers import compare_choosers
-    from sedac_probes.damage import make_batch, make_form
-    from sedac_probes.reduced import ReducedModel
+    from sedac_probes.calibration.reduced import ReducedModel
+    from sedac_probes.training.choosers import compare_choosers
+    from sedac_probes.training.damage import make_batch, make_form
 
     own, other = artifact.load(probe_set), artifact.load(against)
     if set(own.probes) != set(other.probes):

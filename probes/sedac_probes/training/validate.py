@@ -20,11 +20,11 @@ from sedac.probe import artifact
 from sedac.probe.cascade import Knobs
 from torch import Tensor
 
-from sedac_probes.damage import make_batch, make_form
-from sedac_probes.family import Member, make_policy
-from sedac_probes.forms import Decided
-from sedac_probes.recording import LLM, start_engine, tokenise
-from sedac_probes.reduced import Batch, Plain, ReducedModel
+from sedac_probes.calibration.forms import Decided
+from sedac_probes.calibration.reduced import Batch, Plain, ReducedModel
+from sedac_probes.certification.family import Member, make_policy
+from sedac_probes.collecting.recording import LLM, start_engine, tokenise
+from sedac_probes.training.damage import make_batch, make_form
 
 _GROUP = 8
 

@@ -12,8 +12,8 @@ import torch
 from sedac.probe.levels import Level, Neurons, Reduction, Score, activate
 from torch import Tensor
 
-from sedac_probes.forms import AtLevel
-from sedac_probes.reduced import Batch, ReducedModel
+from sedac_probes.calibration.forms import AtLevel
+from sedac_probes.calibration.reduced import Batch, ReducedModel
 
 MOST_SAVED = {"contextual": 2 / 3, "width": 1.0}
 """of an MLP's FLOPs when no neuron is left; contextual has computed the gate"""

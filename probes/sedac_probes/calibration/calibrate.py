@@ -18,13 +18,13 @@ from sedac.probe.levels import Level, Neurons, Reduction, Score
 from sedac.probe.manifest import LevelRecord, Manifest, TierRecord
 from tqdm import tqdm
 
-from sedac_probes.forms import AtLevel, Decided
-from sedac_probes.neurons import Statistics, describe_neurons
-from sedac_probes.plan import measure_curves, plan_savings
-from sedac_probes.reduced import Quality, ReducedModel
-from sedac_probes.reductions import make_level
-from sedac_probes.repair import fit_repair
-from sedac_probes.tiers import Target, find_scales, find_tier, get_risks, set_thresholds
+from sedac_probes.calibration.forms import AtLevel, Decided
+from sedac_probes.calibration.neurons import Statistics, describe_neurons
+from sedac_probes.calibration.plan import measure_curves, plan_savings
+from sedac_probes.calibration.reduced import Quality, ReducedModel
+from sedac_probes.calibration.reductions import make_level
+from sedac_probes.calibration.repair import fit_repair
+from sedac_probes.calibration.tiers import Target, find_scales, find_tier, get_risks, set_thresholds
 
 SAVINGS = {"contextual": (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), "width": (0.1, 0.2, 0.3, 0.4, 0.5)}
 TARGETS = {"conservative": Target(max_ratio=1.003), "balanced": Target(max_ratio=1.01), "aggressive": Target(max_ratio=1.03)}

@@ -22,8 +22,8 @@ from markupsafe import Markup
 from sedac.errors import ArtifactError, ConfigError
 from sedac.probe.manifest import read_manifest
 
-from sedac_probes import sections, statement
-from sedac_probes.blocks import Part, Section, Text, as_dict, as_number, as_percent, as_text, mark_code
+from sedac_probes.page import sections, statement
+from sedac_probes.page.blocks import Part, Section, Text, as_dict, as_number, as_percent, as_text, mark_code
 
 NAMES = ("train", "validation", "calibration", "comparison", "certificate", "check")
 _KINDS = {"train": "train", "validate": "validation", "calibrate": "calibration", "compare": "comparison", "certify": "certificate", "check": "check"}
@@ -126,7 +126,7 @@ def make_page(work: Path, probe_set: Path, *, model: str = "") -> str:
 @functools.cache
 def _get_template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sedac_probes", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("sedac_probes.page", "."), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["code"] = mark_code
     return environment.get_template("report.html.j2")
@@ -197,7 +197,7 @@ def _find_missing(work: Path, probe_set: Path, parts: Mapping[str, Part], manife
     steps = {
         "collection": ("recorded streams", f"sedac-probes collect --model {m} --texts TRAFFIC.txt --out {w}/streams"),
         "train": ("training" if manifest else "probe set", f"sedac-probes train --collection {w}/streams --out {p} --name NAME"),
-        "validation": ("validation", f"sedac-probes validate --model {m} --probe-set {p} --texts HELD_OUT.txt --json > {w}/validation.json"),
+        "validation": ("validation", f"sedac-probes validate --model {m} --probe-set {p} --texts HELD_OUT.txt --out {w}/validation"),
         "calibration": ("calibration", f"sedac-probes calibrate --model {m} --probe-set {p} --texts TRAFFIC.txt --report {w}/calibration"),
         "comparison": ("comparison of mechanisms", f"sedac-probes compare --model {m} --probe-set {p} --texts HELD_OUT.txt --out {w}/comparison"),
         "certificate": ("certificate", f"sedac-probes certify --model {m} --probe-set {p} --texts FRESH_TRAFFIC.txt --out {w}"),

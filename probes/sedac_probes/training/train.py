@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from sedac_probes.collection import read_collection, read_description
-from sedac_probes.damage import is_heldout, read_damage
+from sedac_probes.collecting.collection import read_collection, read_description
+from sedac_probes.training.damage import is_heldout, read_damage
 
 __all__ = ["TARGET", "TrainedProbe", "read_collection", "read_description", "train_probe"]
 
@@ -76,7 +76,7 @@ def train_probe(
     *,
     target: Target = "entropy",
     damage: Path | None = None,
-    transform: Transform = "log",
+    transform: Transform = "rank",
     rank: int = 64,
     max_epochs: int = 20,
     batch_size: int = 1024,

@@ -11,8 +11,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sedac_probes import charts
-from sedac_probes.blocks import (
+from sedac_probes.calibration.report import find_front
+from sedac_probes.page import charts
+from sedac_probes.page.blocks import (
     Details,
     Facts,
     Figure,
@@ -31,7 +32,6 @@ from sedac_probes.blocks import (
     describe,
     make_table,
 )
-from sedac_probes.report import find_front
 
 
 def make_picture(path: Path, caption: str) -> tuple[Figure, ...]:

@@ -14,7 +14,7 @@ from sedac.probe.levels import Level, Neurons, Score, get_mask
 from torch import Tensor
 from tqdm import tqdm
 
-from sedac_probes.reduced import Batch, Plain, ReducedModel
+from sedac_probes.calibration.reduced import Batch, Plain, ReducedModel
 
 _RIDGE = 0.3
 

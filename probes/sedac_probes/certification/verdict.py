@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sedac_probes.certify import Certification, Observation, Outcome
-from sedac_probes.session import Settings
+from sedac_probes.certification.certify import Certification, Observation, Outcome
+from sedac_probes.certification.session import Settings
 
 _COLOURS = {"certified": "tab:green", "passed": "tab:blue", "failed": "tab:red"}
 

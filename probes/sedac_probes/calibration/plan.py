@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from sedac_probes.forms import AtLevel
-from sedac_probes.reduced import Batch, Form, Plain, ReducedModel
-from sedac_probes.reductions import MOST_SAVED, make_level
+from sedac_probes.calibration.forms import AtLevel
+from sedac_probes.calibration.reduced import Batch, Form, Plain, ReducedModel
+from sedac_probes.calibration.reductions import MOST_SAVED, make_level
 
 _DROPPED = (0.25, 0.5, 0.75, 0.92)  # shares of a layer's neurons, the points of its damage curve; no plan goes beyond the last
 _PIECES = 16  # of a curve between two points

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sedac_probes import corpus
-from sedac_probes.collection import (
+from sedac_probes.collecting.collection import (
     DESCRIPTION,
     Collection,
     check_same,
@@ -31,19 +31,20 @@ from sedac_probes.collection import (
     write_description,
     write_shard,
 )
-from sedac_probes.recording import LLM, read_config, start_engine, tokenise
+from sedac_probes.collecting.recording import LLM, read_config, start_engine, tokenise
 
 __all__ = ["Collection", "choose_layers", "collect", "read_collection", "read_statistics", "record"]
 
 _log = logging.getLogger(__name__)
 _DOCUMENTS_PER_SHARD = 16
 _MAX_TOP_K = 1024
-_FRACTIONS = (0.19, 0.41, 0.65)  # where the earlier versions put their checkpoints: 7, 14, 21 of 36 and 5, 12, 19 of 28
+_EARLIER = {28: (5, 12, 19), 36: (7, 14, 21)}  # where the earlier versions put their checkpoints
+_FRACTIONS = (0.19, 0.41, 0.65)  # about theirs, for other depths
 
 
 def choose_layers(num_layers: int) -> tuple[int, ...]:
     """Return the default checkpoint layers for a model of that depth; none after the last layer, where nothing is left to decide."""
-    return tuple(sorted({max(0, min(round(num_layers * f), num_layers - 2)) for f in _FRACTIONS}))
+    return _EARLIER.get(num_layers) or tuple(sorted({max(0, min(round(num_layers * f), num_layers - 2)) for f in _FRACTIONS}))
 
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -110,7 +111,7 @@ def collect(
     llm = start_engine(model, layers=watched, max_length=max_length, dtype=dtype, top_k=top_k, tensor_parallel_size=tensor_parallel_size)
     prompts = _tokenise(llm, documents, max_length)
     if chooses:
-        from sedac_probes.suggest import suggest_layers
+        from sedac_probes.collecting.suggest import suggest_layers
 
         wanted = replace(wanted, layers=suggest_layers(lambda ids: record(llm, ids)[0], prompts, num_layers))
         llm.collective_rpc("sedac_keep_streams", args=(list(wanted.layers),))

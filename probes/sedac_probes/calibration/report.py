@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from sedac_probes.reduced import Quality
+from sedac_probes.calibration.reduced import Quality
 
 Points = Mapping[str, Sequence[tuple[str, Quality]]]
 """per mechanism: what varies within it, and the quality there"""

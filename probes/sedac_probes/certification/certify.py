@@ -18,10 +18,10 @@ from sedac.policy import Policy, validate
 from sedac.probe.manifest import read_manifest
 from sedac.weights import get_weights_digest
 
-from sedac_probes import bounds
+from sedac_probes.certification import bounds
+from sedac_probes.certification.family import TIER, Member, make_layout, make_policy
+from sedac_probes.certification.session import Session, Settings
 from sedac_probes.corpus import Document
-from sedac_probes.family import TIER, Member, make_layout, make_policy
-from sedac_probes.session import Session, Settings
 
 
 @dataclass(frozen=True, kw_only=True)

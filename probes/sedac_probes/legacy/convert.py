@@ -23,8 +23,8 @@ from sedac.probe import artifact
 from sedac.probe.manifest import Manifest, ProbeRecord
 from torch import Tensor
 
-from sedac_probes import legacy
-from sedac_probes.collect import Collection
+from sedac_probes.collecting.collect import Collection
+from sedac_probes.legacy import layout as legacy
 
 Part = Literal["probes", "streams"]
 TARGET = "final entropy, as trained by an earlier version"

@@ -19,8 +19,8 @@ from sedac.policy import EXACT, TIER_KEY, Policy
 from sedac.versions import find_vllm_version
 from tqdm import tqdm
 
-from sedac_probes.prompts import Request
-from sedac_probes.recording import LLM
+from sedac_probes.certification.prompts import Request
+from sedac_probes.collecting.recording import LLM
 
 _MakeParams = Callable[[str, int], Any]
 """tier and index of a request -> SamplingParams"""

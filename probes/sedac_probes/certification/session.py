@@ -13,12 +13,12 @@ from sedac.policy import EXACT, Policy
 from sedac.probe.manifest import read_manifest
 from sedac.weights import get_weights_digest
 
-from sedac_probes import prompts
-from sedac_probes.bounds import Procedure
+from sedac_probes.certification import prompts
+from sedac_probes.certification.bounds import Procedure
+from sedac_probes.certification.losses import Exchange, Loss, load_loss
+from sedac_probes.certification.trial import Answers, KeptTrial, Trial, describe_engine
+from sedac_probes.collecting.recording import LLM, start_engine
 from sedac_probes.corpus import Document
-from sedac_probes.losses import Exchange, Loss, load_loss
-from sedac_probes.recording import LLM, start_engine
-from sedac_probes.trial import Answers, KeptTrial, Trial, describe_engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from sedac.probe.levels import Level, Neurons, Score, reduce_mlp
 from sedac.probe.probe import LREProbe
 from torch import Tensor
 
-from sedac_probes.reduced import Batch, Form, Plain
+from sedac_probes.calibration.reduced import Batch, Form, Plain
 
 
 class Skip(Plain):

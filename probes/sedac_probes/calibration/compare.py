@@ -16,9 +16,9 @@ from sedac.probe.cascade import Knobs
 from sedac.probe.levels import Neurons
 from sedac.probe.manifest import TierRecord
 
-from sedac_probes.forms import AtLevel, Decided, Randomly, Skip, SoftExit
-from sedac_probes.reduced import Batch, Form, Plain, Quality, ReducedModel
-from sedac_probes.reductions import make_level
+from sedac_probes.calibration.forms import AtLevel, Decided, Randomly, Skip, SoftExit
+from sedac_probes.calibration.reduced import Batch, Form, Plain, Quality, ReducedModel
+from sedac_probes.calibration.reductions import make_level
 
 QUANTILES = (0.02, 0.05, 0.1, 0.2, 0.4)
 _UNIFORM = (0.1, 0.2, 0.3, 0.4, 0.5)

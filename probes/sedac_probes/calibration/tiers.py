@@ -14,7 +14,7 @@ from sedac.probe.manifest import ProbeRecord, TierRecord
 from sedac.probe.probe import LREProbe
 from torch import Tensor
 
-from sedac_probes.reduced import Batch, Plain, Quality, ReducedModel
+from sedac_probes.calibration.reduced import Batch, Plain, Quality, ReducedModel
 
 SHARES = (0.1, 0.3, 0.6)
 """of the tokens at a checkpoint that a tier may find confident; the scales that are tried let about so many go"""

@@ -27,8 +27,8 @@ from sedac.errors import ConfigError
 from torch import Tensor
 from tqdm import tqdm
 
-from sedac_probes.forms import AtLevel, Skip
-from sedac_probes.reduced import Batch, Form, Plain, ReducedModel
+from sedac_probes.calibration.forms import AtLevel, Skip
+from sedac_probes.calibration.reduced import Batch, Form, Plain, ReducedModel
 
 HELDOUT_EVERY = 10
 """every tenth document of a collection is held out"""

@@ -15,7 +15,7 @@ from sedac.probe.levels import Neurons
 from torch import Tensor
 from tqdm import tqdm
 
-from sedac_probes.reduced import Batch, Plain, ReducedModel
+from sedac_probes.calibration.reduced import Batch, Plain, ReducedModel
 
 
 @dataclass(frozen=True, kw_only=True)

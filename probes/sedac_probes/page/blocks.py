@@ -13,7 +13,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sedac_probes import charts
+from sedac_probes.page import charts
 
 _MOST_ITEMS, _MOST_ROWS, _MOST_CHARS, _DEPTH = 24, 400, 300, 3
 _MOST = 1e15

@@ -23,7 +23,7 @@ from sedac.errors import ArtifactError, ConfigError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sedac_probes.neurons import Statistics
+    from sedac_probes.calibration.neurons import Statistics
 
 DESCRIPTION = "collection.json"
 _AGAIN = "run `sedac-probes collect` again with the same settings, it resumes"
@@ -181,7 +181,7 @@ def read_statistics(directory: Path) -> Statistics:
         ConfigError: the collection has none, for some layers or at all.
         ArtifactError: a shard is cut short or is no safetensors file.
     """
-    from sedac_probes.neurons import Statistics
+    from sedac_probes.calibration.neurons import Statistics
 
     described = read_description(directory)
     sums: dict[str, dict[int, Tensor]] = {"up": {}, "hidden": {}}

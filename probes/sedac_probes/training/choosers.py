@@ -15,8 +15,8 @@ from sedac.probe.probe import LREProbe
 from torch import Tensor
 from tqdm import tqdm
 
-from sedac_probes.damage import Watched, measure_damage
-from sedac_probes.reduced import Batch, Form, Plain, ReducedModel
+from sedac_probes.calibration.reduced import Batch, Form, Plain, ReducedModel
+from sedac_probes.training.damage import Watched, measure_damage
 
 RANDOM, ORACLE = "random tokens", "oracle: measured damage"
 

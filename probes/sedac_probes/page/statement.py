@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sedac_probes import charts
-from sedac_probes.blocks import (
+from sedac_probes.page import charts
+from sedac_probes.page.blocks import (
     Commands,
     Details,
     Facts,

@@ -1,0 +1,1 @@
+"""The earlier versions' files, read and written."""

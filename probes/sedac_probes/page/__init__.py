@@ -1,0 +1,1 @@
+"""A workshop run on one HTML page."""

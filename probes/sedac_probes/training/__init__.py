@@ -1,0 +1,1 @@
+"""Probes from collections, and what they are worth."""
