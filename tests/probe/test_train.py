@@ -110,7 +110,7 @@ def test_a_probe_trained_on_damage_orders_tokens_better(collection):
         shared = {"damage": damage, "max_epochs": 15, "batch_size": 256, "seed": seed}
         own = train_probe(collection, 8, target="damage", **shared)
         entropy = train_probe(collection, 8, **shared)
-        assert own.spearman == pytest.approx(own.spearman_damage)  # the transform keeps the order
+        assert own.spearman == pytest.approx(own.spearman_damage, abs=2e-3)  # ranks keep the order, up to ties
         assert own.spearman_damage > entropy.spearman_damage + 0.05
         assert entropy.spearman > 0.3
 

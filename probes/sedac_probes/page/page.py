@@ -114,7 +114,7 @@ def make_page(work: Path, probe_set: Path, *, model: str = "") -> str:
         shown.insert(0, Section(name="problems", title="Look at this first", blocks=tuple(Text(text=p, kind="warning") for p in problems)))
     return _get_template().render(
         title=f"Probe set {manifest['name']} for {Path(model).name}" if manifest else f"Probes for {Path(model).name}",
-        style=Markup(resources.files("sedac_probes").joinpath("report.css").read_text(encoding="utf-8")),
+        style=Markup(resources.files("sedac_probes.page").joinpath("report.css").read_text(encoding="utf-8")),
         verdict=_judge(certification),
         cards=_make_cards(manifest, parts),
         sections=shown,
