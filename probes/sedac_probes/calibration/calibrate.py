@@ -6,12 +6,14 @@ at each level; the down projections refitted on reduced activations (repair); th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sedac.errors import ConfigError
+from sedac.policy import FULL
 from sedac.probe import artifact
 from sedac.probe.cascade import Knobs
 from sedac.probe.levels import Level, Neurons, Reduction, Score
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from sedac_probes.calibration.forms import AtLevel, Decided
 from sedac_probes.calibration.neurons import Statistics, describe_neurons
 from sedac_probes.calibration.plan import measure_curves, plan_savings
-from sedac_probes.calibration.reduced import Quality, ReducedModel
+from sedac_probes.calibration.reduced import Plain, Quality, ReducedModel
 from sedac_probes.calibration.reductions import make_level
 from sedac_probes.calibration.repair import fit_repair
 from sedac_probes.calibration.tiers import Target, find_scales, find_tier, get_risks, set_thresholds
@@ -111,15 +113,22 @@ def calibrate(
     measured = model.measure(check, [*(at(level) for level in levels), *exits])
     pairs = sorted(zip(measured, levels, strict=False), key=lambda pair: pair[0].saved)
     qualities, levels = [q for q, _ in pairs], [level for _, level in pairs]
+    by_name, full_N = {level.name: level for level in levels}, model.get_logprobs(check, Plain())[0]
+
+    def make_tier(floor: Level, level: Level, scale: float) -> Decided:
+        return Decided(probe_set.probes, {p.layer: Knobs(threshold=p.threshold * scale) for p in probes}, floor=at(floor), level=at(level))
+
     with tqdm(desc="tiers", unit="try") as bar:
 
-        def measure(floor: Level, level: Level, scale: float) -> Quality:
+        def measure(floor: Level, level: Level, scale: float) -> tuple[float, float]:
             bar.update()
-            knobs = {p.layer: Knobs(threshold=p.threshold * scale) for p in probes}
-            return model.measure(check, [Decided(probe_set.probes, knobs, floor=at(floor), level=at(level))], None)[0]
+            logprobs_N, saved = model.get_logprobs(check, make_tier(floor, level, scale))
+            return saved, math.exp((full_N - logprobs_N).double().mean().item())
 
         scales = find_scales(risks, probes)
-        found = {name: find_tier(name, target, levels, qualities, scales, measure) for name, target in targets.items()}
+        tiers = [find_tier(name, target, levels, qualities, scales, measure) for name, target in targets.items()]
+    reducing = [t for t in tiers if t.floor != FULL]
+    found = model.measure(check, [make_tier(by_name[t.floor], by_name[t.level], t.threshold_scale) for t in reducing], "tiers found")
     return Calibration(
         levels=tuple(levels),
         neurons=neurons,
@@ -129,8 +138,8 @@ def calibrate(
         plans={level.name: plans[level.name] for level in levels},
         thresholds=thresholds,
         exits=tuple(zip(_EXITS, measured[len(levels) :], strict=True)),
-        tiers=tuple(tier for tier, _ in found.values()),
-        tier_qualities={name: quality for name, (_, quality) in found.items() if quality},
+        tiers=tuple(tiers),
+        tier_qualities={t.name: quality for t, quality in zip(reducing, found, strict=True)},
     )
 
 

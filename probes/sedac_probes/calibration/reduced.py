@@ -203,3 +203,15 @@ class ReducedModel:
         sums[:, 0] /= num_tokens
         sums[:, 1:] /= num_scored
         return [Quality(saved=s, perplexity_ratio=math.exp(d), agreement=a, kl=k, num_tokens=num_scored) for s, d, a, k in sums.tolist()]
+
+    @torch.inference_mode()
+    def get_logprobs(self, batches: Sequence[Batch], form: Form) -> tuple[Tensor, float]:
+        """Return the log-probability of every next token (N,), nats, under a form, and the share of all MLP FLOPs that it saves."""
+        parts, saved = [], 0.0
+        for batch in batches:
+            scored_BS = batch.real_BS[:, 1:]
+            logits_BSV, computed = self.run(batch, form)
+            logprobs_NV = logits_BSV[:, :-1][scored_BS].log_softmax(-1)
+            parts.append(logprobs_NV.gather(1, batch.ids_BS[:, 1:][scored_BS][:, None]).squeeze(1))
+            saved += (1 - computed) * int(batch.real_BS.sum())
+        return torch.cat(parts), saved / sum(int(batch.real_BS.sum()) for batch in batches)

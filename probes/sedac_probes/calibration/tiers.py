@@ -22,8 +22,8 @@ _MARGIN = 0.85  # of what a target's ratio allows over 1: the best of many tries
 _FLOORS = 2
 _GOALS = 2
 
-Measure = Callable[[Level, Level, float], Quality]
-"""what floor, level of confident tokens and threshold scale save and cost"""
+Measure = Callable[[Level, Level, float], tuple[float, float]]
+"""what floor, level of confident tokens and threshold scale save (share of MLP FLOPs) and cost (perplexity ratio)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +84,8 @@ def find_scales(risks: Mapping[int, Tensor], probes: Sequence[ProbeRecord]) -> l
 
 def find_tier(
     name: str, target: Target, levels: Sequence[Level], qualities: Sequence[Quality], scales: Sequence[float], measure: Measure
-) -> tuple[TierRecord, Quality | None]:
-    """Return the tier that meets the target best, and what it was measured to be (None: it reduces nothing, as nothing else meets it).
+) -> TierRecord:
+    """Return the tier that meets the target best; one that reduces nothing, where nothing else meets it.
 
     `qualities` are those of all tokens at one level. Floors are tried from the most saving that meets the bound downwards, above
     each one the next levels of its kind for confident tokens, at growing scales until the bound is passed.
@@ -98,23 +98,20 @@ def find_tier(
         enough = [i for i in order if qualities[i].saved >= (target.min_saved or 0.0)]
         limit = min((qualities[i].perplexity_ratio for i in enough), default=float("inf"))
         floors = sorted(enough, key=lambda i: qualities[i].perplexity_ratio)[:1] + [i for i in order if i not in enough][:_FLOORS]
-    best: tuple[TierRecord, Quality] | None = None
+    best: tuple[TierRecord, float, float] | None = None
 
-    def keep(floor: Level, level: Level, scale: float, quality: Quality) -> bool:
+    def keep(floor: Level, level: Level, scale: float, saved: float, ratio: float) -> bool:
         nonlocal best
-        fits = quality.perplexity_ratio <= limit and quality.saved >= (target.min_saved or 0.0)
-        is_better = best is None or (
-            quality.saved > best[1].saved if target.max_ratio is not None else quality.perplexity_ratio < best[1].perplexity_ratio
-        )
-        if fits and is_better:
-            best = TierRecord(name=name, floor=floor.name, level=level.name, threshold_scale=scale), quality
-        return quality.perplexity_ratio <= limit
+        fits = ratio <= limit and saved >= (target.min_saved or 0.0)
+        if fits and (best is None or (saved > best[1] if target.max_ratio is not None else ratio < best[2])):
+            best = TierRecord(name=name, floor=floor.name, level=level.name, threshold_scale=scale), saved, ratio
+        return ratio <= limit
 
     for i in floors:
-        keep(levels[i], levels[i], 1.0, qualities[i])
+        keep(levels[i], levels[i], 1.0, qualities[i].saved, qualities[i].perplexity_ratio)
         goals = [j for j in reversed(order) if levels[j].reduction == levels[i].reduction and qualities[j].saved > qualities[i].saved][:_GOALS]
         for j in goals:
             for scale in scales:
-                if not keep(levels[i], levels[j], scale, measure(levels[i], levels[j], scale)):
+                if not keep(levels[i], levels[j], scale, *measure(levels[i], levels[j], scale)):
                     break
-    return best or (TierRecord(name=name, floor="full", level="full"), None)
+    return best[0] if best else TierRecord(name=name, floor="full", level="full")
