@@ -204,6 +204,12 @@ def test_collection_of_another_model_is_not_continued(refused, collection):
     assert "hidden_size 16, asked for 256" in line
 
 
+def test_collection_of_other_weights(refused, collection):
+    path = collection / "collection.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": str(DEMO), "weights_sha256": "a" * 64}))
+    assert "was recorded from weights aaaaaaaaaaaa" in train(refused, collection)
+
+
 def test_code_in_a_pickle_offered_as_a_shard_is_never_run(refused, collection, tmp_path):
     canary, path = tmp_path / "canary", collection / "shard-00001.safetensors"
     torch.save({"stream.1": torch.zeros(2, 2), "code": Canary(canary)}, path)

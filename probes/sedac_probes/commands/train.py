@@ -106,11 +106,15 @@ def train(
 def _measure(collection: Path, description: Any, texts: list[Path] | None, level: str, levels_from: Path | None, *, whole: bool) -> Path | None:
     """Measure damage, of all documents or of the held-out ones; None where it is not needed and can't be had."""
     from sedac.errors import ConfigError
+    from sedac.weights import get_weights_digest
 
     from sedac_probes import corpus
     from sedac_probes.calibration.reduced import ReducedModel
     from sedac_probes.training import damage
 
+    recorded = description.get("weights_sha256", "")  # converted collections have none
+    if recorded and recorded != (present := get_weights_digest(description["model"])):
+        raise ConfigError(f"{collection} was recorded from weights {recorded[:12]}, {description['model']} has {present[:12]} now; collect again")
     documents = read_documents(texts, "train", description["num_documents"], description["model"])
     if corpus.digest(documents) != description["data_digest"]:
         problem = f"{collection} was collected from other texts (sha256 {description['data_digest'][:12]}); give the same --texts as to `collect`"
