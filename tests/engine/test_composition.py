@@ -132,10 +132,12 @@ def test_chunked_prefill_and_prefix_cache_change_no_token(demo_model, demo_probe
     run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS}
     shared = [prompts[0] * 4 + p for p in prompts[:4]]
     again = {"do": "generate", "prompts": shared, "max_tokens": 16}
+    loud = _policy(demo_probes, phase="all")  # every token exits at once, so that what it leaves in the cache can't be missed
+    loud["policy"]["checkpoints"] = [c | {"threshold": 1e9} for c in loud["policy"]["checkpoints"]]
     steps = [
         _policy(demo_probes),
         run | {"tiers": _TIERS},
-        _policy(demo_probes, phase="all") | {"revision": 2},
+        loud | {"revision": 2},
         {"do": "reset_prefix_cache"},
         again | {"salt": "sedac-bounded:balanced:"},
         again | {"tiers": ["exact"] * 4},
