@@ -153,7 +153,7 @@ def draw_front(points: Sequence[Point], front: Sequence[Point]) -> Markup:
 
 def draw_intervals(rows: Sequence[Interval], eps: float, exact: float | None, axis: str) -> Markup:
     """Draw mean and upper limit of every tested member, one row each, and eps as the line that they must not cross."""
-    row, left, right, top = 26, 270, 74, 24
+    row, left, right, top = 26, 310, 74, 24
     width, foot = _WIDTH - left - right, top + row * len(rows)
     most = max(eps, *(max(r.mean, r.upper_limit) for r in rows)) * 1.12
 
