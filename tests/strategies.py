@@ -6,7 +6,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 from sedac.certificate import Certificate, get_knobs_digest
-from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
 
 _numbers = st.floats(allow_nan=False)
 _int32 = st.integers(-(2**31), 2**31 - 1)
@@ -26,6 +26,14 @@ adaptations = st.builds(
     max_threshold=_numbers,
     generation=_int32,
 )
+audits = st.builds(
+    Audit,
+    share=_numbers,
+    max_mismatch=st.none() | _numbers,
+    max_nll_difference=st.none() | _numbers,
+    confidence=_numbers,
+    action=st.sampled_from(["rollback", "exact"]),
+)
 _by_type = {"float": _numbers, "int": st.integers(-(2**63), 2**63 - 1), "str": st.text(st.characters(codec="utf-8"), max_size=20)}
 certificates = st.builds(Certificate, **{field.name: _by_type[field.type] for field in dataclasses.fields(Certificate)})
 any_policies = st.builds(
@@ -43,6 +51,7 @@ any_policies = st.builds(
     allow_overrides=st.booleans(),
     adaptation=adaptations,
     certificate=st.none() | certificates,
+    audit=audits,
 )
 """valid or not; what is given to `validate` should be refused without harm"""
 
@@ -85,6 +94,13 @@ def valid_policies(draw: st.DrawFn, layers: tuple[int, ...] = (2, 5, 8), levels:
             warmup_steps=draw(st.integers(0, 1_000_000)),
             window_tokens=draw(st.integers(64, 65536)),
             generation=draw(st.integers(0, 2**31 - 1)),
+        ),
+        audit=Audit(
+            share=draw(st.floats(0.001, 1)),
+            max_mismatch=draw(st.none() | st.floats(0, 1)),
+            max_nll_difference=draw(st.none() | st.floats(0, 1)),
+            confidence=draw(st.floats(0.5, 0.999)),
+            action=draw(st.sampled_from(["rollback", "exact"])),
         ),
     )
 

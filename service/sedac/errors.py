@@ -5,9 +5,18 @@
     |- PolicyInvalid          a policy has bad fields (all of them are listed)
     |- StaleEtag              somebody else changed the policy since it was read
     |- RevisionNotFound       no such revision (or no policy yet)
+    |- RevisionCompacted      the revision was there and has been compacted away
     |- RequestIdReused        a request_id was sent again with another request
     |- StoreFailed            the control service's database can't be read or written
     |- EngineReplaced         a newer connection of the same engine took over
+    |- ProbeSetNotFound       the control service has no such probe set
+    |- ProbeSetExists         a name was uploaded again with other content
+    |- ProbeSetInUse          a probe set can't be deleted while something names it
+    |- RolloutNotFound        no such roll-out (or none yet)
+    |- RolloutConflict        the roll-out's state does not allow this change
+    |- LimitExceeded          a size, rate or number of streams is over its limit
+    |- Unauthenticated        nobody proved who is calling
+    |- PermissionDenied       the caller's role may not do this
     |- ArtifactError          a probe set is missing, broken, or made for another model
     |- UnsupportedModel       the model or the engine's layout can't carry SEDAC
     |- ControlUnavailable     the control service can't be reached or did not answer in time
@@ -57,6 +66,10 @@ class RevisionNotFound(SedacError):
     """No such revision of the policy."""
 
 
+class RevisionCompacted(SedacError):
+    """The revision was there and has been compacted away."""
+
+
 class RequestIdReused(SedacError):
     """A request_id was sent again with another request."""
 
@@ -67,6 +80,38 @@ class StoreFailed(SedacError):
 
 class EngineReplaced(SedacError):
     """A newer connection of the same engine took over."""
+
+
+class ProbeSetNotFound(SedacError):
+    """The control service has no such probe set."""
+
+
+class ProbeSetExists(SedacError):
+    """A name was uploaded again with other content."""
+
+
+class ProbeSetInUse(SedacError):
+    """A probe set can't be deleted while something names it."""
+
+
+class RolloutNotFound(SedacError):
+    """No such roll-out, or none yet."""
+
+
+class RolloutConflict(SedacError):
+    """The roll-out's state does not allow this change."""
+
+
+class LimitExceeded(SedacError):
+    """A size, rate or number of streams is over its limit."""
+
+
+class Unauthenticated(SedacError):
+    """Nobody proved who is calling."""
+
+
+class PermissionDenied(SedacError):
+    """The caller's role may not do this."""
 
 
 class ArtifactError(SedacError):

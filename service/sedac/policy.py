@@ -17,6 +17,7 @@ from sedac.errors import FieldViolation, PolicyInvalid
 Phase = Literal["decode", "all"]
 Scope = Literal["token", "batch"]
 Rule = Literal["first", "accumulate", "single"]
+GuardAction = Literal["rollback", "exact"]
 
 MAX_CHECKPOINTS = 256
 MAX_TIERS = 31
@@ -85,6 +86,22 @@ class Adaptation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What share of the bounded answers is scored again in full, and what the guard does about what that shows."""
+
+    share: float = 0.0
+    """of the bounded requests, 0 to 1; 0: none"""
+    max_mismatch: float | None = None
+    """the guard's bound on the share of greedy tokens that the full model would not choose, 0 to 1; None: not guarded"""
+    max_nll_difference: float | None = None
+    """the guard's bound on what the answer's tokens lose in log-probability, mean in nats per token, 0 to 1; None: not guarded"""
+    confidence: float = 0.99
+    """of the limits that are held against the bounds, 0.5 to below 1"""
+    action: GuardAction = "rollback"
+    """back to the last good revision (to exact where there is none), or the same policy not enabled"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """The knobs of one revision; see `Policy` in control.proto for each field's meaning."""
 
@@ -107,6 +124,7 @@ class Policy:
     adaptation: Adaptation = field(default_factory=Adaptation)
     certificate: Certificate | None = None
     """of one of the tiers with these very knobs; None: UNCERTIFIED"""
+    audit: Audit = field(default_factory=Audit)
 
     def get_tiers(self) -> tuple[Tier, ...]:
         """Return the tiers beside `exact`, the implied one where none is listed."""
@@ -130,6 +148,7 @@ class Policy:
             "tiers": tuple(Tier(**t) for t in data.get("tiers", ())),
             "adaptation": Adaptation(**adaptation),
             "certificate": Certificate(**data["certificate"]) if data.get("certificate") else None,
+            "audit": Audit(**data.get("audit", {})),
         }
         return cls(**{**data, **parts})
 
@@ -178,6 +197,7 @@ def validate(policy: Policy, layout: Layout | None = None) -> None:
         bad.append(FieldViolation("sensitivity", f"{policy.sensitivity} is outside 0..10; 0 turns it off"))
     bad += _validate_tiers(policy, layout)
     bad += _validate_adaptation(policy)
+    bad += _validate_audit(policy.audit)
     if policy.certificate:
         bad += _validate_certificate(policy, policy.certificate, layout)
     if layout and policy.probe_set not in ("", layout.probe_set):
@@ -266,6 +286,23 @@ def _validate_adaptation(policy: Policy) -> list[FieldViolation]:
     low, high = adaptation.min_threshold, adaptation.max_threshold
     if not (math.isfinite(low) and math.isfinite(high) and 0 <= low <= high):
         bad.append(FieldViolation("adaptation.min_threshold", f"bounds {low} to {high}: give 0 <= min_threshold <= max_threshold, both finite"))
+    return bad
+
+
+def _validate_audit(audit: Audit) -> list[FieldViolation]:
+    bad: list[FieldViolation] = []
+    if not 0 <= audit.share <= 1:
+        bad.append(FieldViolation("audit.share", f"{audit.share} is outside 0..1; 0.01 audits one bounded request in a hundred"))
+    for name in ("max_mismatch", "max_nll_difference"):
+        bound = getattr(audit, name)
+        if bound is not None and not 0 <= bound <= 1:
+            bad.append(FieldViolation(f"audit.{name}", f"{bound} is outside 0..1; leave it out to guard nothing"))
+        elif bound is not None and audit.share == 0:
+            bad.append(FieldViolation(f"audit.{name}", f"{bound} guards nothing while audit.share is 0; audit a share of the requests, such as 0.01"))
+    if not 0.5 <= audit.confidence < 1:
+        bad.append(FieldViolation("audit.confidence", f"{audit.confidence} is outside 0.5 to below 1; 0.99 is usual"))
+    if audit.action not in ("rollback", "exact"):
+        bad.append(FieldViolation("audit.action", f"{audit.action!r} is unknown; use rollback or exact"))
     return bad
 
 

@@ -16,7 +16,7 @@ from sedac import errors
 from sedac.certificate import Certificate
 from sedac.control.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid, SedacError
-from sedac.policy import FULL, SKIP, Adaptation, Checkpoint, Layout, Phase, Policy, Rule, Scope, Tier
+from sedac.policy import FULL, SKIP, Adaptation, Audit, Checkpoint, GuardAction, Layout, Phase, Policy, Rule, Scope, Tier
 from sedac.stats import Stats
 
 AUTHOR_METADATA = "sedac-author"
@@ -26,8 +26,10 @@ _MAX_VIOLATIONS, _MAX_FIELD_CHARS, _MAX_DESCRIPTION_CHARS, _MAX_MESSAGE_CHARS = 
 _PHASES: dict[control_pb2.Phase, Phase] = {control_pb2.PHASE_DECODE: "decode", control_pb2.PHASE_ALL: "all"}
 _SCOPES: dict[control_pb2.Scope, Scope] = {control_pb2.SCOPE_TOKEN: "token", control_pb2.SCOPE_BATCH: "batch"}
 _RULES: dict[control_pb2.Rule, Rule] = {control_pb2.RULE_FIRST: "first", control_pb2.RULE_ACCUMULATE: "accumulate", control_pb2.RULE_SINGLE: "single"}
+_ACTIONS: dict[control_pb2.GuardAction, GuardAction] = {control_pb2.GUARD_ACTION_ROLLBACK: "rollback", control_pb2.GUARD_ACTION_EXACT: "exact"}
 _PHASE_NUMBERS, _SCOPE_NUMBERS = {word: number for number, word in _PHASES.items()}, {word: number for number, word in _SCOPES.items()}
 _RULE_NUMBERS = {word: number for number, word in _RULES.items()}
+_ACTION_NUMBERS = {word: number for number, word in _ACTIONS.items()}
 _N = TypeVar("_N", bound=int)
 _T = TypeVar("_T")
 
@@ -55,6 +57,11 @@ def policy_from_proto(message: control_pb2.Policy) -> Policy:
         allow_overrides=message.allow_overrides,
         adaptation=_read_adaptation(message.adaptation),
         certificate=certificate_from_proto(message.certificate) if message.HasField("certificate") else None,
+        audit=Audit(
+            share=message.audit.share,
+            action=_read_word(bad, message.audit, "action", _ACTIONS, control_pb2.GuardAction, path="audit."),
+            **_read(message.audit, "max_mismatch", "max_nll_difference", "confidence"),
+        ),
         **_read(message, "decay"),
     )
     if bad:
@@ -83,10 +90,10 @@ def _read(message: Message, *names: str) -> dict[str, Any]:
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
-def _read_word(bad: list[FieldViolation], message: control_pb2.Policy, name: str, words: dict[_N, _T], enum: Any) -> _T:
+def _read_word(bad: list[FieldViolation], message: Message, name: str, words: dict[_N, _T], enum: Any, path: str = "") -> _T:
     number = getattr(message, name)
     if number and number not in words:
-        bad.append(FieldViolation(name, f"{number} is unknown; use {' or '.join(map(enum.Name, words))}"))
+        bad.append(FieldViolation(path + name, f"{number} is unknown; use {' or '.join(map(enum.Name, words))}"))
     return words.get(number, next(iter(words.values())))
 
 
@@ -120,6 +127,7 @@ def policy_to_proto(
         allow_overrides=policy.allow_overrides,
         adaptation=control_pb2.Adaptation(**vars(policy.adaptation)),
         certificate=control_pb2.Certificate(**vars(policy.certificate)) if policy.certificate else None,
+        audit=control_pb2.Audit(**{**vars(policy.audit), "action": _ACTION_NUMBERS[policy.audit.action]}),
     )
     if create_time is not None:
         message.revision_create_time.FromDatetime(create_time)

@@ -63,7 +63,7 @@ def test_field_mask_reaches_into_adaptation_and_takes_lists_whole(client):
     assert (made.tiers, made.default_tier, made.adaptation.generation) == (tiers, "mine", 3)
     assert not client.update_policy(Policy(), fields=["adaptation", "adaptation.alpha"]).adaptation.enabled
     for path in ("adaptation.speed", "tiers.name", "adaptation."):
-        with pytest.raises(PolicyInvalid, match=f"'{path}' can't be set; .* as adaptation.frozen"):
+        with pytest.raises(PolicyInvalid, match=f"'{path}' can't be set; .* as audit.share"):
             client.update_policy(FIRST, fields=[path])
 
 

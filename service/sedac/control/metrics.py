@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from sedac.control.services import SERVICES
 from sedac.control.v1 import control_pb2
 
 STATES = {number: name.removeprefix("ENGINE_STATE_").lower() for name, number in control_pb2.EngineState.items() if number}
@@ -37,7 +38,7 @@ class ControlMetrics:
             self.changes.labels(result)
         for result in ("ack", "nack"):
             self.answers.labels(result)
-        for service in control_pb2.DESCRIPTOR.services_by_name.values():
+        for service in SERVICES:
             for method in service.methods:
                 self.started.labels(service.full_name, method.name)
                 for code in grpc.StatusCode:

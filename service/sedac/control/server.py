@@ -14,17 +14,19 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from sedac.control.database import Database
 from sedac.control.discovery import DiscoveryServicer
 from sedac.control.fleet import Fleet
 from sedac.control.metrics import ControlMetrics, MetricsInterceptor
 from sedac.control.servicer import ControlServicer
+from sedac.control.services import SERVICES
 from sedac.control.settings import ControlSettings
 from sedac.control.store import Store
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.control.v1 import control_pb2_grpc
 from sedac.errors import ConfigError
 
 _log = logging.getLogger(__name__)
-_SERVICES = tuple(service.full_name for service in control_pb2.DESCRIPTOR.services_by_name.values())
+_SERVICES = tuple(service.full_name for service in SERVICES)
 
 
 class ControlServer:
@@ -34,7 +36,8 @@ class ControlServer:
         self.settings = settings
         self.port = settings.port
         """the port in use, once started"""
-        self._store = Store(settings.database)
+        self._database = Database(settings.database)
+        self._store = Store(self._database)
         self._metrics = ControlMetrics()
         self._health = health.aio.HealthServicer()
         self._fleet = fleet = Fleet(self._metrics)
@@ -107,7 +110,7 @@ class ControlServer:
         self._fleet.close()
         await self._server.stop(self.settings.drain_seconds)
         await asyncio.to_thread(self._close_metrics)
-        self._store.close()
+        self._database.close()
 
 
 def _is_loopback(host: str) -> bool:

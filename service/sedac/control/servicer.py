@@ -25,12 +25,14 @@ from sedac.control.status import answering, refuse
 from sedac.control.store import POLICY_NAME, Revision, Store
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import ControlUnavailable, RevisionNotFound, SedacError, StaleEtag
-from sedac.policy import Adaptation, Policy, validate
+from sedac.policy import Adaptation, Audit, Policy, validate
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _FIELDS = tuple(f.name for f in dataclasses.fields(Policy))
-_ADAPTATION_FIELDS = tuple(f"adaptation.{f.name}" for f in dataclasses.fields(Adaptation))
+_PARTS = {"adaptation": Adaptation, "audit": Audit}
+"""fields of the policy whose own fields a mask may name"""
+_PART_FIELDS = tuple(f"{name}.{f.name}" for name, kind in _PARTS.items() for f in dataclasses.fields(kind))
 _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
 _MAX_AUTHOR_CHARS = 128
 _DEFAULT_PAGE, _MAX_PAGE = 50, 1000
@@ -192,16 +194,17 @@ def _merge(current: Policy, request: control_pb2.UpdatePolicyRequest) -> Policy:
     sent = wire.policy_from_proto(request.policy)
     if not paths or paths == ["*"]:
         return sent
-    unknown = [path for path in paths if path not in (*_FIELDS, *_ADAPTATION_FIELDS, "comment")]
+    unknown = [path for path in paths if path not in (*_FIELDS, *_PART_FIELDS, "comment")]
     if unknown:
         names = ", ".join(_FIELDS)
         raise refuse(
-            "update_mask", f"{unknown[0][:80]!r} can't be set; fields: {names}, comment; of adaptation single ones too, as adaptation.frozen"
+            "update_mask", f"{unknown[0][:80]!r} can't be set; fields: {names}, comment; of adaptation and audit single ones too, as audit.share"
         )
     changes = {path: getattr(sent, path) for path in paths if path in _FIELDS}
-    parts = {path.partition(".")[2] for path in paths if path in _ADAPTATION_FIELDS}
-    if parts and "adaptation" not in changes:
-        changes["adaptation"] = dataclasses.replace(current.adaptation, **{part: getattr(sent.adaptation, part) for part in parts})
+    for name in _PARTS:
+        parts = {path.partition(".")[2] for path in paths if path in _PART_FIELDS and path.startswith(f"{name}.")}
+        if parts and name not in changes:
+            changes[name] = dataclasses.replace(getattr(current, name), **{part: getattr(getattr(sent, name), part) for part in parts})
     merged = dataclasses.replace(current, **changes)
     return merged if "certificate" in changes or _is_certified(merged) else dataclasses.replace(merged, certificate=None)
 

@@ -11,23 +11,43 @@ from grpc_status import rpc_status
 
 from sedac import wire
 from sedac.errors import (
+    ArtifactError,
     ControlUnavailable,
     EngineReplaced,
     FieldViolation,
+    LimitExceeded,
+    PermissionDenied,
     PolicyInvalid,
+    ProbeSetExists,
+    ProbeSetInUse,
+    ProbeSetNotFound,
     RequestIdReused,
+    RevisionCompacted,
     RevisionNotFound,
+    RolloutConflict,
+    RolloutNotFound,
     SedacError,
     StaleEtag,
+    Unauthenticated,
 )
 
 _CODES: dict[type[SedacError], int] = {
     PolicyInvalid: code_pb2.INVALID_ARGUMENT,
     StaleEtag: code_pb2.ABORTED,
     RevisionNotFound: code_pb2.NOT_FOUND,
+    RevisionCompacted: code_pb2.OUT_OF_RANGE,
     RequestIdReused: code_pb2.ALREADY_EXISTS,
     EngineReplaced: code_pb2.ABORTED,
     ControlUnavailable: code_pb2.UNAVAILABLE,
+    ArtifactError: code_pb2.INVALID_ARGUMENT,
+    ProbeSetNotFound: code_pb2.NOT_FOUND,
+    ProbeSetExists: code_pb2.ALREADY_EXISTS,
+    ProbeSetInUse: code_pb2.FAILED_PRECONDITION,
+    RolloutNotFound: code_pb2.NOT_FOUND,
+    RolloutConflict: code_pb2.FAILED_PRECONDITION,
+    LimitExceeded: code_pb2.RESOURCE_EXHAUSTED,
+    Unauthenticated: code_pb2.UNAUTHENTICATED,
+    PermissionDenied: code_pb2.PERMISSION_DENIED,
 }
 
 

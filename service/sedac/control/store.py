@@ -1,25 +1,20 @@
-"""The store: every revision of the policy, in SQLite, durable before a call returns.
+"""The store: every revision of the policy, durable before a call returns.
 
-Called by the servicers from worker threads, because an fsync must not hold up the event loop; one connection, one lock, so
-writes are serial and two writers with one etag cannot both win. Never talks to engines.
+Writes are serial (see database.py), so two writers with one etag cannot both win. Never talks to engines.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import hashlib
 import json
-import sqlite3
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sedac import wire
+from sedac.control.database import Database
 from sedac.control.v1 import control_pb2
-from sedac.errors import ConfigError, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
+from sedac.errors import RequestIdReused, RevisionNotFound, StaleEtag
 from sedac.policy import Policy
 
 POLICY_NAME = "policies/default"
@@ -64,40 +59,18 @@ class Revision:
 class Store:
     """The revisions of one policy; see the module's docstring."""
 
-    def __init__(self, path: Path, *, now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)) -> None:
-        """Open or create the database, for this process alone.
+    def __init__(self, database: Database, *, now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)) -> None:
+        """Use an open database.
 
         Raises:
-            ConfigError: the file can't be opened, is not a database of this kind, or another control service uses it.
+            ConfigError: it is damaged or not writable.
         """
-        self.path, self._now, self._lock = path, now, threading.Lock()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_file = open(f"{path}.lock", "w")  # noqa: SIM115  held until close; the kernel lets go after a kill -9
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock_file.close()
-            raise ConfigError(f"database {path} is in use by another control service; stop that one or change SEDAC_CONTROL_DATABASE") from error
-        except OSError as error:
-            raise ConfigError(f"database {path} can't be used ({error}); name a writable file in SEDAC_CONTROL_DATABASE") from error
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(_SCHEMA)
-        except sqlite3.Error as error:
-            self.close()
-            raise ConfigError(f"database {path} can't be used ({error}); name a writable file in SEDAC_CONTROL_DATABASE") from error
-
-    def close(self) -> None:
-        """Close the database and let another process use it."""
-        with self._lock:
-            self._db.close()
-            self._lock_file.close()
+        self._db, self._now = database, now
+        database.create(_SCHEMA)
 
     def find_newest(self) -> Revision | None:
         """Return the revision in force; None before the first."""
-        with self._guarded():
+        with self._db.reading():
             return self._find_newest()
 
     def get(self, revision: int) -> Revision:
@@ -106,12 +79,12 @@ class Store:
         Raises:
             RevisionNotFound: there is no such revision.
         """
-        with self._guarded():
+        with self._db.reading():
             return self._get(revision)
 
     def list(self, *, before: int | None, limit: int) -> list[Revision]:
         """Return at most `limit` revisions older than `before` (None: from the newest), newest first."""
-        with self._guarded():
+        with self._db.reading():
             newer = 1 << 62 if before is None else before
             rows = self._db.execute("SELECT * FROM revisions WHERE revision < ? ORDER BY revision DESC LIMIT ?", (newer, limit))
             return [_to_revision(row) for row in rows]
@@ -122,7 +95,7 @@ class Store:
         Raises:
             RequestIdReused: the request of that id was another one.
         """
-        with self._guarded():
+        with self._db.reading():
             return self._find_request(request_id, fingerprint)
 
     def append(
@@ -147,18 +120,11 @@ class Store:
             RequestIdReused: the request of that id was another one.
             StoreFailed: nothing was stored, for want of space or a working disk.
         """
-        with self._guarded():
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                seen = self._find_request(request_id, fingerprint) if request_id else None
-                made = seen or self._append(policy, author, comment, expected_etag, first)
-                if request_id and not seen:
-                    self._remember(request_id, fingerprint, made)
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # SQLite rolls back by itself where the disk is full
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._db.transaction():
+            seen = self._find_request(request_id, fingerprint) if request_id else None
+            made = seen or self._append(policy, author, comment, expected_etag, first)
+            if request_id and not seen:
+                self._remember(request_id, fingerprint, made)
             return made
 
     def _append(self, policy: Policy, author: str, comment: str, expected_etag: str, first: bool) -> Revision:
@@ -188,14 +154,6 @@ class Store:
         if seen[0] != fingerprint:
             raise RequestIdReused(f"request_id {request_id!r} made revision {seen[1]} from another request; send a new one, or none")
         return self._get(seen[1])
-
-    @contextlib.contextmanager
-    def _guarded(self) -> Iterator[None]:
-        with self._lock:
-            try:
-                yield
-            except sqlite3.Error as error:
-                raise StoreFailed(f"database {self.path} failed: {error}; nothing was stored: look at the disk, then retry") from error
 
     def _find_newest(self) -> Revision | None:
         row = self._db.execute("SELECT * FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()

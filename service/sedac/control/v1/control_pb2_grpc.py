@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from sedac.control.v1 import control_pb2 as sedac_dot_control_dot_v1_dot_control__pb2
+from sedac.control.v1 import policy_pb2 as sedac_dot_control_dot_v1_dot_policy__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -37,12 +38,12 @@ class ControlStub:
         self.GetPolicy = channel.unary_unary(
                 '/sedac.control.v1.Control/GetPolicy',
                 request_serializer=sedac_dot_control_dot_v1_dot_control__pb2.GetPolicyRequest.SerializeToString,
-                response_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.Policy.FromString,
+                response_deserializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
                 _registered_method=True)
         self.UpdatePolicy = channel.unary_unary(
                 '/sedac.control.v1.Control/UpdatePolicy',
                 request_serializer=sedac_dot_control_dot_v1_dot_control__pb2.UpdatePolicyRequest.SerializeToString,
-                response_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.Policy.FromString,
+                response_deserializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
                 _registered_method=True)
         self.ListPolicyRevisions = channel.unary_unary(
                 '/sedac.control.v1.Control/ListPolicyRevisions',
@@ -52,7 +53,12 @@ class ControlStub:
         self.RollbackPolicy = channel.unary_unary(
                 '/sedac.control.v1.Control/RollbackPolicy',
                 request_serializer=sedac_dot_control_dot_v1_dot_control__pb2.RollbackPolicyRequest.SerializeToString,
-                response_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.Policy.FromString,
+                response_deserializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
+                _registered_method=True)
+        self.WatchPolicy = channel.unary_stream(
+                '/sedac.control.v1.Control/WatchPolicy',
+                request_serializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchPolicyRequest.SerializeToString,
+                response_deserializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
                 _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/sedac.control.v1.Control/GetStatus',
@@ -63,6 +69,16 @@ class ControlStub:
                 '/sedac.control.v1.Control/WatchStatus',
                 request_serializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchStatusRequest.SerializeToString,
                 response_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.Status.FromString,
+                _registered_method=True)
+        self.ListEngines = channel.unary_unary(
+                '/sedac.control.v1.Control/ListEngines',
+                request_serializer=sedac_dot_control_dot_v1_dot_control__pb2.ListEnginesRequest.SerializeToString,
+                response_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.ListEnginesResponse.FromString,
+                _registered_method=True)
+        self.WatchEngines = channel.unary_stream(
+                '/sedac.control.v1.Control/WatchEngines',
+                request_serializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchEnginesRequest.SerializeToString,
+                response_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchEnginesResponse.FromString,
                 _registered_method=True)
 
 
@@ -98,6 +114,14 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchPolicy(self, request, context):
+        """Sends every revision from `from_revision` on, in order and without a gap, then each new one as it is made.
+        OUT_OF_RANGE: that revision was compacted away; read the policy in force and watch from the one after it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """Returns the desired policy and every known engine's state.
         """
@@ -112,18 +136,32 @@ class ControlServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListEngines(self, request, context):
+        """Lists the engines by id, paged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEngines(self, request, context):
+        """Sends every engine's state now, then the engines whose state changes; counters alone are no change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
                     request_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.GetPolicyRequest.FromString,
-                    response_serializer=sedac_dot_control_dot_v1_dot_control__pb2.Policy.SerializeToString,
+                    response_serializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.SerializeToString,
             ),
             'UpdatePolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdatePolicy,
                     request_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.UpdatePolicyRequest.FromString,
-                    response_serializer=sedac_dot_control_dot_v1_dot_control__pb2.Policy.SerializeToString,
+                    response_serializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.SerializeToString,
             ),
             'ListPolicyRevisions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListPolicyRevisions,
@@ -133,7 +171,12 @@ def add_ControlServicer_to_server(servicer, server):
             'RollbackPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.RollbackPolicy,
                     request_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.RollbackPolicyRequest.FromString,
-                    response_serializer=sedac_dot_control_dot_v1_dot_control__pb2.Policy.SerializeToString,
+                    response_serializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.SerializeToString,
+            ),
+            'WatchPolicy': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchPolicy,
+                    request_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchPolicyRequest.FromString,
+                    response_serializer=sedac_dot_control_dot_v1_dot_policy__pb2.Policy.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -144,6 +187,16 @@ def add_ControlServicer_to_server(servicer, server):
                     servicer.WatchStatus,
                     request_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchStatusRequest.FromString,
                     response_serializer=sedac_dot_control_dot_v1_dot_control__pb2.Status.SerializeToString,
+            ),
+            'ListEngines': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListEngines,
+                    request_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.ListEnginesRequest.FromString,
+                    response_serializer=sedac_dot_control_dot_v1_dot_control__pb2.ListEnginesResponse.SerializeToString,
+            ),
+            'WatchEngines': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEngines,
+                    request_deserializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchEnginesRequest.FromString,
+                    response_serializer=sedac_dot_control_dot_v1_dot_control__pb2.WatchEnginesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -172,7 +225,7 @@ class Control:
             target,
             '/sedac.control.v1.Control/GetPolicy',
             sedac_dot_control_dot_v1_dot_control__pb2.GetPolicyRequest.SerializeToString,
-            sedac_dot_control_dot_v1_dot_control__pb2.Policy.FromString,
+            sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
             options,
             channel_credentials,
             insecure,
@@ -199,7 +252,7 @@ class Control:
             target,
             '/sedac.control.v1.Control/UpdatePolicy',
             sedac_dot_control_dot_v1_dot_control__pb2.UpdatePolicyRequest.SerializeToString,
-            sedac_dot_control_dot_v1_dot_control__pb2.Policy.FromString,
+            sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
             options,
             channel_credentials,
             insecure,
@@ -253,7 +306,34 @@ class Control:
             target,
             '/sedac.control.v1.Control/RollbackPolicy',
             sedac_dot_control_dot_v1_dot_control__pb2.RollbackPolicyRequest.SerializeToString,
-            sedac_dot_control_dot_v1_dot_control__pb2.Policy.FromString,
+            sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sedac.control.v1.Control/WatchPolicy',
+            sedac_dot_control_dot_v1_dot_control__pb2.WatchPolicyRequest.SerializeToString,
+            sedac_dot_control_dot_v1_dot_policy__pb2.Policy.FromString,
             options,
             channel_credentials,
             insecure,
@@ -308,6 +388,60 @@ class Control:
             '/sedac.control.v1.Control/WatchStatus',
             sedac_dot_control_dot_v1_dot_control__pb2.WatchStatusRequest.SerializeToString,
             sedac_dot_control_dot_v1_dot_control__pb2.Status.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListEngines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sedac.control.v1.Control/ListEngines',
+            sedac_dot_control_dot_v1_dot_control__pb2.ListEnginesRequest.SerializeToString,
+            sedac_dot_control_dot_v1_dot_control__pb2.ListEnginesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEngines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/sedac.control.v1.Control/WatchEngines',
+            sedac_dot_control_dot_v1_dot_control__pb2.WatchEnginesRequest.SerializeToString,
+            sedac_dot_control_dot_v1_dot_control__pb2.WatchEnginesResponse.FromString,
             options,
             channel_credentials,
             insecure,
