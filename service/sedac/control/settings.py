@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sedac.credentials import VARIABLES
 from sedac.errors import ConfigError
 
 _PREFIX = "SEDAC_CONTROL_"
-_CLIENTS_OWN = "SEDAC_CONTROL_ADDRESS"
+_CLIENTS_OWN = {"SEDAC_CONTROL_ADDRESS", *VARIABLES}
 
 
 class ControlSettings(BaseSettings):
@@ -44,7 +45,7 @@ class ControlSettings(BaseSettings):
         """
         known = {_PREFIX + name.upper() for name in type(self).model_fields}
         for name in os.environ:
-            if name.startswith(_PREFIX) and name not in known and name != _CLIENTS_OWN:
+            if name.startswith(_PREFIX) and name not in known and name not in _CLIENTS_OWN:
                 close = difflib.get_close_matches(name, known, n=1)
                 raise ConfigError(f"{name} is unknown; " + (f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"))
         try:
