@@ -125,7 +125,7 @@ class _Stream:
         if error:
             _log.error("engine %s refused revision %d and serves on under %d: %s", engine.id, revision, answer.revision, error.message)
         engine.wake.set()
-        self._fleet.notify()
+        self._fleet.notify(engine)
 
 
 async def _read_hello(messages: AsyncIterator[control_pb2.EngineMessage]) -> tuple[control_pb2.EngineHello, Policy | None]:

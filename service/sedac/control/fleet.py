@@ -1,7 +1,8 @@
 """The fleet: every engine that the control service has heard of since it started, what each one should run and what it runs.
 
 Lives on the event loop; the servicers write, watchers wait for the next version. A slow watcher misses versions and a slow
-engine misses revisions; neither holds anyone up. It never touches the store.
+engine misses revisions; neither holds anyone up. It never touches the store. What one engine says costs the same in a fleet of
+one and of a thousand; a new revision concerns every engine once.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ class Engine:
     """the NACK, where that answer was one"""
     report: control_pb2.EngineReport = field(default_factory=control_pb2.EngineReport)
     last_seen: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    shown_state: control_pb2.EngineState | None = None
+    """the state under which the metrics count the engine; None: not counted"""
+    version: int = 0
+    """the fleet's version when anything but counters last changed here"""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     """set when the connection's task should look again: a new policy, an answer, the end"""
 
@@ -85,7 +90,9 @@ class Fleet:
         self.desired: Revision | None = None
         self.closing = False
         self._version = 0
+        self._counts = dict.fromkeys(STATES, 0)
         self._changed = asyncio.Event()
+        self._announced = asyncio.Event()
         self._metrics = metrics
 
     def set_desired(self, revision: Revision | None) -> None:
@@ -94,15 +101,18 @@ class Fleet:
             return
         self.desired = revision
         self._wake_engines()
+        self._announced.set()
+        self._announced = asyncio.Event()
 
     def join(self, hello: control_pb2.EngineHello, peer: str) -> tuple[Engine, Engine | None]:
         """Register a new connection of an engine; returns it and the live one of the same id that it replaces."""
-        long_ago = datetime.datetime.now(datetime.UTC) - _FORGET_AFTER
-        self.engines = {id: e for id, e in self.engines.items() if e.connected or e.last_seen > long_ago}
+        self.forget()
         before = self.engines.get(hello.engine_id)
         engine = Engine(hello=hello, active_revision=hello.active_revision, peer=peer)
+        if before is not None:
+            self._count(before, None)
         self.engines[engine.id] = engine
-        self.notify()
+        self.notify(engine)
         if before is None or not before.connected:
             return engine, None
         before.wake.set()  # no longer among the engines, so nobody else wakes it
@@ -111,7 +121,15 @@ class Fleet:
     def leave(self, engine: Engine) -> None:
         """Mark a lost connection's engine STALE; where a newer connection took over, nothing changes."""
         engine.connected = False
-        self.notify()
+        self.notify(engine)
+
+    def forget(self) -> None:
+        """Drop the engines that were not heard of for a day."""
+        long_ago = datetime.datetime.now(datetime.UTC) - _FORGET_AFTER
+        for engine in [e for e in self.engines.values() if not e.connected and e.last_seen <= long_ago]:
+            self._count(engine, None)
+            del self.engines[engine.id]
+            self._show()
 
     def is_replaced(self, engine: Engine) -> bool:
         """Whether a newer connection of the same engine took over."""
@@ -121,22 +139,35 @@ class Fleet:
         """Tell every stream to end."""
         self.closing = True
         self._wake_engines()
+        self._announced.set()
 
-    def notify(self) -> None:
-        """Wake the watchers, and show the change in the metrics."""
+    def notify(self, *changed: Engine) -> None:
+        """Show in the metrics that these engines changed, and wake the watchers; a replaced connection's engine is none any more."""
+        for engine in changed:
+            if not self.is_replaced(engine):
+                self._count(engine, engine.find_state(self._get_desired()))
+                engine.version = self._version + 1
+        self._show()
+
+    def _count(self, engine: Engine, state: control_pb2.EngineState | None) -> None:
+        for old_or_new, step in ((engine.shown_state, -1), (state, 1)):
+            if old_or_new is not None:
+                self._counts[old_or_new] += step
+        engine.shown_state = state
+
+    def _show(self) -> None:
         self._version += 1
         self._changed.set()
         self._changed = asyncio.Event()
-        desired = self.desired.revision if self.desired else 0
-        counts = dict.fromkeys(STATES.values(), 0)
-        for engine in self.engines.values():
-            counts[STATES[engine.find_state(desired)]] += 1
-        self._metrics.show_fleet(desired, counts)
+        self._metrics.show_fleet(self._get_desired(), {STATES[state]: count for state, count in self._counts.items()})
+
+    def _get_desired(self) -> int:
+        return self.desired.revision if self.desired else 0
 
     def _wake_engines(self) -> None:
         for engine in self.engines.values():
             engine.wake.set()
-        self.notify()
+        self.notify(*self.engines.values())
 
     async def wait(self, seen: int, timeout_seconds: float) -> int:
         """Return the version once it is newer than `seen`, or after the timeout."""
@@ -146,10 +177,24 @@ class Fleet:
                     await self._changed.wait()
         return self._version
 
+    async def wait_for_revision(self, revision: int) -> None:
+        """Return once a revision from this one on is announced, or the service is stopping."""
+        while not self.closing and self._get_desired() < revision:
+            await self._announced.wait()
+
+    def list_engines(self) -> list[Engine]:
+        """Return every engine that was heard of within a day, by id."""
+        self.forget()
+        return [engine for _, engine in sorted(self.engines.items())]
+
+    def describe(self, engine: Engine) -> control_pb2.EngineStatus:
+        """Write one engine's state."""
+        return engine.to_status(self._get_desired())
+
     def to_status(self) -> control_pb2.Status:
         """Write the desired policy and every engine's state."""
         desired = self.desired
-        engines = [engine.to_status(desired.revision if desired else 0) for _, engine in sorted(self.engines.items())]
+        engines = [self.describe(engine) for engine in self.list_engines()]
         if desired is None:
             return control_pb2.Status(engines=engines)
         certified = desired.policy.certificate is not None
