@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from sedac.certificate import Certificate, get_knobs_digest
 from sedac.errors import FieldViolation, PolicyInvalid
+from sedac.fit import ProbeSetSummary, find_certified_digest, find_fit_problem
 
 Phase = Literal["decode", "all"]
 Scope = Literal["token", "batch"]
@@ -166,10 +169,16 @@ class Layout:
     """see sedac.weights; empty: unknown, so that no certificate can be checked"""
     probe_set_sha256: str = ""
     """empty: unknown"""
+    max_rank: int = 0
+    """of probes that can be loaded without a restart; 0: none can"""
+    levels_sha256: str = ""
+    """of the reduced levels attached, see sedac.probe.verify; empty: none"""
 
 
-def validate(policy: Policy, layout: Layout | None = None) -> None:
+def validate(policy: Policy, layout: Layout | None = None, available: Mapping[str, ProbeSetSummary] = MappingProxyType({})) -> None:
     """Check a policy, and against an attached model where its `layout` is given.
+
+    It may name the probe set that the engine started with, or one of those `available` by name that fits.
 
     Raises:
         PolicyInvalid: with every field at fault.
@@ -198,12 +207,11 @@ def validate(policy: Policy, layout: Layout | None = None) -> None:
     bad += _validate_tiers(policy, layout)
     bad += _validate_adaptation(policy)
     bad += _validate_audit(policy.audit)
+    named = available.get(policy.probe_set) if layout else None
     if policy.certificate:
-        bad += _validate_certificate(policy, policy.certificate, layout)
-    if layout and policy.probe_set not in ("", layout.probe_set):
-        bad.append(
-            FieldViolation("probe_set", f"{policy.probe_set!r} is not loaded; the engine has {layout.probe_set!r}: name that one or leave it empty")
-        )
+        bad += _validate_certificate(policy, policy.certificate, layout, named)
+    if layout and policy.probe_set:
+        bad += _validate_probe_set(policy, layout, named)
     if bad:
         raise PolicyInvalid(bad)
 
@@ -306,7 +314,31 @@ def _validate_audit(audit: Audit) -> list[FieldViolation]:
     return bad
 
 
-def _validate_certificate(policy: Policy, certificate: Certificate, layout: Layout | None) -> list[FieldViolation]:
+def _validate_probe_set(policy: Policy, layout: Layout, named: ProbeSetSummary | None) -> list[FieldViolation]:
+    """Check the set that a policy names: `named`, where one of that name can be loaded, else it must be the attached one."""
+    name = policy.probe_set
+    if named is None:
+        if name == layout.probe_set:
+            return []
+        found = f"{name[:80]!r} is neither attached ({layout.probe_set!r} is) nor uploaded"
+        return [FieldViolation("probe_set", f"{found}; upload it with `sedac ctl probe-set upload`, or leave it empty for the attached one")]
+    if name == layout.probe_set:
+        if named.sha256 == layout.probe_set_sha256:
+            return []
+        digests = f"attached {layout.probe_set_sha256[:12] or 'unknown'}..., uploaded {named.sha256[:12]}..."
+        return [FieldViolation("probe_set", f"{name!r} is two sets here ({digests}); upload yours under another name")]
+    problem = find_fit_problem(named, layout)
+    if problem:
+        return [FieldViolation("probe_set", f"{name!r} can't be loaded: {problem}")]
+    has = ", ".join(map(str, named.checkpoint_layers))
+    return [
+        FieldViolation(f"checkpoints[{i}].layer", f"{c.layer} has no probe in {name!r} (it has {has}); leave the checkpoint out, or name another set")
+        for i, c in enumerate(policy.checkpoints)
+        if c.layer in layout.checkpoint_layers and c.layer not in named.checkpoint_layers
+    ]
+
+
+def _validate_certificate(policy: Policy, certificate: Certificate, layout: Layout | None, named: ProbeSetSummary | None) -> list[FieldViolation]:
     bad = certificate.find_violations()
     if bad:
         return bad
@@ -321,9 +353,14 @@ def _validate_certificate(policy: Policy, certificate: Certificate, layout: Layo
     if policy.adaptation.enabled:
         bad.append(FieldViolation("adaptation.enabled", f"moves the thresholds from those that were certified; turn it off, {remedy}"))
     if layout:
-        for name, engine in (("weights_sha256", layout.weights_sha256), ("probe_set_sha256", layout.probe_set_sha256)):
+        loaded = named if named and policy.probe_set != layout.probe_set else None
+        digest = find_certified_digest(loaded, layout) if loaded else layout.probe_set_sha256
+        for name, engine in (("weights_sha256", layout.weights_sha256), ("probe_set_sha256", digest)):
             stated = getattr(certificate, name)
-            if not engine:
+            if loaded and not digest and name == "probe_set_sha256":
+                what = f"{loaded.name!r} has no levels of its own, beside those attached it is a set that nobody certified"
+                bad.append(FieldViolation(f"certificate.{name}", f"{stated[:12]}...: {what}; upload the whole set, or leave the certificate out"))
+            elif not engine:
                 why = "the engine does not know its own, see its log; name it a model whose files it can read, or"
                 bad.append(FieldViolation(f"certificate.{name}", f"{stated[:12]}... can't be checked: {why} leave the certificate out with --force"))
             elif stated != engine:

@@ -144,6 +144,8 @@ def layout_from_hello(hello: control_pb2.EngineHello) -> Layout:
         levels=tuple(hello.levels) or (FULL, SKIP),
         weights_sha256=hello.weights_sha256,
         probe_set_sha256=hello.probe_set_sha256,
+        max_rank=hello.max_rank,
+        levels_sha256=hello.levels_sha256,
     )
 
 

@@ -132,7 +132,7 @@ def test_thresholds_of_layers_without_a_probe_are_refused_before_they_are_stored
     make_engine().pushes.get(timeout=5)
     with pytest.raises(PolicyInvalid, match=r"checkpoints\[0\].layer: 3 has no probe attached \(attached: 2, 5, 8\)"):
         client.update_policy(Policy(checkpoints=(Checkpoint(layer=3, threshold=1),)))
-    with pytest.raises(PolicyInvalid, match="'other' is not loaded; the engine has 'demo'"):
+    with pytest.raises(PolicyInvalid, match=r"'other' is neither attached \('demo' is\) nor uploaded"):
         client.update_policy(Policy(probe_set="other"))
     assert client.get_policy().revision == 1
 
