@@ -37,7 +37,7 @@ class ControlServer:
         self.port = settings.port
         """the port in use, once started"""
         self._database = Database(settings.database)
-        self._store = Store(self._database)
+        self._store = Store(self._database, keep_revisions=settings.keep_revisions)
         self._metrics = ControlMetrics()
         self._health = health.aio.HealthServicer()
         self._fleet = fleet = Fleet(self._metrics)

@@ -1,4 +1,4 @@
-"""The gRPC service of operators: read, change, roll back and watch the policy.
+"""The gRPC service of operators: read, change and roll back the policy; watching is in watches.py.
 
 Every change is validated, stored, then announced to the fleet, in this order and one at a time. It never talks to an engine.
 """
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
@@ -23,8 +23,9 @@ from sedac.control.fleet import Fleet
 from sedac.control.metrics import ControlMetrics
 from sedac.control.status import answering, refuse
 from sedac.control.store import POLICY_NAME, Revision, Store
-from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.errors import ControlUnavailable, RevisionNotFound, SedacError, StaleEtag
+from sedac.control.v1 import control_pb2
+from sedac.control.watches import WatchServicer, check_name, get_limit
+from sedac.errors import RevisionNotFound, SedacError, StaleEtag
 from sedac.policy import Adaptation, Audit, Policy, validate
 
 _log = logging.getLogger(__name__)
@@ -35,21 +36,21 @@ _PARTS = {"adaptation": Adaptation, "audit": Audit}
 _PART_FIELDS = tuple(f"{name}.{f.name}" for name, kind in _PARTS.items() for f in dataclasses.fields(kind))
 _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
 _MAX_AUTHOR_CHARS = 128
-_DEFAULT_PAGE, _MAX_PAGE = 50, 1000
 
 
-class ControlServicer(control_pb2_grpc.ControlServicer):
+class ControlServicer(WatchServicer):
     """What operators call."""
 
     def __init__(self, store: Store, fleet: Fleet, metrics: ControlMetrics) -> None:
-        self._store, self._fleet, self._metrics = store, fleet, metrics
+        super().__init__(store, fleet)
+        self._metrics = metrics
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[control_pb2.Policy]] = set()
 
     async def GetPolicy(self, request: control_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext) -> control_pb2.Policy:  # noqa: N802
         """Return the revision asked for, or the one in force."""
         async with answering(context):
-            _check_name(request.name)
+            check_name(request.name)
             if request.revision:
                 return (await asyncio.to_thread(self._store.get, request.revision)).to_proto()
             if self._fleet.desired is None:
@@ -79,12 +80,10 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
     ) -> control_pb2.ListPolicyRevisionsResponse:
         """Return one page, newest first; the token is the last revision of the page before."""
         async with answering(context):
-            _check_name(request.name)
-            if not 0 <= request.page_size <= _MAX_PAGE:
-                raise refuse("page_size", f"{request.page_size} is outside 0..{_MAX_PAGE}")
+            check_name(request.name)
+            limit = get_limit(request.page_size)
             if not re.fullmatch("[0-9]{0,18}", request.page_token):
                 raise refuse("page_token", f"{request.page_token[:40]!r} was not made by this service; start again without one")
-            limit = request.page_size or _DEFAULT_PAGE
             before = int(request.page_token) if request.page_token else None
             page = await asyncio.to_thread(self._store.list, before=before, limit=limit + 1)
             token = str(page[limit - 1].revision) if len(page) > limit else ""
@@ -95,27 +94,9 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         """Return the desired policy and every engine's state."""
         return self._fleet.to_status()
 
-    async def WatchStatus(  # noqa: N802
-        self, request: control_pb2.WatchStatusRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[control_pb2.Status]:
-        """Send the status now, on every change of the policy or of an engine's state, and at least once per interval.
-
-        Counters alone are no change: they come with the interval.
-        """
-        async with answering(context):
-            interval = request.interval_seconds or 1.0
-            if not 0.1 <= interval <= 60:
-                raise refuse("interval_seconds", f"{interval} is outside 0.1..60")
-            seen = -1
-            while True:
-                seen = await self._fleet.wait(seen, interval)
-                if self._fleet.closing:
-                    raise ControlUnavailable("the control service is stopping; watch again when it is back")
-                yield self._fleet.to_status()
-
     async def _update(self, request: control_pb2.UpdatePolicyRequest, author: str) -> control_pb2.Policy:
         sent = request.policy
-        _check_name(sent.name)
+        check_name(sent.name)
         if not request.HasField("policy"):
             raise refuse("policy", "is missing; send the fields to set")
         _check_lengths(comment=sent.comment, request_id=request.request_id, probe_set=sent.probe_set)
@@ -133,11 +114,14 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
         return wire.policy_to_proto(policy, name=POLICY_NAME, etag=newest.etag if newest else "", revision=newest.revision if newest else 0)
 
     async def _roll_back(self, request: control_pb2.RollbackPolicyRequest, author: str) -> control_pb2.Policy:
-        _check_name(request.name)
+        check_name(request.name)
         _check_lengths(comment=request.comment, request_id=request.request_id)
-        old = await asyncio.to_thread(self._store.get, request.revision)
+
+        def make(_: Revision | None) -> Policy:
+            return self._store.get(request.revision).policy
+
         comment = request.comment or f"rollback to revision {request.revision}"
-        return await self._change(lambda _: old.policy, author, comment, request.etag, request.request_id, request)
+        return await self._change(make, author, comment, request.etag, request.request_id, request)
 
     async def _change(
         self, make: Callable[[Revision | None], Policy], author: str, comment: str, etag: str, request_id: str, request: Message
@@ -149,7 +133,7 @@ class ControlServicer(control_pb2_grpc.ControlServicer):
                 if done:
                     return done.to_proto()
             before = self._fleet.desired
-            policy = make(before)
+            policy = await asyncio.to_thread(make, before)
             self._validate(policy)
             made = await asyncio.to_thread(
                 self._store.append,
@@ -215,11 +199,6 @@ def _is_certified(policy: Policy) -> bool:
     if certificate is None or certificate.tier not in {tier.name for tier in policy.get_tiers()}:
         return False
     return get_knobs_digest(policy, certificate.tier) == certificate.knobs_sha256
-
-
-def _check_name(name: str) -> None:
-    if name not in ("", POLICY_NAME):
-        raise RevisionNotFound(f"policy {name[:40]!r} does not exist; there is {POLICY_NAME!r}")
 
 
 def _check_lengths(**texts: str) -> None:

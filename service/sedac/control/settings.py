@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from sedac.control.store import KEEP_REVISIONS
 from sedac.credentials import VARIABLES
 from sedac.errors import ConfigError
 
@@ -32,6 +33,8 @@ class ControlSettings(BaseSettings):
     """Prometheus port; 0: none"""
     database: Path = Path("var/control.sqlite3")
     """SQLite file of the revisions; made with its directory"""
+    keep_revisions: int = Field(default=KEEP_REVISIONS, ge=10)
+    """how many of the newest revisions are kept; older ones only as long as a roll-out or the guard needs them"""
     max_message_bytes: int = Field(default=1 << 20, ge=1 << 12)
     """bytes; largest gRPC message taken"""
     drain_seconds: float = Field(default=5.0, ge=0)

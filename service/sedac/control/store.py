@@ -1,6 +1,7 @@
-"""The store: every revision of the policy, durable before a call returns.
+"""The store: the revisions of the policy, durable before a call returns.
 
-Writes are serial (see database.py), so two writers with one etag cannot both win. Never talks to engines.
+Writes are serial (see database.py), so two writers with one etag cannot both win. The newest revisions are kept, and older ones
+that something still needs; what was compacted away keeps its number and is told from what never was. Never talks to engines.
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sedac import wire
 from sedac.control.database import Database
 from sedac.control.v1 import control_pb2
-from sedac.errors import RequestIdReused, RevisionNotFound, StaleEtag
+from sedac.errors import RequestIdReused, RevisionCompacted, RevisionNotFound, StaleEtag
 from sedac.policy import Policy
 
 POLICY_NAME = "policies/default"
@@ -29,6 +30,8 @@ CREATE TABLE IF NOT EXISTS request_ids (
 ) STRICT;
 """
 _REQUEST_LIFE_SECONDS = 24 * 3600.0
+KEEP_REVISIONS = 10_000
+"""how many of the newest revisions are kept where nobody says otherwise"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +62,29 @@ class Revision:
 class Store:
     """The revisions of one policy; see the module's docstring."""
 
-    def __init__(self, database: Database, *, now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)) -> None:
-        """Use an open database.
+    def __init__(
+        self,
+        database: Database,
+        *,
+        keep_revisions: int = KEEP_REVISIONS,
+        now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+    ) -> None:
+        """Use an open database; of its revisions the newest `keep_revisions` are kept, and those that a `keep` asks for.
 
         Raises:
             ConfigError: it is damaged or not writable.
         """
-        self._db, self._now = database, now
+        assert keep_revisions >= 1, "the revision in force is always kept"
+        self._db, self._now, self._keep_revisions = database, now, keep_revisions
+        self._keepers: list[Callable[[], Iterable[int]]] = []
         database.create(_SCHEMA)
+
+    def keep(self, find_needed: Callable[[], Iterable[int]]) -> None:
+        """Ask `find_needed` before revisions are compacted away which of them must stay.
+
+        It is called within the transaction of each append, on the thread that appends, and may read the database.
+        """
+        self._keepers.append(find_needed)
 
     def find_newest(self) -> Revision | None:
         """Return the revision in force; None before the first."""
@@ -78,9 +96,21 @@ class Store:
 
         Raises:
             RevisionNotFound: there is no such revision.
+            RevisionCompacted: it was compacted away.
         """
         with self._db.reading():
             return self._get(revision)
+
+    def read(self, first: int, *, limit: int) -> list[Revision]:
+        """Return at most `limit` revisions from `first` on, oldest first and without a gap; none where `first` is still to come.
+
+        Raises:
+            RevisionCompacted: `first` was compacted away.
+        """
+        with self._db.reading():
+            rows = self._db.execute("SELECT * FROM revisions WHERE revision >= ? ORDER BY revision LIMIT ?", (first, limit)).fetchall()
+            found = [_to_revision(row) for i, row in enumerate(rows) if row[0] == first + i]
+            return found or ([self._get(first)] if rows else [])
 
     def list(self, *, before: int | None, limit: int) -> list[Revision]:
         """Return at most `limit` revisions older than `before` (None: from the newest), newest first."""
@@ -94,6 +124,7 @@ class Store:
 
         Raises:
             RequestIdReused: the request of that id was another one.
+            RevisionCompacted: the request was carried out, and the revision that it made has been compacted away since.
         """
         with self._db.reading():
             return self._find_request(request_id, fingerprint)
@@ -118,6 +149,7 @@ class Store:
         Raises:
             StaleEtag: `expected_etag` is given and not the one in force, or this is not the first revision.
             RequestIdReused: the request of that id was another one.
+            RevisionCompacted: it was carried out within a day, and the revision that it made has been compacted away since.
             StoreFailed: nothing was stored, for want of space or a working disk.
         """
         with self._db.transaction():
@@ -139,7 +171,16 @@ class Store:
         body = json.dumps(policy.to_dict(), sort_keys=True)
         etag = hashlib.sha256(f"{number}:{body}".encode()).hexdigest()[:16]
         self._db.execute("INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?)", (number, etag, body, author, comment, self._now().timestamp()))
+        self._compact(number)
         return self._get(number)
+
+    def _compact(self, newest: int) -> None:
+        horizon = newest - self._keep_revisions
+        old = {row[0] for row in self._db.execute("SELECT revision FROM revisions WHERE revision <= ?", (horizon,))}
+        if old:
+            old.difference_update(*(find_needed() for find_needed in self._keepers))
+            for revision in old:
+                self._db.execute("DELETE FROM revisions WHERE revision = ?", (revision,))
 
     def _remember(self, request_id: str, fingerprint: str, made: Revision) -> None:
         now = self._now().timestamp()
@@ -153,7 +194,10 @@ class Store:
             return None
         if seen[0] != fingerprint:
             raise RequestIdReused(f"request_id {request_id!r} made revision {seen[1]} from another request; send a new one, or none")
-        return self._get(seen[1])
+        try:
+            return self._get(seen[1])
+        except RevisionCompacted as error:
+            raise RevisionCompacted(f"request_id {request_id!r} was carried out before and not again; {error}") from None
 
     def _find_newest(self) -> Revision | None:
         row = self._db.execute("SELECT * FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()
@@ -161,10 +205,16 @@ class Store:
 
     def _get(self, revision: int) -> Revision:
         row = self._db.execute("SELECT * FROM revisions WHERE revision = ?", (revision,)).fetchone()
-        if not row:
-            newest = self._find_newest()
-            raise RevisionNotFound(f"revision {revision} does not exist; the newest is {newest.revision if newest else 'none yet'}: list them first")
-        return _to_revision(row)
+        if row:
+            return _to_revision(row)
+        newest = self._find_newest()
+        if newest and 0 < revision < newest.revision:
+            limit = f"the newest {self._keep_revisions} are kept (SEDAC_CONTROL_KEEP_REVISIONS)"
+            raise RevisionCompacted(
+                f"revision {revision} was compacted away: {limit}; the policy in force is revision {newest.revision}: list the revisions, "
+                "or read that one and watch from the one after it"
+            )
+        raise RevisionNotFound(f"revision {revision} does not exist; the newest is {newest.revision if newest else 'none yet'}: list them first")
 
 
 def _to_revision(row: tuple[int, str, str, str, str, float]) -> Revision:
