@@ -6,6 +6,7 @@ what depends on the attached model takes its `Layout`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -34,6 +35,12 @@ TIER_KEY, SCALE_KEY, LEVEL_KEY = "sedac_tier", "sedac_threshold_scale", "sedac_l
 """in `vllm_xargs` of a request (SamplingParams.extra_args): its tier, and where the policy allows overrides, its own knobs"""
 CERTIFICATE_KEY = "sedac_certificate"
 """beside them, set by the server alone: the knobs' digest of the certificate that the request was promised to be computed under"""
+REQUEST_KEY = "sedac_key"
+"""beside them, of the request: who it is for; requests of one key are of one arm while a roll-out goes on. The server takes it out"""
+ARM_KEY, ROLLOUT_KEY, AUDIT_KEY = "sedac_arm", "sedac_rollout", "sedac_audit"
+"""set by the server alone: the arm (absent: stable), its roll-out's number, and whether the answer will be scored again"""
+STABLE, CANARY = "stable", "canary"
+"""the arms: the policy in force, and a roll-out's candidate beside it"""
 _MAX_LEVEL_CHARS = 64
 _TIER_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -154,6 +161,26 @@ class Policy:
             "audit": Audit(**data.get("audit", {})),
         }
         return cls(**{**data, **parts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Canary:
+    """A roll-out's candidate, beside the policy in force, for its share of the requests."""
+
+    rollout: int
+    """the roll-out's number, over 0"""
+    policy: Policy
+    share: float
+    """of the requests, 0 to 1"""
+
+    def has(self, key: str) -> bool:
+        """Whether requests of `key` belong to it; a key that was once in stays in while the share grows."""
+        digest = hashlib.sha256(f"{self.rollout}:{key}".encode(errors="surrogatepass")).digest()
+        return int.from_bytes(digest[:8], "big") < self.share * 2**64
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
