@@ -91,7 +91,7 @@ def test_sigterm_ends_it_in_peace_even_with_an_engine_connected(tmp_path):
         ({"SEDAC_CONTROL_PORT": "many"}, "SEDAC_CONTROL_PORT='many'"),
         ({"SEDAC_CONTROL_DATABSE": "x"}, "SEDAC_CONTROL_DATABSE is unknown; did you mean SEDAC_CONTROL_DATABASE?"),
         ({"SEDAC_CONTROL_DATABASE": "/dev/null/x"}, "name a writable file in SEDAC_CONTROL_DATABASE"),
-        ({"SEDAC_CONTROL_HOST": "192.0.2.1", "SEDAC_CONTROL_PORT": "5"}, "192.0.2.1:5 can't be listened on"),
+        ({"SEDAC_CONTROL_HOST": "192.0.2.1", "SEDAC_CONTROL_PORT": "5", "SEDAC_CONTROL_INSECURE": "1"}, "192.0.2.1:5 can't be listened on"),
     ],
 )
 def test_a_wrong_setting_ends_in_one_line_with_the_remedy(tmp_path, variables, complaint):
@@ -103,7 +103,7 @@ def test_a_wrong_setting_ends_in_one_line_with_the_remedy(tmp_path, variables, c
 
 def test_it_warns_where_others_can_reach_it_without_authentication(settings, caplog):
     caplog.set_level("INFO", "sedac")
-    RunningServer(settings.model_copy(update={"host": "0.0.0.0"})).stop()
+    RunningServer(settings.model_copy(update={"host": "0.0.0.0", "insecure": True})).stop()
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         "listening on 0.0.0.0 without authentication: let only trusted networks reach it"
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 from collections.abc import Callable
@@ -14,15 +13,20 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from sedac.control.auth import Authenticator
 from sedac.control.database import Database
 from sedac.control.discovery import DiscoveryServicer
 from sedac.control.fleet import Fleet
+from sedac.control.gate import Gate
+from sedac.control.limits import Limits
 from sedac.control.metrics import ControlMetrics, MetricsInterceptor
 from sedac.control.servicer import ControlServicer
 from sedac.control.services import SERVICES
 from sedac.control.settings import ControlSettings
 from sedac.control.store import Store
+from sedac.control.tls import ServerCertificate, check_exposure
 from sedac.control.v1 import control_pb2_grpc
+from sedac.credentials import is_loopback
 from sedac.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -36,14 +40,19 @@ class ControlServer:
         self.settings = settings
         self.port = settings.port
         """the port in use, once started"""
+        check_exposure(settings)
+        self._metrics = ControlMetrics()
+        self._certificate = ServerCertificate.read(settings, self._metrics)
+        authenticator = Authenticator(settings.principals, certificates=settings.tls_client_ca is not None, metrics=self._metrics)
+        self._gate = Gate(authenticator, Limits(settings, self._metrics), settings, self._metrics)
+        self._watch: asyncio.Task[None] | None = None
         self._database = Database(settings.database)
         self._store = Store(self._database, keep_revisions=settings.keep_revisions)
-        self._metrics = ControlMetrics()
         self._health = health.aio.HealthServicer()
         self._fleet = fleet = Fleet(self._metrics)
         self._close_metrics: Callable[[], None] = lambda: None
         self._server = grpc.aio.server(
-            interceptors=[MetricsInterceptor(self._metrics)],
+            interceptors=[MetricsInterceptor(self._metrics), self._gate],
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
@@ -51,6 +60,10 @@ class ControlServer:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping every 10 s; half of it allows for jitter
+                ("grpc.max_concurrent_streams", settings.max_calls),  # of one connection; the gate refuses sooner, with the remedy
+                ("grpc.server_handshake_timeout_ms", round(settings.first_message_seconds * 1000)),
+                ("grpc.max_connection_idle_ms", round(settings.max_idle_seconds * 1000)),
+                *_make_age_options(settings),
             ],
             migration_thread_pool=futures.ThreadPoolExecutor(max_workers=4),
         )
@@ -68,7 +81,7 @@ class ControlServer:
         settings = self.settings
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{settings.port}")
+            self.port = self._listen(f"{host}:{settings.port}")
         except RuntimeError as error:
             raise ConfigError(
                 f"{host}:{settings.port} can't be listened on ({error}); another control service may run: change SEDAC_CONTROL_PORT"
@@ -78,18 +91,35 @@ class ControlServer:
         if settings.metrics_port:
             self._serve_metrics()
         await self._server.start()
+        self._watch = asyncio.create_task(self._recheck(), name="recheck")
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         _log.info(
-            "control service on %s:%d, metrics on %s, database %s, revision %s",
+            "control service on %s:%d, %s, %s, metrics on %s, database %s, revision %s",
             host,
             self.port,
+            "no TLS" if self._certificate is None else "mTLS" if settings.tls_client_ca else "TLS",
+            f"principals of {settings.principals}" if settings.principals else "no authentication",
             f"{settings.metrics_host}:{settings.metrics_port}" if settings.metrics_port else "no port",
             settings.database,
             newest.revision if newest else "none yet",
         )
-        if not _is_loopback(settings.host):
-            _log.warning("listening on %s without authentication: let only trusted networks reach it", settings.host)
+        if not is_loopback(settings.host) and not settings.principals:
+            who = "for every certificate of its authority" if settings.tls_client_ca else "without authentication"
+            _log.warning("listening on %s %s: let only trusted networks reach it", settings.host, who)
+
+    def _listen(self, address: str) -> int:
+        if self._certificate is None:
+            return int(self._server.add_insecure_port(address))
+        return int(self._server.add_secure_port(address, self._certificate.make_credentials()))
+
+    async def _recheck(self) -> None:
+        """Look once a second for files that changed, so that what was revoked ends and what is broken is told of."""
+        while True:
+            await asyncio.sleep(1)
+            self._gate.recheck()
+            if self._certificate:
+                self._certificate.refresh()
 
     def _serve_metrics(self) -> None:
         host, port = self.settings.metrics_host, self.settings.metrics_port
@@ -106,6 +136,8 @@ class ControlServer:
 
     async def stop(self) -> None:
         """Report not serving, end the streams, let running calls finish, close the store; also after a failed start."""
+        if self._watch:
+            self._watch.cancel()
         await self._health.enter_graceful_shutdown()
         self._fleet.close()
         await self._server.stop(self.settings.drain_seconds)
@@ -113,11 +145,13 @@ class ControlServer:
         self._database.close()
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _make_age_options(settings: ControlSettings) -> list[tuple[str, int]]:
+    if not settings.max_age_seconds:
+        return []
+    return [
+        ("grpc.max_connection_age_ms", round(settings.max_age_seconds * 1000)),
+        ("grpc.max_connection_age_grace_ms", round(settings.drain_seconds * 1000)),
+    ]
 
 
 async def serve(settings: ControlSettings) -> None:

@@ -21,10 +21,10 @@ _CLIENTS_OWN = {"SEDAC_CONTROL_ADDRESS", *VARIABLES}
 class ControlSettings(BaseSettings):
     """Where the control service listens and what it keeps."""
 
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True)
 
     host: str = "127.0.0.1"
-    """address to listen on; there is no authentication yet: anything but loopback wants a fence around it"""
+    """address to listen on; anything but loopback wants TLS and principals or a client CA, or `insecure`"""
     port: int = Field(default=50051, ge=0, le=65535)
     """gRPC port; 0: any free one"""
     metrics_host: str = "127.0.0.1"
@@ -37,6 +37,28 @@ class ControlSettings(BaseSettings):
     """how many of the newest revisions are kept; older ones only as long as a roll-out or the guard needs them"""
     max_message_bytes: int = Field(default=1 << 20, ge=1 << 12)
     """bytes; largest gRPC message taken"""
+    tls_cert: Path | None = None
+    """PEM file of the service's certificate, with its chain; read again when it changes"""
+    tls_key: Path | None = None
+    """PEM file of its key, unencrypted; read again when it changes"""
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities whose certificates callers must show (mTLS); unset: nobody is asked for one"""
+    principals: Path | None = None
+    """who may call, in which role: one JSON object per line; read again when it changes; unset: everybody may do everything"""
+    insecure: bool = False
+    """listen beyond loopback without TLS or without asking who calls, where something else fences the network"""
+    max_calls: int = Field(default=4096, ge=1)
+    """calls of all callers that run at one time, streams among them"""
+    max_streams: int = Field(default=1024, ge=1)
+    """streams of one caller at one time; a caller is a principal, or an address where nobody is asked; a fleet may be one caller"""
+    max_calls_per_second: float = Field(default=1000.0, ge=0)
+    """of one caller, over time; twice as many at once; 0: no limit"""
+    first_message_seconds: float = Field(default=20.0, gt=0)
+    """seconds that a caller has to send the first message of a call, and a connection to become one"""
+    max_idle_seconds: float = Field(default=300.0, ge=1)
+    """seconds after which a connection without a call is closed; an engine always has its stream"""
+    max_age_seconds: float = Field(default=0.0, ge=0)
+    """seconds after which any connection is asked to come anew, and a drain later cut; 0: never"""
     drain_seconds: float = Field(default=5.0, ge=0)
     """seconds that running calls have to finish after SIGTERM; streams end at once"""
 
