@@ -60,8 +60,11 @@ def make_engine_command(settings: EngineSettings, vllm_args: Sequence[str]) -> l
     additional["sedac"] = {"probe_set": str(settings.probe_dir), "checkpoint_layers": list(settings.probe_layers), "levels": settings.levels}
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model]
     command += ["--worker-cls", "sedac.engine.worker.SedacWorker", "--additional-config", json.dumps(additional)]
-    if not any(arg.split("=")[0] == "--served-model-name" for arg in rest) and Path(settings.model) == _SHIPPED / "model":
+    named = {arg.split("=")[0].replace("_", "-") for arg in rest}
+    if "--served-model-name" not in named and Path(settings.model) == _SHIPPED / "model":
         command += ["--served-model-name", "sedac-demo"]
+    if "--scheduling-policy" not in named:
+        command += ["--scheduling-policy", "priority"]  # audits wait behind every request; among equals it is first come, first served
     return command + rest
 
 

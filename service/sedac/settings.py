@@ -19,7 +19,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import FULL, SKIP, Adaptation, Checkpoint, Layout, Policy, Rule, Tier, validate
+from sedac.policy import FULL, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Tier, validate
 from sedac.probe.manifest import Manifest
 
 _PREFIX = "SEDAC_"
@@ -44,6 +44,9 @@ _VARIABLES = {
     "target_exit_rates": "SEDAC_EXIT_RATES",
     "warmup_steps": "SEDAC_CALIBRATION_STEPS",
     "alpha": "SEDAC_ALPHA",
+    "audit.share": "SEDAC_AUDIT_SHARE",
+    "audit.max_mismatch": "SEDAC_AUDIT_MAX_MISMATCH",
+    "audit.max_nll_difference": "SEDAC_AUDIT_MAX_NLL_DIFFERENCE",
 }
 """parts of a policy's field names, and the variables that set them"""
 
@@ -95,6 +98,12 @@ class EngineSettings(BaseSettings):
     """weight of the newest quantile in adaptation's moving average, over 0 up to 1; unset: 0.1"""
     calibration_alpha: float | None = None
     """another name of `alpha`"""
+    audit_share: float = Audit.share
+    """share of the bounded answers that is scored again in full at first, 0 to 1"""
+    audit_max_mismatch: float | None = None
+    """the guard's bound on the share of greedy tokens that the full model would not choose, 0 to 1; unset: not guarded"""
+    audit_max_nll_difference: float | None = None
+    """the guard's bound on what tokens lose in log-probability, mean in nats, 0 to 1; unset: not guarded"""
     log_every: int = Field(default=0, ge=0)
     """steps between two log lines of exit rates; 0: never"""
     levels: bool = True
@@ -105,6 +114,10 @@ class EngineSettings(BaseSettings):
     """this engine's name on the control service; stable over restarts"""
     poll_seconds: float = Field(default=0.5, ge=0.05, le=60)
     """seconds between two readings of the workers' counters"""
+    join_seconds: float = Field(default=10.0, ge=0, le=600)
+    """how long to wait at the start for the control service's policy before serving under the first; 0: not at all"""
+    probe_cache: Path | None = None
+    """directory for probe sets fetched from the control service; unset: `sedac/probe-sets` in the user's cache, or a temporary one"""
 
     @field_validator("probe_layers", "thresholds", "layer_weights", "targets", "exit_rates", mode="before")
     @classmethod
@@ -165,6 +178,7 @@ class EngineSettings(BaseSettings):
             adaptation=Adaptation(
                 enabled=self.adaptive, target_exit_rates=self.exit_rates, warmup_steps=self.calibration_steps, alpha=self._find_alpha()
             ),
+            audit=Audit(share=self.audit_share, max_mismatch=self.audit_max_mismatch, max_nll_difference=self.audit_max_nll_difference),
         )
         levels = (FULL, SKIP, *(level.name for level in manifest.levels if self.levels))
         layout = Layout(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+_TIER_TOTALS = ("num_tokens", "num_exited", "num_mlp_blocks_computed")
+_TOTALS = ("num_steps", "num_torn_steps", "num_tokens", "num_decode_tokens", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "num_adaptations")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,21 @@ class TierStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankStats:
+    """What one data-parallel rank runs."""
+
+    rank: int
+    active_revision: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Totals of one worker since it started."""
+    """Totals of one worker since it started, or of several ranks together."""
 
     active_revision: int = 0
+    active_rollout: int = 0
+    """whose candidate is in force beside the policy; 0: none"""
     num_steps: int = 0
     """forward passes with at least one request"""
     num_torn_steps: int = 0
@@ -51,9 +66,35 @@ class Stats:
     tiers: tuple[TierStats, ...] = field(default=())
     num_adaptations: int = 0
     """changes of thresholds by adaptation since it was last reset"""
+    ranks: tuple[RankStats, ...] = field(default=())
+    """of the data-parallel ranks; empty: one"""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Stats:
         """Build from `dataclasses.asdict`'s form."""
-        parts = {"checkpoints": CheckpointStats, "tiers": TierStats}
+        parts: dict[str, type] = {"checkpoints": CheckpointStats, "tiers": TierStats, "ranks": RankStats}
         return cls(**{**data, **{name: tuple(kind(**entry) for entry in data.get(name, ())) for name, kind in parts.items()}})
+
+
+def add_up(parts: Sequence[Stats]) -> Stats:
+    """Return the totals of data-parallel ranks, at least one; what is no total, such as thresholds, is the first rank's."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    checkpoints = []
+    for same in zip(*(part.checkpoints for part in parts), strict=True):
+        evaluated = sum(c.num_evaluated for c in same)
+        rate = sum(c.exit_rate * c.num_evaluated for c in same) / evaluated if evaluated else 0.0
+        checkpoints.append(replace(same[0], num_evaluated=evaluated, num_exited=sum(c.num_exited for c in same), exit_rate=rate))
+    tiers: dict[str, TierStats] = {}
+    for tier in (tier for part in parts for tier in part.tiers):
+        known = tiers.get(tier.name)
+        sums = {name: getattr(tier, name) + getattr(known, name) for name in _TIER_TOTALS} if known else {}
+        tiers[tier.name] = replace(tier, **sums)
+    return replace(
+        first,
+        **{name: sum(getattr(part, name) for part in parts) for name in _TOTALS},
+        checkpoints=tuple(checkpoints),
+        tiers=tuple(tiers.values()),
+        ranks=tuple(RankStats(rank=i, active_revision=p.active_revision, num_steps=p.num_steps) for i, p in enumerate(parts)),
+    )

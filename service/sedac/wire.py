@@ -154,6 +154,7 @@ def stats_to_report(stats: Stats) -> control_pb2.EngineReport:
     parts = {
         "checkpoints": [control_pb2.CheckpointReport(**vars(c)) for c in stats.checkpoints],
         "tiers": [control_pb2.TierReport(**vars(t)) for t in stats.tiers],
+        "ranks": [control_pb2.RankReport(**vars(r)) for r in stats.ranks],
     }
     return control_pb2.EngineReport(**{**vars(stats), **parts})
 
