@@ -10,6 +10,7 @@ import asyncio
 import datetime
 import re
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 from google.protobuf import json_format
@@ -18,7 +19,9 @@ from google.protobuf.message import Message
 from sedac.control.auth import Caller
 from sedac.control.database import Database
 from sedac.control.status import answering, refuse
+from sedac.control.store import POLICY_NAME, Revision, Store
 from sedac.control.v1 import audit_log_pb2, audit_log_pb2_grpc
+from sedac.policy import Policy
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS audit_log (
@@ -55,6 +58,18 @@ class AuditLogStore:
         values = (caller.principal, caller.author, caller.peer, action, resource, _to_json(before), _to_json(after), comment)
         with self._db.transaction():
             self._db.execute(f"INSERT INTO audit_log ({_COLUMNS}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (self._now().timestamp(), *values))
+
+    def append_revision(self, store: Store, policy: Policy, *, action: str, caller: Caller, comment: str = "", **more: Any) -> Revision:
+        """Store a revision of the policy and its entry as one act; `more` goes to `Store.append`, which says what it raises.
+
+        A repeated request, which makes no revision, leaves no entry.
+        """
+        with self._db.transaction():
+            before = store.find_newest()
+            made = store.append(policy, author=caller.author, comment=comment, **more)
+            if before is None or made.revision > before.revision:
+                self.append(action, POLICY_NAME, before and before.to_proto(), made.to_proto(), comment, caller=caller)
+            return made
 
     def list(self, *, before: int | None, limit: int) -> list[audit_log_pb2.AuditEntry]:
         """Return at most `limit` entries older than number `before` (None: from the newest), newest first; fewer where they are long."""

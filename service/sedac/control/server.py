@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from sedac.control.audit_log import AuditLogServicer, AuditLogStore
 from sedac.control.auth import Authenticator
 from sedac.control.database import Database
 from sedac.control.discovery import DiscoveryServicer
@@ -25,7 +26,7 @@ from sedac.control.services import SERVICES
 from sedac.control.settings import ControlSettings
 from sedac.control.store import Store
 from sedac.control.tls import ServerCertificate, check_exposure
-from sedac.control.v1 import control_pb2_grpc
+from sedac.control.v1 import audit_log_pb2_grpc, control_pb2_grpc
 from sedac.credentials import is_loopback
 from sedac.errors import ConfigError
 
@@ -48,6 +49,7 @@ class ControlServer:
         self._watch: asyncio.Task[None] | None = None
         self._database = Database(settings.database)
         self._store = Store(self._database, keep_revisions=settings.keep_revisions)
+        audit_log = AuditLogStore(self._database)
         self._health = health.aio.HealthServicer()
         self._fleet = fleet = Fleet(self._metrics)
         self._close_metrics: Callable[[], None] = lambda: None
@@ -67,8 +69,9 @@ class ControlServer:
             ],
             migration_thread_pool=futures.ThreadPoolExecutor(max_workers=4),
         )
-        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(self._store, fleet, self._metrics), self._server)
+        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(self._store, fleet, self._metrics, audit_log), self._server)
         control_pb2_grpc.add_DiscoveryServicer_to_server(DiscoveryServicer(self._store, fleet, self._metrics), self._server)
+        audit_log_pb2_grpc.add_AuditLogServicer_to_server(AuditLogServicer(audit_log), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

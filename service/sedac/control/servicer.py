@@ -12,13 +12,14 @@ import logging
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
-from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import Message
 
 from sedac import wire
 from sedac.certificate import get_knobs_digest
+from sedac.control.audit_log import AuditLogStore
+from sedac.control.auth import Caller, get_caller
 from sedac.control.fleet import Fleet
 from sedac.control.metrics import ControlMetrics
 from sedac.control.status import answering, refuse
@@ -35,15 +36,14 @@ _PARTS = {"adaptation": Adaptation, "audit": Audit}
 """fields of the policy whose own fields a mask may name"""
 _PART_FIELDS = tuple(f"{name}.{f.name}" for name, kind in _PARTS.items() for f in dataclasses.fields(kind))
 _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
-_MAX_AUTHOR_CHARS = 128
 
 
 class ControlServicer(WatchServicer):
     """What operators call."""
 
-    def __init__(self, store: Store, fleet: Fleet, metrics: ControlMetrics) -> None:
+    def __init__(self, store: Store, fleet: Fleet, metrics: ControlMetrics, audit_log: AuditLogStore) -> None:
         super().__init__(store, fleet)
-        self._metrics = metrics
+        self._metrics, self._audit_log = metrics, audit_log
         self._lock = asyncio.Lock()
         self._changes: set[asyncio.Task[control_pb2.Policy]] = set()
 
@@ -66,13 +66,13 @@ class ControlServicer(WatchServicer):
         The comment belongs to the revision, so it is taken as sent, whatever the mask says.
         """
         async with answering(context):
-            return await self._finish(self._update(request, _find_author(context)), counted=not request.validate_only)
+            return await self._finish(self._update(request, get_caller(context)), counted=not request.validate_only)
         raise AssertionError("unreachable: answering() ends the call")
 
     async def RollbackPolicy(self, request: control_pb2.RollbackPolicyRequest, context: grpc.aio.ServicerContext) -> control_pb2.Policy:  # noqa: N802
         """Store the content of an older revision as the newest one."""
         async with answering(context):
-            return await self._finish(self._roll_back(request, _find_author(context)), counted=True)
+            return await self._finish(self._roll_back(request, get_caller(context)), counted=True)
         raise AssertionError("unreachable: answering() ends the call")
 
     async def ListPolicyRevisions(  # noqa: N802
@@ -94,7 +94,7 @@ class ControlServicer(WatchServicer):
         """Return the desired policy and every engine's state."""
         return self._fleet.to_status()
 
-    async def _update(self, request: control_pb2.UpdatePolicyRequest, author: str) -> control_pb2.Policy:
+    async def _update(self, request: control_pb2.UpdatePolicyRequest, caller: Caller) -> control_pb2.Policy:
         sent = request.policy
         check_name(sent.name)
         if not request.HasField("policy"):
@@ -105,7 +105,7 @@ class ControlServicer(WatchServicer):
             return _merge(newest.policy if newest else Policy(), request)
 
         if not request.validate_only:
-            return await self._change(make, author, sent.comment, sent.etag, request.request_id, request)
+            return await self._change(make, "UpdatePolicy", caller, sent.comment, sent.etag, request.request_id, request)
         newest = self._fleet.desired
         if sent.etag and (newest is None or newest.etag != sent.etag):
             raise StaleEtag(f"etag {sent.etag[:40]!r} is not the one in force ({newest.etag if newest else ''!r}); read the policy again and retry")
@@ -113,7 +113,7 @@ class ControlServicer(WatchServicer):
         self._validate(policy)
         return wire.policy_to_proto(policy, name=POLICY_NAME, etag=newest.etag if newest else "", revision=newest.revision if newest else 0)
 
-    async def _roll_back(self, request: control_pb2.RollbackPolicyRequest, author: str) -> control_pb2.Policy:
+    async def _roll_back(self, request: control_pb2.RollbackPolicyRequest, caller: Caller) -> control_pb2.Policy:
         check_name(request.name)
         _check_lengths(comment=request.comment, request_id=request.request_id)
 
@@ -121,10 +121,10 @@ class ControlServicer(WatchServicer):
             return self._store.get(request.revision).policy
 
         comment = request.comment or f"rollback to revision {request.revision}"
-        return await self._change(make, author, comment, request.etag, request.request_id, request)
+        return await self._change(make, "RollbackPolicy", caller, comment, request.etag, request.request_id, request)
 
     async def _change(
-        self, make: Callable[[Revision | None], Policy], author: str, comment: str, etag: str, request_id: str, request: Message
+        self, make: Callable[[Revision | None], Policy], action: str, caller: Caller, comment: str, etag: str, request_id: str, request: Message
     ) -> control_pb2.Policy:
         fingerprint = hashlib.sha256(type(request).__name__.encode() + request.SerializeToString(deterministic=True)).hexdigest()
         async with self._lock:
@@ -136,9 +136,11 @@ class ControlServicer(WatchServicer):
             policy = await asyncio.to_thread(make, before)
             self._validate(policy)
             made = await asyncio.to_thread(
-                self._store.append,
+                self._audit_log.append_revision,
+                self._store,
                 policy,
-                author=author,
+                action=action,
+                caller=caller,
                 comment=comment,
                 expected_etag=etag,
                 first=before is None,
@@ -205,11 +207,3 @@ def _check_lengths(**texts: str) -> None:
     for field, text in texts.items():
         if len(text) > _MAX_CHARS[field]:
             raise refuse(field, f"{len(text)} characters; at most {_MAX_CHARS[field]}")
-
-
-def _find_author(context: grpc.aio.ServicerContext) -> str:
-    metadata = dict(context.invocation_metadata() or ())
-    author = unquote(str(metadata.get(wire.AUTHOR_METADATA) or context.peer()))
-    if len(author) > _MAX_AUTHOR_CHARS:
-        raise refuse(f"metadata {wire.AUTHOR_METADATA}", f"{len(author)} characters; at most {_MAX_AUTHOR_CHARS}")
-    return author
