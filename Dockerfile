@@ -78,6 +78,7 @@ ENV HOME=/var/cache/sedac \
     HF_HUB_OFFLINE=1 \
     VLLM_NO_USAGE_STATS=1 \
     SEDAC_CONTROL_HOST=0.0.0.0 \
+    SEDAC_CONTROL_INSECURE=1 \
     SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
     SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
@@ -103,12 +104,15 @@ LABEL org.opencontainers.image.title="sedac" \
 FROM ${PYTHON_IMAGE} AS runtime
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/sedac sedac \
     && install -d -o sedac -g sedac /var/lib/sedac /var/cache/sedac
-# Inside a container the services listen on every interface; what is published, and where, is the operator's choice.
+# Inside a container the services listen on every interface; what is published, and where, is the operator's choice. SEDAC_CONTROL_INSECURE=1
+# lets the control service do so without TLS: whoever publishes its port beyond loopback sets SEDAC_CONTROL_TLS_CERT, _TLS_KEY and
+# _PRINCIPALS (files in a volume), and SEDAC_CONTROL_INSECURE=0, which refuses to start without them.
 ENV PATH=/opt/sedac/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/var/cache/sedac \
     SEDAC_CONTROL_HOST=0.0.0.0 \
+    SEDAC_CONTROL_INSECURE=1 \
     SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
     SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
 WORKDIR /var/lib/sedac
@@ -122,7 +126,7 @@ USER 10001:10001
 VOLUME ["/var/lib/sedac"]
 EXPOSE 50051 9464
 HEALTHCHECK --interval=5s --timeout=6s --start-period=60s --retries=3 \
-    CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as h, health_pb2_grpc as g; assert g.HealthStub(grpc.insecure_channel('127.0.0.1:50051')).Check(h.HealthCheckRequest(), timeout=5).status == 1"]
+    CMD ["python", "-m", "sedac.control.health"]
 CMD ["control"]
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="sedac" \

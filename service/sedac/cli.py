@@ -18,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve a language model through vLLM and spend less computing on the tokens that need less.",
 )
+control_app = typer.Typer(pretty_exceptions_enable=False)
+app.add_typer(control_app, name="control")
 app.add_typer(ctl.app, name="ctl", help="Read and change the policy in force, watch engines.")
 
 
@@ -69,13 +71,37 @@ def serve(
     raise typer.Exit(launch.serve(settings, arguments, control=control or settings.control_address or None))
 
 
-@app.command()
-def control() -> None:
+@control_app.callback(invoke_without_command=True)
+def control(context: typer.Context) -> None:
     """Run the control service alone; settings come from SEDAC_CONTROL_* (host, port, database, metrics_port, ...)."""
-    from sedac.control.server import run
-    from sedac.control.settings import ControlSettings
+    if context.invoked_subcommand is None:
+        from sedac.control.server import run
+        from sedac.control.settings import ControlSettings
 
-    run(ControlSettings())
+        run(ControlSettings())
+
+
+@control_app.command()
+def token(
+    name: Annotated[str, typer.Argument(help="Whose token: a person, a script or an engine.")],
+    role: Annotated[str, typer.Option(help="viewer, operator, admin or engine.")],
+    expires_days: Annotated[float | None, typer.Option(min=0.0, help="Days until it expires; default: never.")] = None,
+    engine_id: Annotated[str, typer.Option(help="Role engine: the only engine it may speak for.")] = "",
+    token_file: Annotated[Path | None, typer.Option(help="Write the token into this new file instead of showing it.")] = None,
+) -> None:
+    """Make a bearer token. Its line for the principals file goes to the output, the token itself is shown once beside it.
+
+    sedac control token alice --role operator >> principals.jsonl
+    sedac control token e1 --role engine --engine-id e1 --token-file e1.token >> principals.jsonl
+    """
+    from sedac.control.principals import make_token, write_token
+
+    secret, line = make_token(name, role, expires_days=expires_days, engine_id=engine_id)
+    if token_file:
+        write_token(token_file, secret)
+    else:
+        typer.echo(f"the token, shown this once: {secret}", err=True)
+    typer.echo(line)
 
 
 @app.command()

@@ -31,7 +31,6 @@ class ControlMetrics:
         self.answers = Counter("sedac_control_engine_answers", "Answers of engines to pushed policies, by result.", ["result"], **make)
         self.denied = Counter("sedac_control_denied_calls", "Calls refused for want of proof or of a role.", ["reason"], **make)
         self.limited = Counter("sedac_control_limited_calls", "Calls refused by a limit.", ["limit"], **make)
-        self.file_changes = Counter("sedac_control_file_changes", "Changes of files read while serving, by result.", ["file", "result"], **make)
         self.file_refused = Gauge("sedac_control_file_refused", "1: the file's last change can't be used; what it said before is.", ["file"], **make)
         self.started = Counter("grpc_server_started", "Calls started.", _RPC_LABELS, **make)
         self.handled = Counter("grpc_server_handled", "Calls completed, by code.", [*_RPC_LABELS, "grpc_code"], **make)
@@ -48,8 +47,6 @@ class ControlMetrics:
             self.limited.labels(limit)
         for file in ("principals", "certificate"):
             self.file_refused.labels(file)
-            for result in ("accepted", "refused"):
-                self.file_changes.labels(file, result)
         for service in SERVICES:
             for method in service.methods:
                 self.started.labels(service.full_name, method.name)

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import hmac
 import json
+import os
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -126,14 +127,28 @@ def digest_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def make_token(name: str, role: Role, *, expires: datetime.datetime | None = None, engine_id: str = "") -> tuple[str, str]:
+def make_token(name: str, role: str, *, expires_days: float | None = None, engine_id: str = "") -> tuple[str, str]:
     """Make a random token; returns it and its line of the file.
 
     Raises:
         ConfigError: the name or another field is not allowed.
     """
     token = f"sedac_{secrets.token_urlsafe(32)}"
-    fields = {"name": name, "role": role, "token_sha256": digest_token(token), "expires": expires and expires.isoformat(), "engine_id": engine_id}
+    expires = "" if expires_days is None else (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=expires_days)).isoformat("T", "seconds")
+    fields = {"name": name, "role": role, "token_sha256": digest_token(token), "expires": expires, "engine_id": engine_id}
     line = json.dumps({key: value for key, value in fields.items() if value})
     _parse(line, "this principal")
     return token, line
+
+
+def write_token(path: Path, token: str) -> None:
+    """Write a token into a new file that its owner alone may read.
+
+    Raises:
+        ConfigError: the file exists already, or can't be made.
+    """
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token + "\n")
+    except OSError as error:
+        raise ConfigError(f"token file {path} can't be made: {error.strerror}; name a new file") from None

@@ -46,7 +46,6 @@ class Reloading(Generic[_T]):
             if self._find_version() != version:
                 return False  # somebody is writing: look again at the next call
             self._seen, self.value = version, value
-        self._metrics.file_changes.labels(self._kind, "refused" if problem else "accepted").inc()
         self._metrics.file_refused.labels(self._kind).set(bool(problem))
         names = ", ".join(map(str, self._paths))
         if problem:
