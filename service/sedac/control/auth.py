@@ -6,6 +6,7 @@ Callers prove themselves with a bearer token, or with a certificate where the se
 from __future__ import annotations
 
 import contextvars
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from sedac.control.reloading import Reloading
 from sedac.control.status import refuse
 from sedac.errors import PermissionDenied, Unauthenticated
 
+_log = logging.getLogger(__name__)
 _VIEWER: tuple[Role, ...] = ("viewer", "operator", "admin")
 _OPERATOR: tuple[Role, ...] = ("operator", "admin")
 _ADMIN: tuple[Role, ...] = ("admin",)
@@ -186,4 +188,5 @@ def check_engine_id(engine_id: str) -> None:
     principal = get_principal()
     bound = principal.entry.engine_id if principal and principal.entry else ""
     if bound and bound != engine_id:
+        _log.warning("refused Follow: %s is bound to engine %r and says that it is %r", principal, bound, engine_id[:128])
         raise PermissionDenied(f"{principal} may speak for engine {bound!r} alone, not for {engine_id[:128]!r}; set SEDAC_ENGINE_ID={bound}")

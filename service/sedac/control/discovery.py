@@ -10,11 +10,14 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import grpc
 from google.rpc import code_pb2, status_pb2
 
 from sedac import wire
+from sedac.control.audit_log import AuditLogStore
+from sedac.control.auth import Caller, check_engine_id, get_caller
 from sedac.control.fleet import Engine, Fleet
 from sedac.control.metrics import ControlMetrics
 from sedac.control.status import answering, refuse
@@ -30,13 +33,14 @@ _MAX_ID_CHARS = 128
 class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
     """What engines follow."""
 
-    def __init__(self, store: Store, fleet: Fleet, metrics: ControlMetrics) -> None:
-        self._store, self._fleet, self._metrics = store, fleet, metrics
+    def __init__(self, store: Store, fleet: Fleet, metrics: ControlMetrics, audit_log: AuditLogStore) -> None:
+        self._store, self._fleet, self._metrics, self._audit_log = store, fleet, metrics, audit_log
 
     async def Follow(self, messages: AsyncIterator[control_pb2.EngineMessage], context: grpc.aio.ServicerContext) -> None:  # noqa: N802
         """Follow one engine from its hello until its stream ends."""
         async with answering(context):
             hello, initial = await _read_hello(messages)
+            check_engine_id(hello.engine_id)
             engine, replaced = self._fleet.join(hello, context.peer())
             if replaced:
                 _log.warning("engine %s connected from %s and replaces its connection from %s; two engines need two ids (SEDAC_ENGINE_ID)",
@@ -48,19 +52,25 @@ class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
             reader.add_done_callback(stream.end)
             try:
                 if initial is not None:
-                    await asyncio.shield(asyncio.create_task(self._seed(engine, initial)))  # stored must mean announced
+                    await asyncio.shield(asyncio.create_task(self._seed(engine, initial, get_caller(context))))  # stored must mean announced
                 await stream.push(context)
             finally:
                 reader.cancel()
                 self._fleet.leave(engine)
                 _log.info("engine %s: the stream from %s ended", engine.id, engine.peer)
 
-    async def _seed(self, engine: Engine, initial: Policy) -> None:
+    async def _seed(self, engine: Engine, initial: Policy, caller: Caller) -> None:
         if self._fleet.desired is not None:
             return
         try:
             made = await asyncio.to_thread(
-                self._store.append, initial, author=f"engine {engine.id}", comment="what the first engine started with", first=True
+                self._audit_log.append_revision,
+                self._store,
+                initial,
+                action="Follow",
+                caller=replace(caller, author=f"engine {engine.id}"),
+                comment="what the first engine started with",
+                first=True,
             )
             _log.info("policy revision %d from engine %s", made.revision, engine.id)
         except StaleEtag:  # another engine was first

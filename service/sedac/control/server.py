@@ -70,7 +70,7 @@ class ControlServer:
             migration_thread_pool=futures.ThreadPoolExecutor(max_workers=4),
         )
         control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(self._store, fleet, self._metrics, audit_log), self._server)
-        control_pb2_grpc.add_DiscoveryServicer_to_server(DiscoveryServicer(self._store, fleet, self._metrics), self._server)
+        control_pb2_grpc.add_DiscoveryServicer_to_server(DiscoveryServicer(self._store, fleet, self._metrics, audit_log), self._server)
         audit_log_pb2_grpc.add_AuditLogServicer_to_server(AuditLogServicer(audit_log), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
