@@ -18,7 +18,7 @@ from google.rpc import code_pb2, status_pb2
 from sedac import wire
 from sedac.control.audit_log import AuditLogStore
 from sedac.control.auth import Caller, check_engine_id, get_caller
-from sedac.control.fleet import Engine, Fleet
+from sedac.control.fleet import Engine, Fleet, Target
 from sedac.control.metrics import ControlMetrics
 from sedac.control.status import answering, refuse
 from sedac.control.store import Store
@@ -85,7 +85,7 @@ class _Stream:
     def __init__(self, engine: Engine, metrics: ControlMetrics, fleet: Fleet) -> None:
         self._engine, self._metrics, self._fleet = engine, metrics, fleet
         self._nonce = ""
-        self._pushed_revision = 0
+        self._pushed = Target()
         self._ended = False
 
     def end(self, reader: asyncio.Task[None]) -> None:
@@ -104,9 +104,10 @@ class _Stream:
                 raise ControlUnavailable("the control service is stopping; serve on and connect again")
             if fleet.is_replaced(engine):
                 raise EngineReplaced(f"a newer connection of engine {engine.id!r} took over; two engines need two ids (SEDAC_ENGINE_ID)")
-            if fleet.desired and not self._nonce and fleet.desired.revision != self._pushed_revision:
-                self._nonce, self._pushed_revision = secrets.token_hex(8), fleet.desired.revision
-                await context.write(control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto()))
+            if fleet.desired and not self._nonce and fleet.target != self._pushed:
+                self._nonce, self._pushed = secrets.token_hex(8), fleet.target
+                canary = fleet.candidate.to_proto() if fleet.candidate else None
+                await context.write(control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=canary))
             else:
                 await engine.wake.wait()
 
@@ -116,26 +117,34 @@ class _Stream:
             self._engine.touch()
             kind = message.WhichOneof("kind")
             if kind == "report":
-                self._engine.report = message.report
+                self._fleet.take_report(self._engine, message.report)
             elif kind == "answer":
                 self._note_answer(message.answer)
 
     def _note_answer(self, answer: control_pb2.PolicyAnswer) -> None:
-        engine, revision = self._engine, self._pushed_revision
+        engine, pushed = self._engine, self._pushed
         if not self._nonce or answer.nonce != self._nonce:
             _log.warning("engine %s answered with nonce %r, which is not the one in flight; ignored", engine.id, answer.nonce[:40])
             return
         error = answer.error if answer.HasField("error") else None
-        if error is None and answer.revision != revision:
-            message = f"acknowledged revision {revision} but runs {answer.revision}; restart the engine"
+        if error is None and (answer.revision, answer.rollout) != (pushed.revision, pushed.rollout):
+            wanted, found = _name(pushed.revision, pushed.rollout), _name(answer.revision, answer.rollout)
+            message = f"acknowledged revision {wanted} but runs {found}; restart the engine"
             error = status_pb2.Status(code=code_pb2.INTERNAL, message=message)
-        self._nonce, engine.error = "", error
-        engine.active_revision, engine.answered_revision = answer.revision, revision
+        self._nonce, engine.error, engine.answered = "", error, pushed
+        engine.active_revision, engine.active_rollout = answer.revision, answer.rollout
         self._metrics.answers.labels("nack" if error else "ack").inc()
         if error:
-            _log.error("engine %s refused revision %d and serves on under %d: %s", engine.id, revision, answer.revision, error.message)
+            refused, active = _name(pushed.revision, pushed.rollout), _name(answer.revision, answer.rollout)
+            _log.error("engine %s refused revision %s and serves on under %s: %s", engine.id, refused, active, error.message)
+        else:
+            self._fleet.note_acknowledged(pushed.revision)
         engine.wake.set()
         self._fleet.notify(engine)
+
+
+def _name(revision: int, rollout: int) -> str:
+    return f"{revision} with roll-out {rollout}" if rollout else str(revision)
 
 
 async def _read_hello(messages: AsyncIterator[control_pb2.EngineMessage]) -> tuple[control_pb2.EngineHello, Policy | None]:

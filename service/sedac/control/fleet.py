@@ -10,18 +10,46 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from google.rpc import status_pb2
 
 from sedac import wire
 from sedac.control.metrics import STATES, ControlMetrics
+from sedac.control.pooling import EvidenceBook
 from sedac.control.store import Revision
-from sedac.control.v1 import control_pb2
+from sedac.control.v1 import control_pb2, evidence_pb2, rollouts_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy import Layout, Policy, validate
 
 _FORGET_AFTER = datetime.timedelta(days=1)
+
+
+class Target(NamedTuple):
+    """What an engine should run; whatever changes in it is pushed."""
+
+    revision: int = 0
+    rollout: int = 0
+    """whose candidate runs beside the policy; 0: none"""
+    share: float = 0.0
+    attempt: int = 0
+    """grows when the same is to be pushed again"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A roll-out's policy and its share of the requests."""
+
+    rollout: int
+    policy: Policy
+    share: float
+    attempt: int = 0
+
+    def to_proto(self) -> control_pb2.Canary:
+        """Write it as engines are pushed it."""
+        return control_pb2.Canary(rollout=self.rollout, policy=wire.policy_to_proto(self.policy), share=self.share)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,11 +60,14 @@ class Engine:
     active_revision: int
     peer: str = ""
     connected: bool = True
-    answered_revision: int = 0
-    """the newest push that this connection answered; 0: none yet"""
+    active_rollout: int = 0
+    answered: Target = field(default_factory=Target)
+    """the newest push that this connection answered"""
     error: status_pb2.Status | None = None
     """the NACK, where that answer was one"""
     report: control_pb2.EngineReport = field(default_factory=control_pb2.EngineReport)
+    reported: float = field(default_factory=time.monotonic)
+    """seconds on the monotonic clock at which the newest report came; before the first: the start of the connection"""
     last_seen: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     shown_state: control_pb2.EngineState | None = None
     """the state under which the metrics count the engine; None: not counted"""
@@ -55,22 +86,23 @@ class Engine:
         """What the engine has attached."""
         return wire.layout_from_hello(self.hello)
 
-    def find_state(self, desired_revision: int) -> control_pb2.EngineState:
+    def find_state(self, target: Target) -> control_pb2.EngineState:
         """Return the state that follows from what was pushed and answered."""
         if not self.connected:
             return control_pb2.ENGINE_STATE_STALE
-        if self.answered_revision != desired_revision:
+        if self.answered != target:
             return control_pb2.ENGINE_STATE_PENDING
         return control_pb2.ENGINE_STATE_NACKED if self.error else control_pb2.ENGINE_STATE_SYNCED
 
-    def to_status(self, desired_revision: int) -> control_pb2.EngineStatus:
+    def to_status(self, target: Target) -> control_pb2.EngineStatus:
         """Write the engine's part of a status message."""
-        state = self.find_state(desired_revision)
+        state = self.find_state(target)
         status = control_pb2.EngineStatus(
             engine=self.hello,
             state=state,
-            desired_revision=desired_revision,
+            desired_revision=target.revision,
             active_revision=self.active_revision,
+            active_rollout=self.active_rollout,
             error=self.error if state == control_pb2.ENGINE_STATE_NACKED else None,
             report=self.report,
         )
@@ -88,6 +120,17 @@ class Fleet:
     def __init__(self, metrics: ControlMetrics) -> None:
         self.engines: dict[str, Engine] = {}
         self.desired: Revision | None = None
+        self.candidate: Candidate | None = None
+        self.book = EvidenceBook()
+        self.rollout: rollouts_pb2.Rollout | None = None
+        """the one under way, or the newest, as the status shows it; its evidence too"""
+        self.evidence: list[evidence_pb2.TierEvidence] = []
+        """as the status shows it"""
+        self.guard: control_pb2.Guard | None = None
+        self.acknowledged: set[int] = set()
+        """revisions that an engine has put in force since somebody last took them from here"""
+        self.reported = asyncio.Event()
+        """set when an engine's evidence is new or a revision was acknowledged"""
         self.closing = False
         self._version = 0
         self._counts = dict.fromkeys(STATES, 0)
@@ -100,9 +143,44 @@ class Fleet:
         if revision is None or (self.desired and self.desired.revision >= revision.revision):
             return
         self.desired = revision
+        self._expect()
         self._wake_engines()
         self._announced.set()
         self._announced = asyncio.Event()
+
+    def set_candidate(self, candidate: Candidate | None) -> None:
+        """Announce what runs beside the policy; with `set_desired` before or after it, without an await between, one push."""
+        self.candidate = candidate
+        self._expect()
+        self._wake_engines()
+
+    def _expect(self) -> None:
+        desired, candidate = self.desired, self.candidate
+        self.book.expect(
+            desired.revision if desired else 0,
+            desired.policy if desired else None,
+            candidate.rollout if candidate else 0,
+            candidate.policy if candidate else None,
+        )
+
+    @property
+    def target(self) -> Target:
+        """What every engine should run."""
+        revision, candidate = self._get_desired(), self.candidate
+        return Target(revision, candidate.rollout, candidate.share, candidate.attempt) if candidate else Target(revision)
+
+    def take_report(self, engine: Engine, report: control_pb2.EngineReport) -> None:
+        """Note what an engine measured; a replaced connection is not heard."""
+        if self.is_replaced(engine):
+            return
+        engine.report, engine.reported = report, time.monotonic()
+        if self.book.take(engine.id, report.evidence):
+            self.reported.set()
+
+    def note_acknowledged(self, revision: int) -> None:
+        """Note that an engine has put a revision in force."""
+        self.acknowledged.add(revision)
+        self.reported.set()
 
     def join(self, hello: control_pb2.EngineHello, peer: str) -> tuple[Engine, Engine | None]:
         """Register a new connection of an engine; returns it and the live one of the same id that it replaces."""
@@ -138,6 +216,7 @@ class Fleet:
     def close(self) -> None:
         """Tell every stream to end."""
         self.closing = True
+        self.reported.set()
         self._wake_engines()
         self._announced.set()
 
@@ -145,7 +224,7 @@ class Fleet:
         """Show in the metrics that these engines changed, and wake the watchers; a replaced connection's engine is none any more."""
         for engine in changed:
             if not self.is_replaced(engine):
-                self._count(engine, engine.find_state(self._get_desired()))
+                self._count(engine, engine.find_state(self.target))
                 engine.version = self._version + 1
         self._show()
 
@@ -189,7 +268,7 @@ class Fleet:
 
     def describe(self, engine: Engine) -> control_pb2.EngineStatus:
         """Write one engine's state."""
-        return engine.to_status(self._get_desired())
+        return engine.to_status(self.target)
 
     def to_status(self) -> control_pb2.Status:
         """Write the desired policy and every engine's state."""
@@ -199,7 +278,14 @@ class Fleet:
             return control_pb2.Status(engines=engines)
         certified = desired.policy.certificate is not None
         certification = control_pb2.CERTIFICATION_CERTIFIED if certified else control_pb2.CERTIFICATION_UNCERTIFIED
-        return control_pb2.Status(policy=desired.to_proto(), engines=engines, certification=certification)
+        return control_pb2.Status(
+            policy=desired.to_proto(),
+            engines=engines,
+            certification=certification,
+            rollout=self.rollout,
+            evidence=self.evidence,
+            guard=self.guard,
+        )
 
     def check(self, policy: Policy) -> None:
         """Check a policy against every connected engine, as far as the policy in force fits it.
