@@ -35,8 +35,8 @@ def demo(
         ["collect", "--model", model, "--out", str(streams), "--samples", str(samples)],
         ["train", "--collection", str(streams), "--out", str(probe_set), "--name", name, "--target", "damage", "--report", str(work)],
         ["calibrate", *common, "--collection", str(streams), "--report", str(work / "calibration"), "--samples", str(samples // 2)],
-        ["validate", *common, "--samples", "16", "--out", str(work / "validation")],
-        ["compare", *common, "--samples", "16", "--out", str(work / "comparison")],
+        ["validate", *common, "--samples", "12", "--out", str(work / "validation")],
+        ["compare", *common, "--samples", "10", "--out", str(work / "comparison")],
         ["certify", *common, "--requests", str(requests), "--eps", str(eps), "--out", str(work)],
         ["report", str(work), "--probe-set", str(probe_set)],
     ]
