@@ -154,7 +154,7 @@ def test_a_set_without_levels_stays_valid(probe_set):
     ("tensor", "value", "reason"),
     [
         ("levels.contextual-30.threshold", None, "no tensor"),
-        ("levels.contextual-30.threshold", torch.zeros(5), r"\(5,\), expected torch.float32 \(6,\)"),
+        ("levels.contextual-30.threshold", torch.zeros(5), r"\(5,\), expected float32 \(6,\)"),
         ("levels.contextual-30.threshold", torch.zeros(6, dtype=torch.float64), "float64"),
         ("levels.contextual-30.threshold", torch.full((6,), -0.1), "below 0 or NaN"),
         ("levels.contextual-30.threshold", torch.full((6,), float("nan")), "below 0 or NaN"),
@@ -179,7 +179,9 @@ def test_each_wrong_tensor_is_named_and_refused(levelled_set, tensor, value, rea
     directory = levelled_set[0]
     tensors = safetensors.torch.load_file(directory / artifact.WEIGHTS)
     assert tensor in tensors
-    data = safetensors.torch.save({name: t for name, t in (tensors | {tensor: value}).items() if t is not None})
+    data = safetensors.torch.save(
+        {name: t for name, t in (tensors | {tensor: value}).items() if t is not None}, metadata={"format": "sedac-probe-set/1"}
+    )
     (directory / artifact.WEIGHTS).write_bytes(data)
     path = directory / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": hashlib.sha256(data).hexdigest()}))

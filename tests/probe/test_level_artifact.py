@@ -46,7 +46,7 @@ def level_set(tmp_path):
 def rewrite(directory, changes):
     """Change tensors (None: remove) and make the digest good again, as a writer with a fault would."""
     tensors = safetensors.torch.load_file(directory / artifact.WEIGHTS) | changes
-    data = safetensors.torch.save({name: t for name, t in tensors.items() if t is not None})
+    data = safetensors.torch.save({name: t for name, t in tensors.items() if t is not None}, metadata={"format": "sedac-probe-set/1"})
     (directory / artifact.WEIGHTS).write_bytes(data)
     path = directory / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sha256": hashlib.sha256(data).hexdigest()}))
@@ -87,29 +87,29 @@ def test_an_unchanged_rewrite_is_accepted(level_set):
 @pytest.mark.parametrize(
     ("name", "tensor", "problem"),
     [
-        ("neurons.0.order", None, "no tensor, expected torch.int32"),
-        ("neurons.0.order", torch.arange(F), "torch.int64"),
-        ("neurons.0.order", torch.arange(F - 1, dtype=torch.int32), r"\(9,\), expected torch.int32 \(10,\)"),
+        ("neurons.0.order", None, "no tensor, expected int32"),
+        ("neurons.0.order", torch.arange(F), "int64"),
+        ("neurons.0.order", torch.arange(F - 1, dtype=torch.int32), r"\(9,\), expected int32 \(10,\)"),
         ("neurons.1.order", torch.zeros(F, dtype=torch.int32), r"no permutation of 0\.\.9"),
         ("neurons.1.order", torch.arange(F, dtype=torch.int32) + 1, r"no permutation of 0\.\.9"),
         ("neurons.2.scale", None, "no tensor"),
-        ("neurons.2.scale", torch.ones(F, dtype=torch.float64), "torch.float64"),
+        ("neurons.2.scale", torch.ones(F, dtype=torch.float64), "float64"),
         ("neurons.2.scale", torch.ones(F, 1), r"\(10, 1\)"),
         ("neurons.2.scale", torch.full((F,), math.nan), "NaN, infinity or a negative number"),
         ("neurons.2.scale", torch.full((F,), math.inf), "NaN, infinity or a negative number"),
         ("neurons.2.scale", -torch.ones(F), "NaN, infinity or a negative number"),
-        ("neurons.1.repair", torch.ones(F, D), "torch.float32"),
-        ("neurons.1.repair", torch.ones(D, F).bfloat16(), r"\(16, 10\), expected torch.bfloat16 \(10, 16\)"),
+        ("neurons.1.repair", torch.ones(F, D), "float32"),
+        ("neurons.1.repair", torch.ones(D, F).bfloat16(), r"\(16, 10\), expected bfloat16 \(10, 16\)"),
         ("neurons.1.repair", torch.full((F, D), math.inf).bfloat16(), "NaN or infinity"),
         ("neurons.1.repair", torch.full((F, D), math.nan).bfloat16(), "NaN or infinity"),
         ("levels.width-20.neurons", None, "no tensor"),
-        ("levels.width-20.neurons", torch.ones(L), "torch.float32"),
+        ("levels.width-20.neurons", torch.ones(L), "float32"),
         ("levels.width-20.neurons", torch.ones(L + 1, dtype=torch.int32), r"\(4,\)"),
         ("levels.width-20.neurons", torch.tensor([F + 1, 0, 0], dtype=torch.int32), r"counts outside 0\.\.10"),
         ("levels.width-20.neurons", torch.tensor([-1, 0, 0], dtype=torch.int32), r"counts outside 0\.\.10"),
         ("levels.contextual-30.threshold", None, "no tensor"),
-        ("levels.contextual-30.threshold", torch.ones(L).half(), "torch.float16"),
-        ("levels.contextual-30.threshold", torch.tensor(0.5), r"\(\), expected torch.float32 \(3,\)"),
+        ("levels.contextual-30.threshold", torch.ones(L).half(), "float16"),
+        ("levels.contextual-30.threshold", torch.tensor(0.5), r"\(\), expected float32 \(3,\)"),
         ("levels.contextual-30.threshold", torch.tensor([0.1, math.nan, 0.1]), "below 0 or NaN"),
         ("levels.contextual-30.threshold", torch.tensor([0.1, -math.inf, 0.1]), "below 0 or NaN"),
     ],
