@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from sedac.evidence import Moments
 
 _TIER_TOTALS = ("num_tokens", "num_exited", "num_mlp_blocks_computed")
 _TOTALS = ("num_steps", "num_torn_steps", "num_tokens", "num_decode_tokens", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "num_adaptations")
@@ -74,6 +77,34 @@ class Stats:
         """Build from `dataclasses.asdict`'s form."""
         parts: dict[str, type] = {"checkpoints": CheckpointStats, "tiers": TierStats, "ranks": RankStats}
         return cls(**{**data, **{name: tuple(kind(**entry) for entry in data.get(name, ())) for name, kind in parts.items()}})
+
+
+@dataclass(kw_only=True)
+class Evidence:
+    """What was measured of one tier's requests under one arm, since the arm's policy came into force; grows as requests finish."""
+
+    arm: str
+    """stable or canary"""
+    tier: str
+    revision: int = 0
+    """arm stable: of its policy"""
+    rollout: int = 0
+    """arm canary: its number"""
+    num_requests: int = 0
+    """finished; each choice of a request with several counts"""
+    num_errors: int = 0
+    """of these, ended by an error of the engine"""
+    first_token_seconds: Moments = field(default_factory=Moments)
+    """from arrival to the first token"""
+    token_seconds: Moments = field(default_factory=Moments)
+    """per output token after the first, a mean per request"""
+    num_audited_tokens: int = 0
+    num_audit_failures: int = 0
+    """audits that gave no result"""
+    mismatch_counts: Counter[int] = field(default_factory=Counter)
+    """answers of greedy requests by their share of tokens that the full model would not choose, in thousandths rounded down"""
+    nll_difference_counts: Counter[int] = field(default_factory=Counter)
+    """answers by what their tokens lost in log-probability on average, in thousandths of a nat rounded down and cut to -1000..1000"""
 
 
 def add_up(parts: Sequence[Stats]) -> Stats:

@@ -14,10 +14,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sedac import errors
 from sedac.certificate import Certificate
-from sedac.control.v1 import control_pb2
+from sedac.control.v1 import control_pb2, evidence_pb2
 from sedac.errors import FieldViolation, PolicyInvalid, SedacError
-from sedac.policy import FULL, SKIP, Adaptation, Audit, Checkpoint, GuardAction, Layout, Phase, Policy, Rule, Scope, Tier
-from sedac.stats import Stats
+from sedac.policy import CANARY, FULL, SKIP, STABLE, Adaptation, Audit, Canary, Checkpoint, GuardAction, Layout, Phase, Policy, Rule, Scope, Tier
+from sedac.stats import Evidence, Stats
 
 AUTHOR_METADATA = "sedac-author"
 """request metadata: who asks for a change, in percent-encoded UTF-8"""
@@ -30,6 +30,7 @@ _ACTIONS: dict[control_pb2.GuardAction, GuardAction] = {control_pb2.GUARD_ACTION
 _PHASE_NUMBERS, _SCOPE_NUMBERS = {word: number for number, word in _PHASES.items()}, {word: number for number, word in _SCOPES.items()}
 _RULE_NUMBERS = {word: number for number, word in _RULES.items()}
 _ACTION_NUMBERS = {word: number for number, word in _ACTIONS.items()}
+_ARM_NUMBERS = {STABLE: evidence_pb2.ARM_STABLE, CANARY: evidence_pb2.ARM_CANARY}
 _N = TypeVar("_N", bound=int)
 _T = TypeVar("_T")
 
@@ -157,6 +158,31 @@ def stats_to_report(stats: Stats) -> control_pb2.EngineReport:
         "ranks": [control_pb2.RankReport(**vars(r)) for r in stats.ranks],
     }
     return control_pb2.EngineReport(**{**vars(stats), **parts})
+
+
+def evidence_to_proto(evidence: Evidence) -> evidence_pb2.Evidence:
+    """Write what an engine measured of one tier under one arm."""
+    counts = {**vars(evidence), "arm": _ARM_NUMBERS[evidence.arm]}
+    moments = {name: evidence_pb2.Moments(**vars(counts[name])) for name in ("first_token_seconds", "token_seconds")}
+    return evidence_pb2.Evidence(**(counts | moments))
+
+
+def canary_from_proto(message: control_pb2.Canary) -> Canary:
+    """Read a roll-out's candidate; its policy is not validated.
+
+    Raises:
+        PolicyInvalid: the number or the share can't be, or an enum of the policy holds a number that this version does not know.
+    """
+    bad = [] if message.rollout > 0 else [FieldViolation("canary.rollout", f"{message.rollout} is no number of a roll-out; they count from 1")]
+    if not 0 <= message.share <= 1:
+        bad.append(FieldViolation("canary.share", f"{message.share} is outside 0..1"))
+    try:
+        policy = policy_from_proto(message.policy)
+    except PolicyInvalid as error:
+        bad += [FieldViolation(f"canary.policy.{v.field}", v.description) for v in error.violations]
+    if bad:
+        raise PolicyInvalid(bad)
+    return Canary(rollout=message.rollout, policy=policy, share=message.share)
 
 
 def error_to_status(error: Exception, code: int) -> status_pb2.Status:

@@ -13,7 +13,7 @@ from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2
+from sedac.control.v1 import control_pb2, evidence_pb2
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy import Adaptation, Checkpoint, Policy, Tier
 from sedac.settings import EngineSettings
@@ -110,7 +110,11 @@ def test_what_the_workers_count_reaches_the_service(settings):  # noqa: F811
                 return bool(engines) and engines[0].report.num_steps == 5
 
             await _until(arrived)
-        assert engines[0].report == wire.stats_to_report(stats)
+        report = control_pb2.EngineReport()
+        report.CopyFrom(engines[0].report)
+        assert {(e.arm, e.tier) for e in report.evidence} == {(evidence_pb2.ARM_STABLE, "exact"), (evidence_pb2.ARM_STABLE, "balanced")}
+        del report.evidence[:]
+        assert report == wire.stats_to_report(replace(stats, active_revision=report.active_revision))
         await agent.stop()
         await asyncio.to_thread(server.stop)
 

@@ -1,7 +1,7 @@
 """The agent: keeps the engine at the control service's policy, and serving when that service is away.
 
-Runs on the event loop of vLLM's API server. One task follows the discovery stream and answers each push with ACK or NACK;
-another reads the workers' counters. Neither is ever awaited by a request.
+Runs on the event loop of vLLM's API server. One task follows the discovery stream, one reads the workers' counters, one audits answers.
+None is ever awaited by a request.
 """
 
 from __future__ import annotations
@@ -9,34 +9,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import grpc
-from google.rpc import code_pb2, status_pb2
-
 from sedac import wire
-from sedac.agent.engine import AttachedEngine
+from sedac.agent.audits import Auditor
+from sedac.agent.engine import AttachedEngine, PartlyRefused
+from sedac.agent.evidence import Book, open_book
+from sedac.agent.following import Follower, Outcome
 from sedac.agent.metrics import EngineMetrics, get_target_exit_rates
 from sedac.agent.promise import Terms
-from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.errors import ConfigError, PolicyInvalid, SedacError
-from sedac.policy import EXACT, FULL, Layout, Policy, Tier, validate
+from sedac.agent.pushes import Fetch, Orders, Preparation, ProbeSetSource
+from sedac.control.v1 import control_pb2
+from sedac.errors import ConfigError, PolicyInvalid
+from sedac.policy import EXACT, FULL, Canary, Layout, Policy, Tier, validate
 from sedac.settings import EngineSettings
 from sedac.stats import Stats
 
 _log = logging.getLogger(__name__)
-_MAX_BACKOFF_SECONDS = 5.0
-_KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-]
+_PREPARE_SECONDS = 180.0  # for fetching, verifying and preloading probe sets
 
 
 @dataclass(kw_only=True)
@@ -50,19 +43,54 @@ class Agent:
     hello: control_pb2.EngineHello
     find_weights: Callable[[], str]
     """returns the digest of the model's weights; may take seconds and block, and raises ConfigError where it can't be known"""
+    auditor: Auditor | None = None
+    """None: no answers are audited"""
     policy: Policy = field(default_factory=Policy)
     revision: int = 0
     """in force in every worker; 0: the first policy, from the settings"""
-    connected: bool = False
-    refusal: str = ""
-    """why the newest push was refused; empty once a push is applied"""
+    canary: Canary | None = None
+    """in force beside it"""
     stats: Stats = field(default_factory=Stats)
     _is_bounded: bool = False
+    _offer: Canary | None = None
+    """the candidate that requests may get now"""
+    _books: dict[int, Book] = field(default_factory=dict)
+    """by roll-out; 0: of the policy in force"""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _follower: Follower = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Connect the parts."""
+        self._follower = Follower(
+            address=self.settings.control_address,
+            make_hello=self._make_hello,
+            make_report=self._make_report,
+            apply=self._follow_orders,
+            find_outcome=lambda: Outcome(revision=self.revision, rollout=self._get_rollout()),
+            make_fetch=ProbeSetSource(self.settings).open,
+            report_seconds=max(self.settings.poll_seconds, 0.5),
+            on_connected=lambda connected: self.metrics.set_connected(connected, time.time()),
+            on_answered=lambda accepted, seconds: self.metrics.count_update(accepted=accepted, seconds=seconds),
+        )
+
+    @property
+    def connected(self) -> bool:
+        """Whether the control service is there."""
+        return self._follower.connected
+
+    @property
+    def refusal(self) -> str:
+        """Why the newest push was refused; empty once a push is applied."""
+        return self._follower.refusal
 
     def get_terms(self) -> Terms:
-        """Return what requests that arrive now are promised by: the policy in force, or nothing but exactness."""
-        return Terms(policy=self.policy if self._is_bounded else replace(self.policy, enabled=False), levels=self.layout.levels)
+        """Return what requests that arrive now are promised by: the policies in force, or nothing but exactness."""
+        policy = self.policy if self._is_bounded else replace(self.policy, enabled=False)
+        return Terms(policy=policy, levels=self.layout.levels, canary=self._offer, can_audit=self.auditor is not None)
+
+    def find_book(self, rollout: int) -> Book | None:
+        """Return the evidence of a roll-out's candidate, or of the policy in force (0); None: it is not in force any more."""
+        return self._books.get(rollout)
 
     async def start(self, first: Policy) -> None:
         """Put the first policy into force, then follow the control service in the background.
@@ -72,11 +100,33 @@ class Agent:
         """
         await self._apply(first, 0)
         self._tasks = [asyncio.create_task(self._poll(), name="sedac-poll")]
+        if self.auditor:
+            self._tasks.append(asyncio.create_task(self.auditor.run(), name="sedac-audit"))
         if self.settings.control_address:
             self._tasks.append(asyncio.create_task(self._follow(), name="sedac-follow"))
 
+    async def join(self) -> None:
+        """Wait until the control service's policy is applied or refused, so that no request is served under an older one.
+
+        A service that says nothing within SEDAC_JOIN_SECONDS is served without.
+        """
+        if not self.settings.control_address or not self.settings.join_seconds:
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._follower.reached.wait(), self.settings.join_seconds)
+            await asyncio.wait_for(self._follower.answered.wait(), 2 * _PREPARE_SECONDS)
+            return
+        why = "has not sent a policy" if not self._follower.reached.is_set() else "sent a policy that is not applied yet"
+        _log.warning(
+            "the control service at %s %s in time (SEDAC_JOIN_SECONDS=%g); serving under %s",
+            self.settings.control_address,
+            why,
+            self.settings.join_seconds,
+            "the first policy" if not self.revision else f"revision {self.revision}",
+        )
+
     async def stop(self) -> None:
-        """Stop following and polling."""
+        """Stop following, polling and auditing."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -92,11 +142,14 @@ class Agent:
             "refusal": self.refusal,
             "certified": self.policy.certificate is not None,
             "policy": self.policy.to_dict(),
+            "canary": self.canary.to_dict() if self.canary else None,
             "layout": asdict(self.layout),
             "tiers": [asdict(tier) for tier in (Tier(name=EXACT, level=FULL, threshold_scale=0.0), *self.policy.get_tiers())],
             "default_tier": self.policy.default_tier if self.policy.enabled else EXACT,
             "adaptation": self._describe_adaptation(),
             "stats": asdict(self.stats),
+            "evidence": [page for book in self._books.values() for page in book.to_dicts()],
+            "num_audits_waiting": self.auditor.get_num_waiting() if self.auditor else 0,
         }
 
     def _describe_adaptation(self) -> dict[str, Any]:
@@ -116,16 +169,55 @@ class Agent:
         ]
         return {"state": state, "generation": knobs.generation, "num_adaptations": self.stats.num_adaptations, "checkpoints": checkpoints}
 
-    async def _apply(self, policy: Policy, revision: int) -> None:
-        if policy.certificate:
-            validate(policy, self.layout)  # the workers check all but the certificate, for they don't know the weights
-        self._is_bounded = self._is_bounded and policy.enabled  # while a policy is on its way, the safer promise of the two
-        try:
-            await self.engine.apply(policy, revision)
-            self.policy, self.revision = policy, revision
-        finally:
-            self._is_bounded = self.policy.enabled
+    def _get_rollout(self) -> int:
+        return self.canary.rollout if self.canary else 0
+
+    async def _follow_orders(self, orders: Orders, fetch: Fetch) -> None:
+        async def prepare() -> None:
+            async with asyncio.timeout(_PREPARE_SECONDS):
+                await Preparation(engine=self.engine).prepare(orders, self.layout, fetch)
+
+        await self._apply(orders.policy, orders.revision, orders.canary, prepare)
+
+    async def _apply(self, policy: Policy, revision: int, canary: Canary | None = None, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
+        with self._holding_back(policy, canary):
+            if prepare:
+                await prepare()
+            elif policy.certificate:
+                validate(policy, self.layout)  # the workers check all but the certificate, for they don't know the weights
+            await self._switch(policy, revision, canary)
+            self.policy, self.revision, self.canary = policy, revision, canary
+        books = [open_book(self._books.get(0), policy, revision=revision)]
+        if canary:
+            books.append(open_book(self._books.get(canary.rollout), canary.policy, rollout=canary.rollout))
+        self._books = {book.rollout: book for book in books}
         self.metrics.set_policy(policy, revision, self.layout)
+        self.metrics.evidence.set_books(books)
+
+    @contextlib.contextmanager
+    def _holding_back(self, policy: Policy, canary: Canary | None) -> Iterator[None]:
+        """While policies are on their way, promise the safer of the old and the new."""
+        self._is_bounded = self._is_bounded and policy.enabled
+        old = self._offer
+        if old and not (canary and (old.rollout, old.policy) == (canary.rollout, canary.policy)):
+            self._offer = None
+        try:
+            yield
+        finally:
+            self._is_bounded, self._offer = self.policy.enabled, self.canary
+
+    async def _switch(self, policy: Policy, revision: int, canary: Canary | None) -> None:
+        try:
+            await self.engine.apply(policy, revision, canary)
+        except Exception as error:
+            if isinstance(error, PolicyInvalid) and not isinstance(error, PartlyRefused):
+                raise  # refused by all, so that nothing changed
+            _log.error("revision %d is perhaps in force in some workers; putting revision %d back in all", revision, self.revision)
+            try:
+                await self.engine.apply(self.policy, self.revision, self.canary)
+            except Exception:  # noqa: BLE001  the first error is the one to tell
+                _log.exception("revision %d could not be put back; restart the engine", self.revision)
+            raise
 
     async def _poll(self) -> None:
         logged_steps = 0
@@ -133,17 +225,25 @@ class Agent:
             await asyncio.sleep(self.settings.poll_seconds)
             try:
                 self.stats = await self.engine.get_stats()
+                self.metrics.add(self.stats)
+                self.metrics.evidence.show()
+                if self.metrics.is_speculating:
+                    await asyncio.to_thread(self.metrics.read_speculation)
             except (TimeoutError, RuntimeError) as error:
                 _log.warning("reading SEDAC counters failed (%s); trying again in %.1f s", error, self.settings.poll_seconds)
                 continue
-            self.metrics.add(self.stats)
-            if self.metrics.is_speculating:
-                await asyncio.to_thread(self.metrics.read_speculation)
+            except Exception:  # noqa: BLE001  of whatever kind a worker's failure arrives as
+                _log.exception("reading SEDAC counters failed; trying again in %.1f s", self.settings.poll_seconds)
+                continue
             self.metrics.set_connected(self.connected, time.time())
             if self.settings.log_every and self.stats.num_steps - logged_steps >= self.settings.log_every:
                 logged_steps = self.stats.num_steps
                 rates = ", ".join(f"{c.layer}: {c.num_exited / max(1, self.stats.num_decode_tokens):.1%}" for c in self.stats.checkpoints)
                 _log.info("step %d, revision %d, exit rate by checkpoint %s", self.stats.num_steps, self.revision, rates)
+
+    async def _follow(self) -> None:
+        await self._identify_weights()
+        await self._follower.run()
 
     async def _identify_weights(self) -> None:
         """Learn the weights' digest beside the running server; until then the control service does not know the engine."""
@@ -155,68 +255,13 @@ class Agent:
         self.layout, self.hello.weights_sha256 = replace(self.layout, weights_sha256=digest), digest
         _log.info("weights %s", digest)
 
-    async def _follow(self) -> None:
-        await self._identify_weights()
-        backoff = 0.2
-        async with grpc.aio.insecure_channel(self.settings.control_address, options=_KEEPALIVE) as channel:
-            stub = control_pb2_grpc.DiscoveryStub(channel)
-            while True:
-                try:
-                    await self._follow_once(stub)
-                    reason = "the service closed the stream"
-                except grpc.aio.AioRpcError as error:
-                    reason = f"{error.code().name}: {error.details()}"
-                if self.connected:
-                    _log.warning(
-                        "control service at %s lost (%s); serving on under revision %d", self.settings.control_address, reason, self.revision
-                    )
-                    backoff = 0.2
-                self.connected = False
-                await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
-                backoff = min(backoff * 2, _MAX_BACKOFF_SECONDS)
-
-    async def _follow_once(self, stub: control_pb2_grpc.DiscoveryStub) -> None:
-        outbox: asyncio.Queue[control_pb2.EngineMessage] = asyncio.Queue()
+    def _make_hello(self) -> control_pb2.EngineHello:
         hello = control_pb2.EngineHello()
         hello.CopyFrom(self.hello)
         hello.active_revision = self.revision
-        outbox.put_nowait(control_pb2.EngineMessage(hello=hello))
-        reporter = asyncio.create_task(self._report(outbox), name="sedac-report")
-        try:
-            async for push in stub.Follow(_drain(outbox)):
-                if not self.connected:
-                    self.connected = True
-                    self.metrics.set_connected(True, time.time())
-                    _log.info("following control service at %s", self.settings.control_address)
-                outbox.put_nowait(control_pb2.EngineMessage(answer=await self._answer(push)))
-        finally:
-            reporter.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reporter
+        return hello
 
-    async def _report(self, outbox: asyncio.Queue[control_pb2.EngineMessage]) -> None:
-        while True:
-            await asyncio.sleep(max(self.settings.poll_seconds, 0.5))
-            outbox.put_nowait(control_pb2.EngineMessage(report=wire.stats_to_report(self.stats)))
-
-    async def _answer(self, push: control_pb2.PolicyPush) -> control_pb2.PolicyAnswer:
-        started, revision = time.monotonic(), push.policy.revision
-        error: status_pb2.Status | None = None
-        try:
-            await self._apply(wire.policy_from_proto(push.policy), revision)
-            self.refusal = ""
-            _log.info("policy revision %d in force", revision)
-        except PolicyInvalid as refused:
-            self.refusal, error = str(refused), wire.error_to_status(refused, code_pb2.INVALID_ARGUMENT)
-        except (SedacError, TimeoutError, RuntimeError) as failed:
-            self.refusal, error = str(failed), wire.error_to_status(failed, code_pb2.INTERNAL)
-        seconds = time.monotonic() - started
-        if error is not None:
-            _log.error("policy revision %d refused, revision %d stays in force: %s", revision, self.revision, self.refusal)
-        self.metrics.count_update(accepted=error is None, seconds=seconds)
-        return control_pb2.PolicyAnswer(nonce=push.nonce, revision=self.revision, error=error, apply_seconds=seconds)
-
-
-async def _drain(outbox: asyncio.Queue[control_pb2.EngineMessage]) -> AsyncIterator[control_pb2.EngineMessage]:
-    while True:
-        yield await outbox.get()
+    def _make_report(self) -> control_pb2.EngineReport:
+        report = wire.stats_to_report(self.stats)
+        report.evidence.extend(wire.evidence_to_proto(page) for book in self._books.values() for page in book.pages.values())
+        return report

@@ -13,6 +13,7 @@ import os
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from sedac.agent.evidence_metrics import EvidenceMetrics
 from sedac.policy import EXACT, Layout, Policy
 from sedac.stats import Stats, TierStats
 
@@ -65,6 +66,7 @@ class EngineMetrics:
 
     def __init__(self, *, model_name: str, layout: Layout, engine: str = "0", is_speculating: bool = False) -> None:
         self.is_speculating = is_speculating
+        self.evidence = EvidenceMetrics(model_name=model_name, engine=engine)
         self._labels = (model_name, engine)
         self._last = Stats()
         self._tiers: set[str] = set()

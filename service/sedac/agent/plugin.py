@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -20,17 +21,20 @@ from starlette.datastructures import State
 from sedac import __version__, wire
 from sedac.agent import promise
 from sedac.agent.agent import Agent
+from sedac.agent.audits import Auditor
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.promise import Terms
+from sedac.agent.watch import Watch
 from sedac.control.v1 import control_pb2
 from sedac.errors import ConfigError
-from sedac.policy import FULL, SKIP
+from sedac.policy import FULL, SKIP, Layout, Policy
 from sedac.probe.manifest import read_manifest
-from sedac.settings import read_settings
+from sedac.settings import EngineSettings, read_settings
 from sedac.versions import find_vllm_version
 from sedac.weights import get_weights_digest
 
+_log = logging.getLogger(__name__)
 _MAX_ID_CHARS = 256
 
 
@@ -78,7 +82,7 @@ class AgentPlugin:
             return found
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
-        """Put the first policy into force before the server answers, and start following the control service."""
+        """Put the first policy into force, and the control service's where that can be reached, before the server answers."""
         state.sedac_agent = None
         if engine_client is None:
             return
@@ -92,27 +96,63 @@ class AgentPlugin:
         engine = AttachedEngine(client=engine_client)
         layout = replace(await engine.describe(), probe_set_sha256=manifest.sha256)
         model_name = state.openai_serving_models.base_model_paths[0].name
-        hello = control_pb2.EngineHello(
-            engine_id=settings.engine_id,
-            model=model_name,
-            vllm_version=find_vllm_version(),
-            sedac_version=__version__,
-            num_layers=layout.num_layers,
-            hidden_size=layout.hidden_size,
-            checkpoint_layers=layout.checkpoint_layers,
-            probe_set=layout.probe_set,
-            levels=layout.levels,
-            probe_set_sha256=layout.probe_set_sha256,
-            num_workers=engine.num_workers,
-            initial_policy=wire.policy_to_proto(first),
+        vllm_config = engine_client.vllm_config
+        metrics = EngineMetrics(model_name=model_name, layout=layout, is_speculating=vllm_config.speculative_config is not None)
+        agent = Agent(
+            engine=engine,
+            settings=settings,
+            layout=layout,
+            metrics=metrics,
+            hello=_make_hello(settings, engine, layout, model_name, first),
+            find_weights=functools.partial(_find_weights, vllm_config),
+            auditor=_make_auditor(engine_client, metrics),
         )
-        is_speculating = engine_client.vllm_config.speculative_config is not None
-        metrics = EngineMetrics(model_name=model_name, layout=layout, is_speculating=is_speculating)
-        find_weights = functools.partial(_find_weights, engine_client.vllm_config)
-        agent = Agent(engine=engine, settings=settings, layout=layout, metrics=metrics, hello=hello, find_weights=find_weights)
+        _watch(engine_client, agent)
         await agent.start(first)
         promise.install(engine_client.input_processor, agent.get_terms)
+        await agent.join()
         state.sedac_agent = agent
+
+
+def _make_hello(settings: EngineSettings, engine: AttachedEngine, layout: Layout, model_name: str, first: Policy) -> control_pb2.EngineHello:
+    return control_pb2.EngineHello(
+        engine_id=settings.engine_id,
+        model=model_name,
+        vllm_version=find_vllm_version(),
+        sedac_version=__version__,
+        num_layers=layout.num_layers,
+        hidden_size=layout.hidden_size,
+        checkpoint_layers=layout.checkpoint_layers,
+        probe_set=layout.probe_set,
+        levels=layout.levels,
+        probe_set_sha256=layout.probe_set_sha256,
+        num_workers=engine.num_workers,
+        initial_policy=wire.policy_to_proto(first),
+        max_rank=layout.max_rank,
+        levels_sha256=layout.levels_sha256,
+        data_parallel_size=engine.num_ranks,
+    )
+
+
+def _make_auditor(engine_client: Any, metrics: EngineMetrics) -> Auditor | None:
+    """Return what audits answers; None where this engine's log-probabilities say nothing, because they are not the raw ones of all tokens."""
+    model = engine_client.vllm_config.model_config
+    if model.logprobs_mode != "raw_logprobs" or engine_client.vllm_config.cache_config.kv_sharing_fast_prefill:
+        _log.warning("no answer is audited with --logprobs-mode %s or --kv-sharing-fast-prefill; audit.share has no effect", model.logprobs_mode)
+        return None
+    return Auditor(client=engine_client, max_model_len=model.max_model_len, on_result=metrics.evidence.add_result)
+
+
+def _watch(engine_client: Any, agent: Agent) -> None:
+    auditor = agent.auditor
+    watch = Watch(
+        find_book=agent.find_book,
+        on_latency=agent.metrics.evidence.add_latency,
+        on_answer=auditor.add if auditor else lambda page, answer: None,
+        is_own=auditor.is_own if auditor else lambda request_id: False,
+        has_processors=bool(engine_client.vllm_config.model_config.logits_processors),
+    )
+    watch.install(engine_client.output_processor)
 
 
 def _find_weights(vllm_config: Any) -> str:

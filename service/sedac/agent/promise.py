@@ -1,14 +1,16 @@
-"""The promise of each request, fixed when it arrives: exact, or bounded by a tier of the policy in force.
+"""The promise of each request, fixed when it arrives: exact, or bounded by a tier of its arm's policy.
 
-A bounded request may be reduced; the KV it writes is kept apart from that of every other promise by a cache salt that names
-its tier, its own knobs and its certificate. An exact one is never reduced, whatever policy comes later, and never reads KV that was written
-under a bounded decision. The workers find the promise in `SamplingParams.extra_args`, under the four keys of policy.py.
+Its arm is the policy in force, or a roll-out's candidate for that roll-out's share of the keys. A bounded request may be reduced; the KV
+it writes is kept apart from that of every other promise by a cache salt that names its tier, its roll-out, its own knobs and its
+certificate. An exact one is never reduced, whatever policy comes later, and never reads KV that was written under a bounded decision.
+The workers find the promise in `SamplingParams.extra_args`, under the keys of policy.py.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +18,27 @@ from urllib.parse import quote
 
 from vllm.exceptions import VLLMValidationError
 
-from sedac.policy import CERTIFICATE_KEY, EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy
+from sedac.agent.scoring import is_auditable
+from sedac.policy import (
+    ARM_KEY,
+    AUDIT_KEY,
+    CANARY,
+    CERTIFICATE_KEY,
+    EXACT,
+    LEVEL_KEY,
+    REQUEST_KEY,
+    ROLLOUT_KEY,
+    SCALE_KEY,
+    TIER_KEY,
+    Canary,
+    Policy,
+)
 
 BOUNDED_SALT = "sedac-bounded:"
+ASKED, KEPT = "asked", "kept"
+"""values of AUDIT_KEY: log-probabilities were asked for by the user as well, or are kept for the audit alone"""
+_TAKEN = (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY, REQUEST_KEY, ARM_KEY, ROLLOUT_KEY, AUDIT_KEY)
+_MAX_KEY_CHARS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +46,16 @@ class Terms:
     """What requests that arrive now are promised by."""
 
     policy: Policy
-    """not enabled: every request is exact"""
+    """not enabled: every request of the stable arm is exact"""
     levels: tuple[str, ...]
     """of the engine, that a request may choose from where the policy allows overrides"""
+    canary: Canary | None = None
+    can_audit: bool = False
+    """whether this engine's log-probabilities can be compared"""
 
 
-def stamp(request: Any, terms: Terms) -> None:
-    """Fix the promise of an `EngineCoreRequest` in place.
+def stamp(request: Any, terms: Terms, draw: Callable[[], float] = random.random) -> None:
+    """Fix the promise of an `EngineCoreRequest` in place; `draw` returns numbers from 0 to 1 that choose which answers are audited.
 
     Raises:
         VLLMValidationError: the request asks for what it can't have (vLLM answers HTTP 400).
@@ -44,22 +67,45 @@ def stamp(request: Any, terms: Terms) -> None:
     salt = request.cache_salt or ""
     if salt.startswith(BOUNDED_SALT):
         raise VLLMValidationError(f"cache_salt may not begin with {BOUNDED_SALT!r}; choose another", parameter="cache_salt", value=salt)
-    tier = _find_tier(extra, terms.policy)
-    overrides = _read_overrides(extra, terms, tier)
-    extra = {key: value for key, value in extra.items() if key not in (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY)}
-    if tier == EXACT or not terms.policy.enabled:
+    canary = _find_canary(request, extra, terms)
+    policy = canary.policy if canary else terms.policy
+    tier = _find_tier(extra, policy)
+    overrides = _read_overrides(extra, policy, terms.levels, tier)
+    extra = {key: value for key, value in extra.items() if key not in _TAKEN}
+    if canary:
+        extra |= {ARM_KEY: CANARY, ROLLOUT_KEY: canary.rollout}
+    if tier == EXACT or not policy.enabled:
         params.extra_args = {**extra, TIER_KEY: EXACT}
         return
-    certificate = terms.policy.certificate
+    certificate = policy.certificate
     if certificate and certificate.tier == tier and not overrides and request.lora_request is None:
         overrides = {CERTIFICATE_KEY: certificate.knobs_sha256}  # so that it reads no KV of before these knobs
-    params.extra_args = {**extra, **overrides, TIER_KEY: tier}
-    knobs = "".join(f"+{key}={quote(str(value), safe='')}" for key, value in sorted(overrides.items()))
+    apart = {**overrides, "rollout": canary.rollout} if canary else overrides
+    knobs = "".join(f"+{key}={quote(str(value), safe='')}" for key, value in sorted(apart.items()))
     request.cache_salt = f"{BOUNDED_SALT}{tier}{knobs}:{salt}"
+    if terms.can_audit and draw() < policy.audit.share and is_auditable(request):
+        extra[AUDIT_KEY] = KEPT if params.logprobs is None else ASKED
+        params.logprobs = params.logprobs or 0
+    params.extra_args = {**extra, **overrides, TIER_KEY: tier}
+
+
+def _find_canary(request: Any, extra: dict[str, Any], terms: Terms) -> Canary | None:
+    """Return the candidate where the request belongs to it; one that names a tier which only the policy in force has stays with that."""
+    key, canary = extra.get(REQUEST_KEY), terms.canary
+    if key is not None and (isinstance(key, bool) or not isinstance(key, str | int | float) or len(str(key)) > _MAX_KEY_CHARS):
+        raise VLLMValidationError(f"{REQUEST_KEY} is no text or number of up to {_MAX_KEY_CHARS} characters", parameter=REQUEST_KEY)
+    if canary is None or not canary.has(str(key) if key is not None else request.request_id):
+        return None
+    tier = extra.get(TIER_KEY)
+    return canary if tier is None or tier in _list_tiers(canary.policy) or tier not in _list_tiers(terms.policy) else None
+
+
+def _list_tiers(policy: Policy) -> list[str]:
+    return [EXACT, *(tier.name for tier in policy.get_tiers())]
 
 
 def _find_tier(extra: dict[str, Any], policy: Policy) -> str:
-    known = [EXACT, *(tier.name for tier in policy.get_tiers())]
+    known = _list_tiers(policy)
     tier = extra.get(TIER_KEY)
     if tier is None:
         return policy.default_tier
@@ -71,10 +117,10 @@ def _find_tier(extra: dict[str, Any], policy: Policy) -> str:
     return str(tier)
 
 
-def _read_overrides(extra: dict[str, Any], terms: Terms, tier: str) -> dict[str, Any]:
+def _read_overrides(extra: dict[str, Any], policy: Policy, levels: tuple[str, ...], tier: str) -> dict[str, Any]:
     found = {key: extra[key] for key in (SCALE_KEY, LEVEL_KEY) if extra.get(key) is not None}
     for key, value in found.items():
-        if not terms.policy.allow_overrides:
+        if not policy.allow_overrides:
             raise VLLMValidationError(
                 f"{key} is not allowed by the policy in force; name a tier, or let the operator run `sedac ctl policy set --allow-overrides`",
                 parameter=key,
@@ -87,8 +133,8 @@ def _read_overrides(extra: dict[str, Any], terms: Terms, tier: str) -> dict[str,
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
             raise VLLMValidationError(f"{SCALE_KEY} is not a finite number >= 0; 1 is neutral", parameter=SCALE_KEY, value=scale)
         found[SCALE_KEY] = float(scale)
-    if level is not None and level not in terms.levels:
-        raise VLLMValidationError(f"{LEVEL_KEY} is unknown; levels: {', '.join(map(repr, terms.levels))}", parameter=LEVEL_KEY, value=level)
+    if level is not None and level not in levels:
+        raise VLLMValidationError(f"{LEVEL_KEY} is unknown; levels: {', '.join(map(repr, levels))}", parameter=LEVEL_KEY, value=level)
     return found
 
 

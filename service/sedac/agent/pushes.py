@@ -1,0 +1,178 @@
+"""What the control service pushes: read, and made ready to be applied, so that the switch itself takes no longer than a step.
+
+The bytes may be anybody's: what can't be is refused with the field at fault, and nothing is left half done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from sedac import wire
+from sedac.agent.engine import AttachedEngine
+from sedac.control.v1 import control_pb2
+from sedac.credentials import Credentials
+from sedac.errors import ArtifactError, FieldViolation, PolicyInvalid, SedacError
+from sedac.fit import ProbeSetSummary
+from sedac.policy import Canary, Layout, Policy, validate
+from sedac.settings import EngineSettings
+
+_log = logging.getLogger(__name__)
+_MAX_PUSH_BYTES = 2**18  # the largest policy that is valid takes a tenth of it
+_PRELOAD_SECONDS = 120.0
+_LOOK_SECONDS = 0.05
+_NUM_TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchedSet:
+    """A probe set that lies verified in the cache."""
+
+    directory: Path
+    summary: ProbeSetSummary
+
+
+_T = TypeVar("_T")
+Fetch = Callable[[control_pb2.ProbeSetReference], Awaitable[FetchedSet]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """One push, read."""
+
+    policy: Policy
+    revision: int
+    canary: Canary | None = None
+    references: dict[str, control_pb2.ProbeSetReference] = field(default_factory=dict)
+    """the probe sets that the control service has, by name"""
+
+
+def read_push(push: control_pb2.PolicyPush) -> Orders:
+    """Read a push and check all that needs neither the model nor a probe set.
+
+    Raises:
+        PolicyInvalid: with the fields at fault; those of the candidate begin with `canary`.
+    """
+    if push.ByteSize() > _MAX_PUSH_BYTES:
+        raise PolicyInvalid([FieldViolation("policy", f"the push has {push.ByteSize()} bytes, at most {_MAX_PUSH_BYTES} are read")])
+    if push.policy.revision <= 0:
+        raise PolicyInvalid([FieldViolation("policy.revision", f"{push.policy.revision} is no revision; they count from 1")])
+    policy = wire.policy_from_proto(push.policy)
+    canary = wire.canary_from_proto(push.canary) if push.HasField("canary") else None
+    _validate_both(policy, canary)
+    return Orders(policy=policy, revision=push.policy.revision, canary=canary, references={r.name: r for r in push.probe_sets})
+
+
+def _validate_both(policy: Policy, canary: Canary | None, layout: Layout | None = None, sets: dict[str, ProbeSetSummary] | None = None) -> None:
+    bad: list[FieldViolation] = []
+    for prefix, found in (("", policy), ("canary.policy.", canary.policy if canary else None)):
+        if found is not None:
+            try:
+                validate(found, layout, sets or {})
+            except PolicyInvalid as error:
+                bad += [FieldViolation(prefix + v.field, v.description) for v in error.violations]
+    if bad:
+        raise PolicyInvalid(bad)
+
+
+@dataclass(kw_only=True)
+class Preparation:
+    """Makes ready what orders need: probe sets fetched, verified and preloaded in every worker."""
+
+    engine: AttachedEngine
+
+    async def prepare(self, orders: Orders, layout: Layout, fetch: Fetch) -> None:
+        """Fetch and preload what the policies name beside the attached set, and check both policies against the model with these sets.
+
+        Raises:
+            PolicyInvalid: with the fields at fault.
+        """
+        fetched: dict[str, FetchedSet] = {}
+        for field_name, name in _list_names(orders, layout):
+            reference = orders.references.get(name)
+            if name not in fetched and reference is not None:
+                fetched[name] = await self._try(field_name, name, self._fetch(reference, fetch))
+        _validate_both(orders.policy, orders.canary, layout, {name: found.summary for name, found in fetched.items()})
+        for field_name, name in _list_names(orders, layout):
+            if name in fetched:
+                await self._try(field_name, name, self._preload(fetched[name]))
+
+    async def _try(self, field_name: str, name: str, work: Awaitable[_T]) -> _T:
+        try:
+            return await work
+        except PolicyInvalid:
+            raise
+        except (SedacError, OSError, RuntimeError, TimeoutError, grpc.aio.AioRpcError) as error:
+            told = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error) or type(error).__name__
+            _log.warning("probe set %r is not ready: %r", name, error)
+            raise PolicyInvalid([FieldViolation(field_name, f"{name!r} can't be made ready: {told}")]) from error
+
+    async def _fetch(self, reference: control_pb2.ProbeSetReference, fetch: Fetch) -> FetchedSet:
+        for again in range(1, _NUM_TRIES):
+            try:
+                return await fetch(reference)
+            except (grpc.aio.AioRpcError, ConnectionError, TimeoutError) as error:
+                _log.warning("fetching probe set %r failed (%r); trying again", reference.name, error)
+                await asyncio.sleep(0.2 * 2**again)
+        return await fetch(reference)
+
+    async def _preload(self, found: FetchedSet) -> None:
+        digest = found.summary.sha256
+        async with asyncio.timeout(_PRELOAD_SECONDS):
+            if not await self.engine.has(digest):
+                await self.engine.preload(str(found.directory), digest)
+            while not await self.engine.is_preloaded(digest):  # noqa: ASYNC110  the workers announce nothing
+                await asyncio.sleep(_LOOK_SECONDS)
+
+
+def _list_names(orders: Orders, layout: Layout) -> list[tuple[str, str]]:
+    """Return the sets to load by the field that names them; the attached one is there, unless the service means another by its name."""
+    named = [("probe_set", orders.policy.probe_set), ("canary.policy.probe_set", orders.canary.policy.probe_set if orders.canary else "")]
+    stated = orders.references.get(layout.probe_set)
+    attached = {"", layout.probe_set} if stated is None or stated.sha256 == layout.probe_set_sha256 else {""}
+    return [(field_name, name) for field_name, name in named if name not in attached]
+
+
+class ProbeSetSource:
+    """The control service's probe sets, fetched into one cache."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._cache: Path | None = None
+
+    def open(self, channel: grpc.aio.Channel, credentials: Credentials) -> Fetch:
+        """Return what fetches over one connection."""
+
+        async def fetch_one(reference: control_pb2.ProbeSetReference) -> FetchedSet:
+            if self._cache is None:
+                self._cache = await asyncio.to_thread(find_probe_cache, self._settings)
+            raise ArtifactError("this version of the engine fetches no probe sets")
+
+        return fetch_one
+
+
+def find_probe_cache(settings: EngineSettings) -> Path:
+    """Return the directory for fetched probe sets, made where it can be: the one set, the user's cache, or a temporary one.
+
+    Raises:
+        OSError: the directory that was set can't be made.
+    """
+    if settings.probe_cache is not None:
+        settings.probe_cache.mkdir(parents=True, exist_ok=True)
+        return settings.probe_cache
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sedac" / "probe-sets"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+    except OSError as error:
+        _log.info("%s can't be used (%s); fetched probe sets lie in a temporary directory", home, error.strerror)
+    return Path(tempfile.mkdtemp(prefix="sedac-probe-sets-"))

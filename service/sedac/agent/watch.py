@@ -1,0 +1,129 @@
+"""Watches requests from arrival to finish, in vLLM's output processor: their latency, and the answers that will be audited.
+
+Hooks two methods of `OutputProcessor` (v1/engine/output_processor.py, 0.32) of one engine: `add_request`, which sees every choice before
+the engine does, and `_update_stats_from_finished`, which sees every choice that finished, but none that its client gave up. Neither
+changes what vLLM does or answers; an error in here is logged and costs a figure, never a request.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vllm.v1.engine import FinishReason
+from vllm.v1.engine.logprobs import LogprobsProcessor
+
+from sedac.agent.evidence import Book, Page
+from sedac.agent.promise import KEPT
+from sedac.agent.scoring import Answer, is_greedy
+from sedac.policy import AUDIT_KEY, ROLLOUT_KEY, TIER_KEY
+
+_log = logging.getLogger(__name__)
+_MARK = "sedac_watched"
+
+
+@dataclass(kw_only=True)
+class _Watched:
+    page: Page
+    kept: KeptLogprobs | None
+    """None: not audited"""
+    is_greedy: bool
+
+
+@dataclass
+class KeptLogprobs(LogprobsProcessor):
+    """vLLM's own processor, which besides keeps the chosen tokens and their log-probabilities; hides them where nobody else asked."""
+
+    is_hidden: bool = False
+    token_ids: list[int] = field(default_factory=list)
+    chosen: list[float] = field(default_factory=list)
+
+    @classmethod
+    def wrap(cls, inner: LogprobsProcessor, *, is_hidden: bool) -> KeptLogprobs:
+        """Take a fresh processor's place; hidden, it answers as if no log-probabilities had been asked for."""
+        known = {f.name: getattr(inner, f.name) for f in fields(LogprobsProcessor)}
+        if is_hidden:
+            known |= {"logprobs": None, "cumulative_logprob": None, "num_logprobs": None}
+        return cls(**known, is_hidden=is_hidden)
+
+    def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
+        self.token_ids += logprobs_lists.logprob_token_ids[:, 0].tolist()  # the sampled token comes first (v1/sample/sampler.py)
+        self.chosen += logprobs_lists.logprobs[:, 0].tolist()
+        if not self.is_hidden:
+            super()._update_sample_logprobs(logprobs_lists)
+
+
+class Watch:
+    """Writes what it sees into the books that `find_book` names by roll-out (0: stable), and hands over answers to audit."""
+
+    def __init__(
+        self,
+        *,
+        find_book: Callable[[int], Book | None],
+        on_latency: Callable[[Page, float | None, float | None], None],
+        on_answer: Callable[[Page, Answer], None],
+        is_own: Callable[[str], bool],
+        has_processors: bool = False,
+    ) -> None:
+        """`on_latency` gets seconds to the first token and per token after it; `is_own` knows the ids of audits, which are not watched.
+
+        An engine that `has_processors` of logits of its own chooses tokens by more than the model's logits.
+        """
+        self._find_book, self._on_latency, self._on_answer, self._is_own = find_book, on_latency, on_answer, is_own
+        self._has_processors = has_processors
+
+    def install(self, output_processor: Any) -> None:
+        """Hook an engine's output processor."""
+        add, finish = output_processor.add_request, output_processor._update_stats_from_finished
+
+        @functools.wraps(add)
+        def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
+            is_new = request.request_id not in output_processor.request_states
+            add(request, *args, **kwargs)
+            if is_new:
+                self._guard(self._begin, request, output_processor.request_states[request.request_id])
+
+        @functools.wraps(finish)
+        def update_stats_from_finished(state: Any, reason: Any, stats: Any) -> None:
+            finish(state, reason, stats)
+            self._guard(self._finish, state, reason)
+
+        output_processor.add_request = add_request
+        output_processor._update_stats_from_finished = update_stats_from_finished
+
+    def _guard(self, step: Callable[..., None], *args: Any) -> None:
+        try:
+            step(*args)
+        except Exception:  # noqa: BLE001  vLLM's output handler would end, and every request with it
+            _log.exception("watching a request failed; it is served all the same, and left out of the evidence")
+
+    def _begin(self, request: Any, state: Any) -> None:
+        params = request.sampling_params
+        if params is None or request.resumable or self._is_own(request.external_req_id):
+            return
+        extra = params.extra_args or {}
+        book = self._find_book(extra.get(ROLLOUT_KEY, 0))
+        kept = None
+        if AUDIT_KEY in extra:
+            kept = state.logprobs_processor = KeptLogprobs.wrap(state.logprobs_processor, is_hidden=extra[AUDIT_KEY] == KEPT)
+        if book is not None:
+            setattr(state, _MARK, _Watched(page=book.get_page(extra[TIER_KEY]), kept=kept, is_greedy=not self._has_processors and is_greedy(params)))
+
+    def _finish(self, state: Any, reason: FinishReason) -> None:
+        watched: _Watched | None = getattr(state, _MARK, None)
+        if watched is None:
+            return
+        is_error = reason in (FinishReason.ERROR, FinishReason.ABORT)
+        first = each = None
+        if state.stats is not None and state.stats.num_generation_tokens and not is_error:
+            first, num_after = state.stats.first_token_latency, state.stats.num_generation_tokens - 1
+            each = (state.stats.last_token_ts - state.stats.first_token_ts) / num_after if num_after else None
+        watched.page.add_finished(is_error=is_error, first_token_seconds=first, token_seconds=each)
+        self._on_latency(watched.page, first, each)
+        if watched.kept is not None and watched.kept.token_ids and not is_error:
+            kept = watched.kept
+            answer = Answer(prompt_ids=list(state.prompt_token_ids), token_ids=kept.token_ids, logprobs=kept.chosen, is_greedy=watched.is_greedy)
+            self._on_answer(watched.page, answer)
