@@ -148,7 +148,7 @@ class Authenticator:
 
 def _find_names(evidence: Mapping[str, Sequence[bytes]]) -> list[str]:
     """Return the names of the caller's certificate that principals may be named by, the common name first."""
-    keys = ("x509_common_name", "x509_dns", "x509_uri")
+    keys = ("x509_common_name", "peer_dns", "peer_uri")
     return [name.decode("utf-8", "replace") for key in keys for name in evidence.get(key, ()) if name]
 
 
