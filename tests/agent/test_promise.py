@@ -12,7 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac.agent import promise
 from sedac.agent.promise import Terms
-from sedac.policy import CERTIFICATE_KEY, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
+from sedac.policy import (
+    ARM_KEY,
+    AUDIT_KEY,
+    CERTIFICATE_KEY,
+    LEVEL_KEY,
+    REQUEST_KEY,
+    ROLLOUT_KEY,
+    SCALE_KEY,
+    TIER_KEY,
+    Audit,
+    Canary,
+    Policy,
+    Tier,
+)
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -24,12 +37,21 @@ TERMS = Terms(policy=POLICY, levels=("full", "skip", "width-25"))
 OFF = replace(TERMS, policy=replace(POLICY, enabled=False))
 
 
-def _make_request(salt: str | None = None, **extra):
-    return SimpleNamespace(sampling_params=SamplingParams(extra_args=extra or None), cache_salt=salt, lora_request=None)
+def _make_request(salt: str | None = None, request_id: str = "cmpl-1", **extra):
+    return SimpleNamespace(
+        request_id=request_id,
+        sampling_params=SamplingParams(extra_args=extra or None),
+        cache_salt=salt,
+        lora_request=None,
+        prompt_embeds=None,
+        mm_features=None,
+        prompt_token_ids=[1, 2],
+        resumable=False,
+    )
 
 
-def _stamp(request, terms: Terms = TERMS):
-    promise.stamp(request, terms)
+def _stamp(request, terms: Terms = TERMS, draw: float = 0.5):
+    promise.stamp(request, terms, lambda: draw)
     return request
 
 
@@ -158,6 +180,98 @@ def test_no_request_can_certify_itself(extra):
     request = _stamp(_make_request(**{CERTIFICATE_KEY: "1" * 64}, **extra))
     assert CERTIFICATE_KEY not in request.sampling_params.extra_args
     assert "certificate" not in (request.cache_salt or "")
+
+
+CANDIDATE = Policy(enabled=True, tiers=(Tier(name="balanced"), Tier(name="new")), default_tier="new", audit=Audit(share=1.0))
+
+
+def _make_terms(share: float, policy: Policy = CANDIDATE, **changes) -> Terms:
+    return replace(TERMS, canary=Canary(rollout=7, policy=policy, share=share), **changes)
+
+
+def test_a_canary_request_is_promised_by_the_candidate_and_shares_no_kv_with_the_other_arm():
+    request = _stamp(_make_request("mine"), _make_terms(1.0))
+    assert request.sampling_params.extra_args == {TIER_KEY: "new", ARM_KEY: "canary", ROLLOUT_KEY: 7}
+    assert request.cache_salt == "sedac-bounded:new+rollout=7:mine"
+    stable = _stamp(_make_request("mine"), _make_terms(0.0))
+    assert stable.sampling_params.extra_args == {TIER_KEY: "balanced"}
+    named = _stamp(_make_request("mine", **{TIER_KEY: "balanced"}), _make_terms(1.0))
+    assert named.cache_salt not in (stable.cache_salt, request.cache_salt)
+    with pytest.raises(VLLMValidationError, match="is not allowed by the policy in force"):
+        _stamp(_make_request(**{SCALE_KEY: 2.0}), _make_terms(1.0))
+    certified = _stamp(_make_request(), _make_terms(1.0, certify(CANDIDATE, "new")))
+    assert certified.cache_salt == f"sedac-bounded:new+rollout=7+sedac_certificate={certify(CANDIDATE, 'new').certificate.knobs_sha256}:"
+
+
+def test_a_candidate_that_is_off_promises_exactness():
+    request = _stamp(_make_request("mine"), _make_terms(1.0, replace(CANDIDATE, enabled=False)))
+    assert request.sampling_params.extra_args == {TIER_KEY: "exact", ARM_KEY: "canary", ROLLOUT_KEY: 7}
+    assert request.cache_salt == "mine"
+
+
+def test_a_tier_that_only_the_policy_in_force_has_is_served_by_that():
+    assert ARM_KEY not in _stamp(_make_request(**{TIER_KEY: "conservative"}), _make_terms(1.0)).sampling_params.extra_args
+    with pytest.raises(VLLMValidationError, match="tiers: 'exact', 'balanced', 'new'"):
+        _stamp(_make_request(**{TIER_KEY: "turbo"}), _make_terms(1.0))
+
+
+@given(st.text(max_size=8) | st.integers() | st.floats(allow_nan=False), st.floats(0, 1), st.floats(0, 1))
+def test_a_key_keeps_its_arm_while_the_share_grows(key, one, other):
+    def is_canary(share: float, request_id: str) -> bool:
+        extra = _stamp(_make_request(request_id=request_id, **{REQUEST_KEY: key}), _make_terms(share)).sampling_params.extra_args
+        assert REQUEST_KEY not in extra, "who it is for is nobody's business further on"
+        return ARM_KEY in extra
+
+    small, large = sorted((one, other))
+    assert is_canary(small, "cmpl-1") == is_canary(small, "cmpl-2")
+    assert is_canary(large, "cmpl-1") or not is_canary(small, "cmpl-1")
+
+
+def test_the_share_of_requests_without_a_key_is_the_canarys():
+    arms = [ARM_KEY in _stamp(_make_request(request_id=f"cmpl-{i}"), _make_terms(0.25)).sampling_params.extra_args for i in range(2000)]
+    assert 400 < sum(arms) < 600
+
+
+@pytest.mark.parametrize("key", [True, [1], "x" * 1025])
+@pytest.mark.parametrize("terms", [TERMS, _make_terms(1.0)])
+def test_keys_must_be_short_texts_or_numbers(key, terms):
+    with pytest.raises(VLLMValidationError, match="sedac_key is no text or number"):
+        _stamp(_make_request(**{REQUEST_KEY: key}), terms)
+
+
+@pytest.mark.parametrize("extra", [{}, {TIER_KEY: "exact"}])
+def test_no_request_chooses_its_arm_or_its_audit(extra):
+    forged = {ARM_KEY: "canary", ROLLOUT_KEY: 7, AUDIT_KEY: "kept"}
+    for terms in (TERMS, _make_terms(0.0)):
+        assert not forged.keys() & _stamp(_make_request(**forged, **extra), terms).sampling_params.extra_args.keys()
+
+
+AUDITED = replace(TERMS, policy=replace(POLICY, audit=Audit(share=0.25)), can_audit=True)
+
+
+def test_the_drawn_share_of_bounded_requests_keeps_its_log_probabilities():
+    chosen, left = _stamp(_make_request(), AUDITED, 0.2499).sampling_params, _stamp(_make_request(), AUDITED, 0.25).sampling_params
+    assert (chosen.logprobs, chosen.extra_args) == (0, {TIER_KEY: "balanced", AUDIT_KEY: "kept"})
+    assert (left.logprobs, left.extra_args) == (None, {TIER_KEY: "balanced"})
+    asked = _make_request()
+    asked.sampling_params.logprobs = 3
+    assert (_stamp(asked, AUDITED, 0.0).sampling_params.logprobs, asked.sampling_params.extra_args[AUDIT_KEY]) == (3, "asked")
+    canary = _stamp(_make_request(), replace(_make_terms(1.0), can_audit=True), 0.99)
+    assert AUDIT_KEY in canary.sampling_params.extra_args, "the share is the arm's own"
+
+
+def test_exact_and_foreign_requests_are_not_audited():
+    foreign = _make_request()
+    foreign.mm_features = [object()]
+    for request, terms in (
+        (_make_request(**{TIER_KEY: "exact"}), AUDITED),
+        (_make_request(), replace(AUDITED, policy=replace(AUDITED.policy, enabled=False))),
+        (_make_request(), replace(AUDITED, can_audit=False)),
+        (foreign, AUDITED),
+    ):
+        params = _stamp(request, terms, 0.0).sampling_params
+        assert params.logprobs is None
+        assert AUDIT_KEY not in params.extra_args
 
 
 def test_pooling_requests_pass():

@@ -22,24 +22,43 @@ class Workers:
         self.policies = [Policy(), Policy()]
         self.stats = Stats()
         self.reports: dict[str, dict] = {}
+        self.canaries: list[dict | None] = [None, None]
+        self.probe_sets: dict[str, dict] = {}
+        """by digest: what `sedac_preloaded` answers"""
+        self.preloads: list[tuple[str, str]] = []
+        self.failing: dict[str, Exception] = {}
+        """by method: raised instead of an answer"""
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def collective_rpc(self, method, timeout=None, args=()):  # noqa: ASYNC109  vLLM's signature
         await self.gate.wait()
+        if method in self.failing:
+            raise self.failing[method]
         return [json.loads(json.dumps(getattr(self, f"_{method}")(worker, *args))) for worker in range(2)]
 
     def _sedac_describe(self, worker):
         return asdict(self.layout)
 
-    def _sedac_apply(self, worker, policy, revision):
+    def _sedac_apply(self, worker, policy, revision, canary=None):
+        rollout = self.canaries[worker]["rollout"] if self.canaries[worker] else 0
         try:
             read = Policy.from_dict(policy)
-            validate(replace(read, certificate=None), self.layout)
+            for each in (read, Policy.from_dict(canary["policy"])) if canary else (read,):
+                loaded = any(state["state"] == "ready" for state in self.probe_sets.values())
+                validate(replace(each, certificate=None, probe_set="" if loaded else each.probe_set), self.layout)
         except PolicyInvalid as error:
-            return {"revision": self.revisions[worker], "violations": [[v.field, v.description] for v in error.violations]}
-        self.policies[worker], self.revisions[worker] = read, revision
-        return {"revision": revision, "violations": []}
+            return {"revision": self.revisions[worker], "rollout": rollout, "violations": [[v.field, v.description] for v in error.violations]}
+        self.policies[worker], self.revisions[worker], self.canaries[worker] = read, revision, canary
+        return {"revision": revision, "rollout": canary["rollout"] if canary else 0, "violations": []}
+
+    def _sedac_preload(self, worker, directory, sha256):
+        if worker == 0:
+            self.preloads.append((directory, sha256))
+        self.probe_sets.setdefault(sha256, {"state": "ready", "problem": ""})
+
+    def _sedac_preloaded(self, worker, sha256):
+        return self.probe_sets.get(sha256, {"state": "unknown", "problem": ""})
 
     def _sedac_get_stats(self, worker):
         return {**asdict(self.stats), "active_revision": self.revisions[worker]}

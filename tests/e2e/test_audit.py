@@ -1,0 +1,165 @@
+"""Audits and arms on the running product: what is reported is what anybody can compute from the API, and no response shows it."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from sedac import wire
+from sedac.control.v1 import rollouts_pb2, rollouts_pb2_grpc
+from sedac.policy import Audit, Checkpoint, Policy, Tier
+from sedac_probes import corpus
+
+pytestmark = pytest.mark.e2e
+
+PROMPTS = corpus.cut_prompts(corpus.read_stdlib("heldout"), num_prompts=24, num_chars=160)
+WAIT_SECONDS = 60
+NUM_TOKENS = 48
+
+
+def _read_status(served) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{served.url}/sedac/status", timeout=30) as answer:
+        status: dict[str, Any] = json.load(answer)
+    return status
+
+
+def _find_page(served, arm: str = "stable", tier: str = "balanced") -> dict[str, Any]:
+    return next(page for page in _read_status(served)["evidence"] if (page["arm"], page["tier"]) == (arm, tier))
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        time.sleep(0.1)
+
+
+def _set_policy(control, served, threshold: float, audit_share: float, **knobs: Any) -> Policy:
+    layers = _read_status(served)["layout"]["checkpoint_layers"]
+    policy = Policy(
+        enabled=True,
+        checkpoints=tuple(Checkpoint(layer=layer, threshold=threshold) for layer in layers),
+        tiers=(Tier(name="balanced", level="skip"),),
+        audit=Audit(share=audit_share),
+        **knobs,
+    )
+    made = control.update_policy(policy)
+    control.wait_until_synced(made.revision, 30)
+    return policy
+
+
+def _complete(served, prompt: Any, *, max_tokens: int = NUM_TOKENS, xargs: dict[str, Any] | None = None, **options: Any) -> Any:
+    extra = {"ignore_eos": True, "return_token_ids": True, **options.pop("extra_body", {})} | ({"vllm_xargs": xargs} if xargs else {})
+    return served.make_openai().completions.create(
+        model="sedac-demo", prompt=prompt, max_tokens=max_tokens, temperature=0, extra_body=extra, **options
+    )
+
+
+def _score_in_full(served, prompt: list[int], answer: list[int]) -> tuple[list[bool], list[float]]:
+    """Ask the API itself what the full model thinks of each token of an answer: whether it is no top choice, and its log-probability."""
+    scored = _complete(
+        served, prompt + answer, max_tokens=1, xargs={"sedac_tier": "exact"}, extra_body={"prompt_logprobs": 1, "cache_salt": "never seen before"}
+    )
+    positions = scored.choices[0].model_extra["prompt_logprobs"][len(prompt) :]
+    own = [position[str(token)]["logprob"] for token, position in zip(answer, positions, strict=True)]
+    best = [max(choice["logprob"] for choice in position.values()) for position in positions]
+    return [top > found for top, found in zip(best, own, strict=True)], own
+
+
+def test_an_audit_finds_what_the_full_model_says_of_the_same_tokens(served, control):
+    _set_policy(control, served, 1e9, 1.0)
+    done = _complete(served, PROMPTS[0])
+    _until(lambda: _find_page(served)["num_audited"] == 1)
+    prompt, answer = done.choices[0].prompt_token_ids, done.choices[0].token_ids
+    mismatches, in_full = _score_in_full(served, prompt, answer)
+    page = _find_page(served)
+    print(f"mismatch {sum(mismatches)} of {len(answer)} tokens, reported {page['mismatch']}, nll_difference {page['nll_difference']}")
+    assert page["num_audited_tokens"] == len(answer) == NUM_TOKENS
+    assert sum(mismatches) >= NUM_TOKENS // 10
+    assert page["mismatch"]["mean"] == sum(mismatches) * 1000 // len(answer) / 1000
+    again = _complete(served, PROMPTS[0], logprobs=0)
+    assert again.choices[0].token_ids == answer
+    generated = again.choices[0].logprobs.token_logprobs
+    expected = sum(generated) / len(answer) - sum(in_full) / len(answer)
+    assert page["nll_difference"]["mean"] == pytest.approx(expected, abs=0.002)
+    _until(lambda: _find_page(served)["num_audited"] == 2)
+    assert _find_page(served)["mismatch"]["mean"] == page["mismatch"]["mean"], "the same where the user asked for log-probabilities as well"
+    assert _find_page(served)["num_audit_failures"] == 0
+    assert served.read_metrics()["sedac_audited_answers_total{balanced}"] >= 2
+    engine = control.get_status().engines[0]
+    (reported,) = [e for e in engine.report.evidence if e.tier == "balanced"]
+    assert sum(reported.nll_difference_counts.values()) in (0, 1, 2), "the report follows"
+
+
+def test_where_nothing_is_reduced_nothing_is_found(served, control):
+    _set_policy(control, served, 0.0, 1.0)
+    for prompt in PROMPTS[:4]:
+        _complete(served, prompt)
+    _until(lambda: _find_page(served)["num_audited"] == 4)
+    page = _find_page(served)
+    assert page["num_audited_tokens"] == 4 * NUM_TOKENS
+    assert page["mismatch"]["mean"] == 0
+    assert abs(page["nll_difference"]["mean"]) <= 0.002
+    assert page["num_requests"] == 4, "audits are no requests"
+    assert page["mean_first_token_seconds"] > 0
+    assert page["mean_token_seconds"] > 0
+    assert next(p for p in _read_status(served)["evidence"] if p["tier"] == "exact")["num_requests"] == 0
+
+
+def test_responses_are_the_same_with_audits_and_without(served, control):
+    client = served.make_openai()
+    chat = [{"role": "user", "content": "open a file"}]
+
+    def ask() -> list[Any]:
+        options = {"model": "sedac-demo", "temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
+        answers = [
+            client.completions.create(prompt=PROMPTS[1], **options),
+            client.completions.create(prompt=PROMPTS[1], **(options | {"n": 2, "temperature": 0.7, "seed": 3})),
+            client.completions.create(prompt=PROMPTS[1], logprobs=2, **options),
+            client.chat.completions.create(messages=chat, **options),
+            client.chat.completions.create(messages=chat, logprobs=True, top_logprobs=2, **options),
+            *client.completions.create(prompt=PROMPTS[1], stream=True, **options),
+            *client.chat.completions.create(messages=chat, stream=True, **options),
+        ]
+        return [{name: value for name, value in answer.to_dict().items() if name not in ("id", "created")} for answer in answers]
+
+    _set_policy(control, served, 1e9, 0.0)
+    ask()  # so that both find the same prefixes cached
+    plain = ask()
+    _set_policy(control, served, 1e9, 1.0)
+    assert ask() == plain
+    _until(lambda: _find_page(served)["num_audited"] == 8)
+    assert _find_page(served)["num_audit_failures"] == 0
+
+
+def test_a_roll_out_has_its_share_of_the_requests_and_keeps_its_keys(served, control):
+    stable = _set_policy(control, served, 0.0, 1.0)
+    candidate = wire.policy_to_proto(stable)
+    for checkpoint in candidate.checkpoints:
+        checkpoint.threshold = 1e9
+    with grpc.insecure_channel(served.control_address) as channel:
+        rollouts = rollouts_pb2_grpc.RolloutsStub(channel)
+        bounds = rollouts_pb2.RolloutBounds(max_mismatch=1.0)
+        request = rollouts_pb2.StartRolloutRequest(policy=candidate, shares=[0.5], interval_seconds=3600, bounds=bounds, comment="e2e")
+        started = rollouts.StartRollout(request)
+        _until(lambda: (_read_status(served)["canary"] or {}).get("rollout") == started.number)
+        for i in range(12):
+            _complete(served, PROMPTS[i], max_tokens=16, xargs={"sedac_key": f"user-{i}"})
+        _until(lambda: sum(_find_page(served, arm)["num_audited"] for arm in ("stable", "canary")) == 12)
+        stable_page, canary_page = (_find_page(served, arm) for arm in ("stable", "canary"))
+        assert min(stable_page["num_requests"], canary_page["num_requests"]) >= 1
+        assert stable_page["mismatch"]["mean"] == 0, "the stable arm computes everything"
+        assert canary_page["mismatch"]["mean"] > 0, "the candidate skips"
+        before = canary_page["num_requests"]
+        for i in range(12):
+            _complete(served, PROMPTS[12 + i], max_tokens=8, xargs={"sedac_key": f"user-{i}"})
+        _until(lambda: sum(_find_page(served, arm)["num_requests"] for arm in ("stable", "canary")) == 24)
+        assert _find_page(served, "canary")["num_requests"] == 2 * before, "a key keeps its arm"
+        assert served.read_metrics()["sedac_rollout"] == started.number
+        rollouts.AbortRollout(rollouts_pb2.ChangeRolloutRequest(name=started.name))
+        _until(lambda: _read_status(served)["canary"] is None)
