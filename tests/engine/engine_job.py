@@ -6,9 +6,11 @@ Each step is {"do": name, ...} and yields one result; see the functions below.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -30,8 +32,8 @@ if __name__ == "__main__":  # workers that are spawned import this file too, and
     )
 
 
-def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0, seed=0):
-    """Continuations in groups of `batch`, each with its tier and LoRA adapter (a directory): [{"tokens": [...], "logprobs": [...]}, ...]."""
+def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0, seed=0, rollouts=None):
+    """Continuations in groups of `batch`, each with its tier, the number of its roll-out and LoRA adapter (a directory)."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -49,7 +51,7 @@ def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, sa
                 ignore_eos=True,
                 logprobs=logprobs,
                 detokenize=False,
-                extra_args={"sedac_tier": tiers[start + i]} if tiers and tiers[start + i] else None,
+                extra_args=_make_extra(tiers and tiers[start + i], rollouts and rollouts[start + i]),
             )
             for i in range(len(group))
         ]
@@ -59,6 +61,11 @@ def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, sa
             picked = [step[t].logprob for step, t in zip(completion.logprobs or [], completion.token_ids, strict=False)]
             results.append({"tokens": list(completion.token_ids), "logprobs": picked})
     return results
+
+
+def _make_extra(tier, rollout):
+    canary = {"sedac_arm": "canary", "sedac_rollout": rollout} if rollout else {}
+    return (canary | ({"sedac_tier": tier} if tier else {})) or None
 
 
 def score(llm, prompts):
@@ -96,9 +103,48 @@ def read_kv(llm, prompt):
     return layers
 
 
-def apply(llm, policy, revision=1):
-    """Put a policy into force; returns the workers' answers."""
-    return llm.collective_rpc("sedac_apply", args=(policy, revision))
+def apply(llm, policy, revision=1, canary=None):
+    """Put a policy, and a candidate beside it, into force; returns the workers' answers."""
+    return llm.collective_rpc("sedac_apply", args=(policy, revision) if canary is None else (policy, revision, canary))
+
+
+def preload(llm, directory, sha256):
+    """Have the workers read a probe set, and wait until they have; returns the last answers."""
+    llm.collective_rpc("sedac_preload", args=(directory, sha256))
+    while any(answer["state"] == "loading" for answer in llm.collective_rpc("sedac_preloaded", args=(sha256,))):
+        time.sleep(0.01)
+    return llm.collective_rpc("sedac_preloaded", args=(sha256,))
+
+
+def describe(llm):
+    """What each worker has attached."""
+    return llm.collective_rpc("sedac_describe")
+
+
+def addresses(llm):
+    """Where all that the kernels read lies."""
+    state = llm.llm_engine.model_executor.driver_worker.worker.sedac_state
+    arms = (state.stable, state.canary)
+    probes = [t for arm in arms for probe in arm.probes for t in (*probe.tensors, probe.rank)]
+    return [t.data_ptr() for t in (*probes, *(t for arm in arms for t in (arm.knobs_CK, arm.counts_C2)), *state.buffers.tensors)]
+
+
+def generate_between(llm, changes, every=2, **arguments):
+    """Run `generate` while the workers get one `apply` after the other of `changes`, round and round, between two steps."""
+    engine = llm.llm_engine
+    step, count, answers = engine.step, itertools.count(1), []
+
+    def change_and_step():
+        number = next(count)
+        if number % every == 0:
+            answers.extend(apply(llm, **changes[number // every % len(changes)]))
+        return step()
+
+    engine.step = change_and_step
+    try:
+        return {"results": generate(llm, **arguments), "answers": answers}
+    finally:
+        engine.step = step
 
 
 def stats(llm):

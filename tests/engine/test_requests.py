@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sedac.engine.requests import Requests
-from sedac.policy import CERTIFICATE_KEY, TIER_KEY, Checkpoint, Policy, Tier
+from sedac.engine.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT
+from sedac.policy import ARM_KEY, CANARY, CERTIFICATE_KEY, ROLLOUT_KEY, TIER_KEY, Canary, Checkpoint, Policy, Tier
 
 from tests.engine.test_state import make_state
 from tests.strategies import certify
@@ -59,3 +60,57 @@ def test_a_response_is_certified_where_all_its_parts_are():
     assert requests.get_report("cmpl-1")["certified"]
     requests.add("cmpl-1-2-z", {TIER_KEY: "night"})
     assert not requests.get_report("cmpl-1")["certified"]
+
+
+def test_certified_means_one_probe_set_too():
+    other = replace(POLICY, certificate=replace(POLICY.certificate, probe_set_sha256="e" * 64))
+    assert other.certificate.knobs_sha256 == POLICY.certificate.knobs_sha256
+    assert _run(PROMISE, other, other)["certified"]
+    assert not _run(PROMISE, POLICY, other)["certified"]
+
+
+def _stamp(rollout: int, **extra: str) -> dict:
+    return {ARM_KEY: CANARY, ROLLOUT_KEY: rollout, **extra}
+
+
+def test_the_arm_of_a_request_is_the_roll_out_s_while_it_is_in_force():
+    state = make_state(use_native=False)
+    candidate = Policy(
+        enabled=True, checkpoints=(Checkpoint(layer=3, threshold=0.5),), phase="all", sensitivity=1.0, rule="accumulate",
+        tiers=(Tier(name="night", level="contextual-20", soft_exit=True),), default_tier="night",
+    )  # fmt: skip
+    state.apply(POLICY, 1, Canary(rollout=5, policy=candidate, share=0.5))
+    requests = Requests(state)
+    stamps = {"a": {}, "b": _stamp(5), "c": _stamp(4), "d": _stamp(5, **{TIER_KEY: "balanced"}), "e": {ROLLOUT_KEY: 5}}
+    for request_id, extra in stamps.items():
+        requests.add(request_id, extra)
+    ids, bounds, num_prompt, num_computed = list(stamps), np.arange(0, 11, 2), np.full(5, 3), np.array([3, 0, 3, 3, 0])
+
+    def make():
+        return requests.make_tokens(ids, bounds, num_prompt, num_computed)
+
+    hard, soft = DECIDES, DECIDES | SOFT | CANARY_ARM
+    tokens = make()
+    assert tokens.role_T.tolist() == [hard, hard, soft, soft, hard, hard, 0, 0, 0, 0], "d asks for a tier of the stable policy, e is in its prompt"
+    assert tokens.goal_T.tolist()[::2] == [1, 3, 1, 1, 1]
+    assert {i: requests.get_report(i)["arm"] for i in ids} == {"a": "stable", "b": "canary", "c": "stable", "d": "canary", "e": "stable"}
+    assert [requests.get_report(i)["tier"] for i in ids] == ["balanced", "night", "balanced", "balanced", "balanced"]
+    state.apply(replace(POLICY, enabled=False), 2, Canary(rollout=5, policy=replace(candidate, phase="decode"), share=0.5))
+    observed = OBSERVED | CANARY_ARM
+    assert make().role_T.tolist() == [0, 0, observed, observed, 0, 0, 0, 0, 0, 0], "the stable policy is off, b is in its prompt"
+    state.apply(POLICY, 3)
+    assert make().role_T.tolist() == [hard, hard, 0, 0, hard, hard, hard, hard, 0, 0]
+    assert {requests.get_report(i)["arm"] for i in ids} == {"stable"}
+    assert requests.get_report("b")["revision"] == 3
+
+
+def test_a_candidate_may_be_enabled_beside_a_policy_that_is_not():
+    state = make_state(use_native=False)
+    state.apply(Policy(), 1, Canary(rollout=1, policy=POLICY, share=0.5))
+    assert state.is_enabled
+    requests = Requests(state)
+    requests.add("a", PROMISE)
+    requests.add("b", _stamp(1, **PROMISE))
+    tokens = requests.make_tokens(["a", "b"], np.array([0, 1, 2]), np.array([1, 1]), np.array([1, 1]))
+    assert tokens.role_T.tolist() == [0, DECIDES | CANARY_ARM]
+    assert [requests.get_report(i)["certified"] for i in "ab"] == [False, True]

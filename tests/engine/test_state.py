@@ -19,7 +19,10 @@ from sedac.probe.probe import LREProbe
 CPU = torch.device("cpu")
 LEVELS = tuple(Level(name=f"contextual-{s}", reduction="contextual", parameters_L=torch.full((6,), s / 100)) for s in (10, 20, 40))
 SHARES = (0.1, 0.2, 0.4)
-LAYOUT = Layout(num_layers=6, hidden_size=24, checkpoint_layers=(1, 3), probe_set="t", levels=("full", "skip", *(level.name for level in LEVELS)))
+LAYOUT = Layout(
+    num_layers=6, hidden_size=24, checkpoint_layers=(1, 3), probe_set="t", levels=("full", "skip", *(level.name for level in LEVELS)),
+    probe_set_sha256="0" * 64, max_rank=11,
+)  # fmt: skip
 torch.manual_seed(0)
 PROBES = {layer: LREProbe(24, 8).requires_grad_(False) for layer in LAYOUT.checkpoint_layers}
 ALL_SHARES = [0.0, 1.0, *SHARES]
@@ -83,7 +86,7 @@ def test_levels_and_counts_equal_a_naive_loop(use_native, num_tokens, seed, thre
             state.observe(layer, stream)
             if not state.is_active:
                 continue
-            risk = state._risk_CT[index, :num_tokens].tolist()
+            risk = state.buffers.risk_CT[index, :num_tokens].tolist()
             candidates = [t for t in range(num_tokens) if decides[t] and t not in done and threshold > 0]
             seen = set(candidates) | {t for t in range(num_tokens) if tokens.role_T[t] & OBSERVED}
             expected = PROBES[layer](stream)[:num_tokens]
@@ -143,7 +146,7 @@ def test_adaptation_reaches_target_rates_and_follows_a_change_of_traffic():
     generator = torch.Generator().manual_seed(1)
 
     def run(num_steps: int, shift: float) -> list[float]:
-        before = state._counts_C2.clone()
+        before = state.stable.counts_C2.clone()
         for _ in range(num_steps):
             ones = np.ones(16, dtype=np.uint8)
             tokens = Tokens(role_T=ones, floor_T=ones * 0, goal_T=ones, scale_T=ones.astype(np.float32), tier_T=ones.astype(np.int64) * 0)
@@ -152,17 +155,17 @@ def test_adaptation_reaches_target_rates_and_follows_a_change_of_traffic():
             for layer in (1, 3):
                 state.observe(layer, stream + shift * PROBES[layer].down.weight[0])
             state.end_step()
-        seen = (state._counts_C2 - before).double()
+        seen = (state.stable.counts_C2 - before).double()
         return (seen[:, 1] / seen[:, 0]).tolist()
 
     run(60, 0.0)
     assert all(abs(found - rate) < 0.05 for found, rate in zip(run(120, 0.0), rates, strict=True))
     run(60, 1.5)
     assert all(abs(found - rate) < 0.05 for found, rate in zip(run(120, 1.5), rates, strict=True))
-    learned = list(state.adapter.thresholds)
+    learned = list(state.stable.adapter.thresholds)
     frozen = Adaptation(**{**vars(knobs), "frozen": True})
     state.apply(Policy(**{**vars(policy), "adaptation": frozen}), 2)
     run(20, 0.0)
-    assert state.adapter.thresholds == learned
+    assert state.stable.adapter.thresholds == learned
     state.apply(Policy(**{**vars(policy), "adaptation": Adaptation(**{**vars(knobs), "generation": 1})}), 3)
-    assert state.adapter.thresholds == pytest.approx([0.01, 0.01])
+    assert state.stable.adapter.thresholds == pytest.approx([0.01, 0.01])

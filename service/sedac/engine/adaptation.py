@@ -36,11 +36,12 @@ class Adapter:
         self._num_steps = 0
         self._fresh = False
 
-    def configure(self, policy: Policy, thresholds: list[float], index_of_layer: dict[int, int]) -> None:
-        """Take a new policy: what was learned stays, unless targets, checkpoints or the generation changed."""
+    def configure(self, policy: Policy, thresholds: list[float], index_of_layer: dict[int, int], *, is_new: bool = False) -> None:
+        """Take a new policy: what was learned stays, unless it `is_new`, or targets, checkpoints or the generation changed."""
         new, old = policy.adaptation, self._policy.adaptation
         restart = (
-            not (policy.enabled and self.is_on)
+            is_new
+            or not (policy.enabled and self.is_on)
             or new.generation != old.generation
             or new.target_exit_rates != old.target_exit_rates
             or policy.checkpoints != self._policy.checkpoints

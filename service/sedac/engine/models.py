@@ -27,9 +27,11 @@ from sedac.engine.state import State
 from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
 from sedac.policy import FULL, SKIP, Layout
 from sedac.probe import artifact
+from sedac.probe.artifact import ProbeSet
 
 CONFIG_KEY = "sedac"
 """the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
+_USUAL_RANK, _MAX_RANK = 128, 4096  # the kernels take no more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,9 @@ class StaticConfig:
     """decoder layers, 0-based; empty: all that the probe set has"""
     levels: bool = True
     """offer the probe set's reduced levels, not only `full` and `skip`"""
+    max_rank: int = 0
+    """largest rank of probes that can be swapped in later: two probes of it are held per checkpoint (fp32, rank x hidden size);
+    0: 128, or the attached set's rank where that is larger"""
     record: bool = False
     """record streams at the checkpoints instead of serving decisions"""
     record_top_k: int = 8
@@ -153,7 +158,10 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         num_layers=num_layers,
         hidden_size=hidden_size,
         checkpoint_layers=wanted or (tuple(sorted(probe_set.probes)) if probe_set else ()),
+        max_rank=_find_max_rank(static, probe_set),
         probe_set=probe_set.manifest.name if probe_set else "",
+        probe_set_sha256=probe_set.manifest.sha256 if probe_set else "",
+        levels_sha256=probe_set.levels_sha256 if levels and probe_set else "",
         levels=(FULL, SKIP, *(level.name for level in levels)),
     )
     shares = [record.saved for record in probe_set.manifest.levels] if levels and probe_set else []
@@ -179,6 +187,19 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         neurons = probe_set.neurons[i] if levels and probe_set else None
         mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", i, state, neurons, scores_activation=scores_activation, lora=lora)
     return state
+
+
+def _find_max_rank(static: StaticConfig, probe_set: ProbeSet | None) -> int:
+    """Return the largest rank that there shall be room for; 0 where the engine has no probes."""
+    if probe_set is None:
+        return 0
+    rank, name = probe_set.manifest.rank, probe_set.manifest.name
+    if static.max_rank and not rank <= static.max_rank <= _MAX_RANK:
+        raise ConfigError(
+            f"--additional-config {CONFIG_KEY}: max_rank is {static.max_rank}, outside {rank} (the rank of {name!r}) to {_MAX_RANK}; "
+            "change it, or leave it out"
+        )
+    return static.max_rank or max(rank, _USUAL_RANK)
 
 
 def _refuse_levels(list_name: str, layers: nn.ModuleList, lora: bool) -> None:

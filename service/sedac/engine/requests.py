@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from sedac.engine.adaptation import Difficulty
+from sedac.engine.arms import ARMS, Arm
 from sedac.engine.state import State
 from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy import CERTIFICATE_KEY, EXACT, LEVEL_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
+from sedac.policy import ARM_KEY, CANARY, CERTIFICATE_KEY, EXACT, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
 
 _MAX_FINISHED = 1000
 
@@ -32,8 +32,15 @@ class _Request:
     scale: float
     certificate: str
     """its knobs' digest, as promised; empty: uncertified, from the start or since other knobs were in force"""
-    revision: int = -1
-    """for which the fields below were resolved"""
+    rollout: int = 0
+    """whose candidate shall serve it while it is in force; 0: none"""
+    version: int = -1
+    """of what is in force, for which the fields below were resolved"""
+    revision: int = 0
+    arm: Arm | None = None
+    tier_name: str = ""
+    probe_set_sha256: str = ""
+    """of the certificate that it was first computed under"""
     tier_row: int = 0
     is_bounded: bool = False
     floor: int = 0
@@ -55,7 +62,6 @@ class Requests:
         self._state = state
         self._running: dict[str, _Request] = {}
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._difficulty = Difficulty()
         self._key: tuple[Any, ...] | None = None
         self._cached: Tokens | None = None
 
@@ -66,6 +72,7 @@ class Requests:
             level=extra.get(LEVEL_KEY),
             scale=float(extra.get(SCALE_KEY, 1.0)),
             certificate=str(extra.get(CERTIFICATE_KEY, "")),
+            rollout=int(extra.get(ROLLOUT_KEY, 0)) if extra.get(ARM_KEY) == CANARY else 0,
         )
 
     def finish(self, request_ids: Iterable[str]) -> None:
@@ -78,61 +85,72 @@ class Requests:
 
     def make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
         """Return what the step's tokens may get; `bounds` (N + 1) are the first rows of the requests, the others (N) counts."""
-        policy = self._state.policy
-        decoding = bool((num_computed >= num_prompt).all()) or policy.phase == "all"
-        key = (self._state.revision, tuple(request_ids), len(request_ids) == bounds[-1])
+        state = self._state
+        decoding = bool((num_computed >= num_prompt).all()) or all(arm.policy.phase == "all" for arm in state.arms)
+        key = (state.version, tuple(request_ids), len(request_ids) == bounds[-1])
         if decoding and key[2] and key == self._key and self._cached is not None:
             return self._cached  # the same requests go on generating, a token each
-        tokens = self._make_tokens(policy, request_ids, bounds, num_prompt, num_computed)
+        tokens = self._make_tokens(request_ids, bounds, num_prompt, num_computed)
         self._key, self._cached = (key, tokens) if decoding and key[2] else (None, None)
         return tokens
 
-    def _make_tokens(self, policy: Policy, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
+    def _make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
         requests = [self._resolve(request_id) for request_id in request_ids]
+        policies = [arm.policy for _, arm in requests]
         counts = np.diff(bounds)
-        num_full = np.zeros_like(counts) if policy.phase == "all" else np.clip(num_prompt - num_computed, 0, counts)
+        num_full = np.where([p.phase == "all" for p in policies], 0, np.clip(num_prompt - num_computed, 0, counts))
 
         def gather(values: Iterable[float], dtype: type) -> Array:
             return np.repeat(np.fromiter(values, dtype=dtype, count=len(requests)), counts)
 
         offset_T = np.arange(bounds[-1]) - np.repeat(bounds[:-1], counts)
-        bounded_T = gather((r.is_bounded for r in requests), np.bool_)
+        bounded_T = gather((r.is_bounded for r, _ in requests), np.bool_)
         reducible_T = bounded_T & (offset_T >= np.repeat(num_full, counts))
-        role_T = np.where(reducible_T, gather((r.role for r in requests), np.uint8), np.uint8(0))
-        if policy.sensitivity > 0:
-            role_T = np.where(bounded_T & ~reducible_T, np.uint8(OBSERVED), role_T)
-            for request, full, count in zip(requests, num_full.tolist(), counts.tolist(), strict=True):
-                if request.difficulty is None and full < count:
+        role_T = np.where(reducible_T, gather((r.role for r, _ in requests), np.uint8), np.uint8(0))
+        if any(p.sensitivity > 0 for p in policies):
+            observed_T = gather((OBSERVED | arm.role if arm.policy.sensitivity > 0 and arm.has_thresholds else 0 for _, arm in requests), np.uint8)
+            role_T = np.where(bounded_T & ~reducible_T, observed_T, role_T)
+            for (request, arm), full, count in zip(requests, num_full.tolist(), counts.tolist(), strict=True):
+                if arm.policy.sensitivity > 0 and request.difficulty is None and full < count:
                     mean = request.prompt_risk / request.num_prompt_risks if request.num_prompt_risks else math.nan
-                    request.difficulty = self._difficulty.get_scale(mean, policy.sensitivity)
-                    self._difficulty.add(mean)
+                    request.difficulty = arm.difficulty.get_scale(mean, arm.policy.sensitivity)
+                    arm.difficulty.add(mean)
         return Tokens(
             role_T=role_T,
-            floor_T=np.where(reducible_T, gather((r.floor for r in requests), np.uint8), np.uint8(0)),
-            goal_T=gather((r.goal for r in requests), np.uint8),
-            scale_T=gather((r.own_scale * (r.difficulty or 1.0) for r in requests), np.float32),
-            tier_T=gather((r.tier_row for r in requests), np.int64),
+            floor_T=np.where(reducible_T, gather((r.floor for r, _ in requests), np.uint8), np.uint8(0)),
+            goal_T=gather((r.goal for r, _ in requests), np.uint8),
+            scale_T=gather((r.own_scale * (r.difficulty or 1.0) for r, _ in requests), np.float32),
+            tier_T=gather((r.tier_row for r, _ in requests), np.int64),
         )
 
-    def _resolve(self, request_id: str) -> _Request:
-        """Look the request's tier up in the policy in force; a tier that it no longer has is served in full."""
+    def _resolve(self, request_id: str) -> tuple[_Request, Arm]:
+        """Look the request's arm and tier up in what is in force; no such tier, or a policy not enabled: served in full."""
         state, request = self._state, self._running[request_id]
-        if request.revision == state.revision:
-            return request
-        policy, table = state.policy, state.table
+        if request.arm is not None and request.version == state.version:
+            return request, request.arm
+        arm, table = state.get_arm(request.rollout), state.table
+        if arm is not request.arm:
+            request.prompt_risk, request.num_prompt_risks = 0.0, 0  # so far by other probes, or none
+        policy, request.arm, request.version, request.revision = arm.policy, arm, state.version, state.revision
         name = request.tier or policy.default_tier
-        tier = next((t for t in policy.get_tiers() if t.name == name), None)
-        request.revision = state.revision
-        request.is_bounded = tier is not None
-        if policy.certificate is None or policy.certificate.knobs_sha256 != request.certificate:
-            request.certificate = ""
+        tier = next((t for t in policy.get_tiers() if t.name == name), None) if policy.enabled else None
+        request.is_bounded, request.tier_name = tier is not None, name
+        self._check_certificate(request, policy)
         tier = tier or Tier(name=EXACT)
         request.tier_row = state.get_tier_row(tier.name)
         level = tier.level if request.level is None or request.level not in table.names else request.level
         request.floor, request.goal = table.get_index(tier.floor), table.get_index(level)
-        request.role = DECIDES | (SOFT if tier.soft_exit else 0)
+        request.role = DECIDES | (SOFT if tier.soft_exit else 0) | arm.role
         request.own_scale = tier.threshold_scale * request.scale
-        return request
+        return request, arm
+
+    def _check_certificate(self, request: _Request, policy: Policy) -> None:
+        """Take the certificate of a request whose policy is switched off, or has another one: neither the certified answer nor the exact one."""
+        has = policy.certificate if policy.enabled else None
+        if has is None or has.knobs_sha256 != request.certificate or request.probe_set_sha256 not in ("", has.probe_set_sha256):
+            request.certificate = ""
+        elif has:
+            request.probe_set_sha256 = has.probe_set_sha256
 
     def count_step(self, request_ids: Sequence[str], bounds: Array, saved_T: Array | None) -> None:
         """Count the step's tokens and what they saved to their requests."""
@@ -141,9 +159,9 @@ class Requests:
             request = self._running[request_id]
             request.num_tokens += count
             request.num_saved += saved
-            if not self._state.policy.enabled:
-                request.certificate = ""  # the policy was switched off in between: neither the certified answer nor the exact one
-        if saved_T is not None and self._state.policy.sensitivity > 0:
+            if not self._state.is_enabled:
+                request.certificate = ""  # nothing was resolved in this step
+        if saved_T is not None and any(arm.policy.sensitivity > 0 for arm in self._state.arms):
             self._count_risks(request_ids, bounds)
 
     def _count_risks(self, request_ids: Sequence[str], bounds: Array) -> None:
@@ -158,12 +176,13 @@ class Requests:
 
     def _make_report(self, request_id: str, request: _Request) -> dict[str, Any]:
         blocks = request.num_tokens * self._state.layout.num_layers
-        name = request.tier or self._state.policy.default_tier
+        arm = request.arm or self._state.stable
         return {
             "request_id": request_id,
-            "tier": name if request.is_bounded or not request.tier else request.tier,
+            "arm": ARMS[arm.number],
+            "tier": request.tier_name or request.tier or arm.policy.default_tier,
             "certified": bool(request.certificate),
-            "revision": max(request.revision, 0),
+            "revision": request.revision,
             "num_tokens": request.num_tokens,
             "num_mlp_blocks_computed": blocks - request.num_saved,
             "mlp_share": (blocks - request.num_saved) / blocks if blocks else 1.0,

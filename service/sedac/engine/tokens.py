@@ -1,11 +1,10 @@
-"""What a step's tokens may get, and the token buffers as the host reads and writes them.
+"""What a step's tokens may get, and the token buffers as the kernels and the host read and write them.
 
 T tokens of the step, C checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DECIDES, SOFT, OBSERVED = 1, 2, 4
-"""bits of a token's role: checkpoints decide about it; softly; its risk is only looked at"""
+DECIDES, SOFT, OBSERVED, CANARY_ARM = 1, 2, 4, 8
+"""bits of a token's role: checkpoints decide about it; softly; its risk is only looked at; by the candidate of a roll-out"""
 
 Array = np.ndarray[Any, Any]
 
@@ -24,7 +23,7 @@ class Tokens:
     """What the step's tokens may get; arrays of length T."""
 
     role_T: Array
-    """uint8, DECIDES | SOFT | OBSERVED"""
+    """uint8, DECIDES | SOFT | OBSERVED | CANARY_ARM"""
     floor_T: Array
     """uint8: level at the first layer"""
     goal_T: Array
@@ -46,16 +45,36 @@ class Tokens:
         self.tier_counts = np.bincount(self.tier_T)
 
 
-class HostViews:
-    """The token buffers as the host sees them: the very memory on the CPU, copies of it on a device."""
+class TokenBuffers:
+    """What the kernels know of each token, at addresses that stay."""
 
-    def __init__(self, *, written: Sequence[Tensor], cleared: Sequence[Tensor], read: Sequence[Tensor], active: Tensor) -> None:
-        """`written`: level, role, goal, scale (T); `cleared` (T) go to 0 after a step; `read`: saved, done (T), risk (C, T)."""
-        self._written, self._cleared, self._read, self._active = written, cleared, read, active
-        self._is_cpu = active.device.type == "cpu"
-        self._arrays = {id(t): t.numpy() for t in (*written, *cleared, *read, active)} if self._is_cpu else {}
+    def __init__(self, num_checkpoints: int, max_num_tokens: int, device: torch.device) -> None:
+        def make(dtype: torch.dtype, *shape: int, fill: float = 0) -> Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        self.level_T = make(torch.uint8, max_num_tokens)
+        """of the layers from here on; rows past the step's tokens stay 0"""
+        self.role_T, self.done_T, self.goal_T = (make(torch.uint8, max_num_tokens) for _ in range(3))
+        self.scale_T, self.confidence_T = (make(torch.float32, max_num_tokens) for _ in range(2))
+        self.saved_T = make(torch.float32, max_num_tokens)
+        """MLPs saved so far in this step, in full MLPs of the token"""
+        self.risk_CT = make(torch.float32, num_checkpoints, max_num_tokens, fill=float("nan"))
+        """NaN: not evaluated"""
+        self.active = make(torch.uint8, 1)
+        self._written = [self.level_T, self.role_T, self.goal_T, self.scale_T]
+        self._cleared = [self.level_T, self.done_T, self.confidence_T, self.saved_T]
+        self._read = [self.saved_T, self.done_T, self.risk_CT]
+        self._is_cpu = device.type == "cpu"
+        self._arrays = {id(t): t.numpy() for t in self.tensors} if self._is_cpu else {}
+        """the very memory, as the host sees it on the CPU"""
         self._num_rows = 0
         """that the last step wrote"""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the kernels' order."""
+        decided = [self.level_T, self.role_T, self.done_T, self.goal_T, self.scale_T, self.confidence_T]
+        return [*decided, self.saved_T, self.risk_CT, self.active]
 
     def write(self, tokens: Tokens, num_tokens: int, *, is_new: bool) -> None:
         """Put the step's tokens into the buffers; those that the same tokens left there last time stay."""
@@ -68,22 +87,21 @@ class HostViews:
         if self._num_rows > num_tokens:
             self._written[1][num_tokens : self._num_rows] = 0
         self._num_rows = num_tokens
-        self._active.fill_(1)
+        self.active.fill_(1)
 
     def read(self, num_tokens: int) -> tuple[Array, Array, Array]:
         """Return MLPs saved (T,), whether decided (T,) and risks (C, T), and clear what belongs to the step."""
-        saved, done, risk = self._read
         if not self._is_cpu:
             values = tuple(t[..., :num_tokens].cpu().numpy() for t in self._read)
             for buffer in self._cleared:
                 buffer[:num_tokens].zero_()
-            risk[:, :num_tokens] = float("nan")
-            self._active.zero_()
+            self.risk_CT[:, :num_tokens] = float("nan")
+            self.active.zero_()
             return values[0], values[1], values[2]
         arrays = self._arrays
-        saved_T, done_T, risk_CT = (arrays[id(t)][..., :num_tokens].copy() for t in (saved, done, risk))
+        saved_T, done_T, risk_CT = (arrays[id(t)][..., :num_tokens].copy() for t in self._read)
         for buffer in self._cleared:
             arrays[id(buffer)][:num_tokens] = 0
-        arrays[id(risk)][:, :num_tokens] = np.nan
-        arrays[id(self._active)][0] = 0
+        arrays[id(self.risk_CT)][:, :num_tokens] = np.nan
+        arrays[id(self.active)][0] = 0
         return saved_T, done_T, risk_CT

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from sedac.engine.record import NO_TOKEN, Recorder
 from sedac.engine.requests import Requests
 from sedac.engine.state import State
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
-from sedac.policy import Policy
+from sedac.policy import Canary, Policy
 
 if TYPE_CHECKING or current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -61,11 +62,12 @@ class SedacWorker(_Worker):
                 mlp.finish(module)
         layout = self.sedac_state.layout
         _log.info(
-            "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r, levels %s, %s kernels%s",
+            "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r (room for rank %d), levels %s, %s kernels%s",
             type(model).__name__.removeprefix("Sedac"),
             layout.num_layers,
             ", ".join(map(str, layout.checkpoint_layers)) or "none",
             layout.probe_set,
+            layout.max_rank,
             ", ".join(layout.levels),
             "native" if self.sedac_state.native else "plain torch",
             ", recording" if self.sedac_state.recorder else "",
@@ -101,9 +103,7 @@ class SedacWorker(_Worker):
         bounds = runner.query_start_loc.np[: batch.num_reqs + 1]
         starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
         tokens = (
-            self._sedac_requests.make_tokens(batch.req_ids, bounds, batch.num_prompt_tokens[: batch.num_reqs], starts)
-            if state.policy.enabled
-            else None
+            self._sedac_requests.make_tokens(batch.req_ids, bounds, batch.num_prompt_tokens[: batch.num_reqs], starts) if state.is_enabled else None
         )
         state.begin_step(int(bounds[-1]), tokens)
         try:
@@ -122,13 +122,27 @@ class SedacWorker(_Worker):
         """Return what is attached: the layout as a dict."""
         return asdict(self.sedac_state.layout)
 
-    def sedac_apply(self, policy: dict[str, Any], revision: int) -> dict[str, Any]:
-        """Put a policy (`Policy.to_dict`) into force; a refusal lists its violations and leaves the old one."""
+    def sedac_preload(self, directory: str, sha256: str) -> None:
+        """Start reading and verifying the probe set in `directory`, whose weights have this digest; returns at once, steps go on."""
+        self.sedac_state.probe_sets.preload(Path(directory), sha256)
+
+    def sedac_preloaded(self, sha256: str) -> dict[str, Any]:
+        """Return how far a preloaded set is; see `ProbeSets.get_state`."""
+        return self.sedac_state.probe_sets.get_state(sha256)
+
+    def sedac_apply(self, policy: dict[str, Any], revision: int, canary: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Put a policy (`Policy.to_dict`), a candidate beside it (`Canary.to_dict`) and their probe sets into force, all at once.
+
+        Probe sets are named among the attached and the preloaded ones; preloaded ones that nothing names any more are forgotten.
+        A refusal lists its violations and leaves everything as it was.
+        """
+        state, violations = self.sedac_state, []
+        candidate = Canary(**{**canary, "policy": Policy.from_dict(canary["policy"])}) if canary else None
         try:
-            self.sedac_state.apply(Policy.from_dict(policy), revision)
+            state.apply(Policy.from_dict(policy), revision, candidate)
         except PolicyInvalid as error:
-            return {"revision": self.sedac_state.revision, "violations": [(v.field, v.description) for v in error.violations]}
-        return {"revision": revision, "violations": []}
+            violations = [(v.field, v.description) for v in error.violations]
+        return {"revision": state.revision, "rollout": state.rollout, "violations": violations}
 
     def sedac_get_stats(self) -> dict[str, Any]:
         """Return the totals since the worker started (`Stats` as a dict)."""

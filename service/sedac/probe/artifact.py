@@ -85,9 +85,8 @@ def load(directory: Path, layers: tuple[int, ...] | None = None) -> ProbeSet:
     for layer in available if layers is None else layers:
         if layer not in available:
             raise ArtifactError(f"SEDAC probe missing for layer {layer}: {path} has layers {available}; train one or leave the layer out")
-        probe = LREProbe(manifest.hidden_size, manifest.rank)
-        probe.load_state_dict({name: tensors[f"{layer}.{name}"] for name in probe.state_dict()})
-        probes[layer] = probe.eval().requires_grad_(False)
+        names = [name.removeprefix(f"{layer}.") for name in tensors if name.startswith(f"{layer}.")]
+        probes[layer] = LREProbe.from_tensors({name: tensors[f"{layer}.{name}"] for name in names})
     levels = tuple(
         Level(name=record.name, reduction=record.reduction, parameters_L=tensors[f"levels.{record.name}.{PARAMETERS[record.reduction]}"])  # type: ignore[arg-type]
         for record in manifest.levels

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
 
 #include "rows.h"
@@ -12,14 +13,16 @@
 namespace sedac {
 namespace {
 
+// A checkpoint as one arm has it; only values in these tensors change, never their addresses.
 struct Checkpoint {
-  at::Tensor down, norm_weight, norm_bias, out_weight, out_bias;  // the LREProbe, fp32
+  at::Tensor down, norm_weight, norm_bias, out_weight, out_bias;  // the LREProbe, fp32, in the leading rows of what the largest rank takes
+  at::Tensor rank;    // (1) int64: rows in use; 0: no probe
   at::Tensor knobs;   // (3) float: threshold, weight, target; threshold 0: off
   at::Tensor counts;  // (2) int64: tokens decided about, tokens that became confident
 };
 
-std::vector<Checkpoint>& checkpoints() {
-  static std::vector<Checkpoint> all;
+std::vector<std::array<Checkpoint, kNumArms>>& checkpoints() {
+  static std::vector<std::array<Checkpoint, kNumArms>> all;
   return all;
 }
 
@@ -28,7 +31,7 @@ constexpr float kNormEpsilon = 1e-5f;
 constexpr float kSoftplusLinear = 20.0f;
 
 float get_risk(const Checkpoint& c, const float* stream, int64_t hidden) {
-  const int64_t rank = c.down.size(0);
+  const int64_t rank = *data<int64_t>(c.rank);
   float z[kMaxRank];
   const float* down = data<float>(c.down);
   for (int64_t r = 0; r < rank; ++r) dot_rows(down + r * hidden, stream, hidden, 1, hidden, z + r);
@@ -70,19 +73,24 @@ uint8_t get_soft_level(const Buffers& b, uint8_t goal, float confidence) {
 // The residual stream after the checkpoint's layer (T, D): whole, or `hidden` and `residual` to be added.
 void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual, int64_t index) {
   const Buffers& b = model().b;
-  const Rule& rule = model().rule;
-  const Checkpoint& c = checkpoints()[index];
-  const float threshold = data<float>(c.knobs)[0], weight = data<float>(c.knobs)[1], target = data<float>(c.knobs)[2];
   if (!*data<uint8_t>(b.active)) return;
   const int64_t num_tokens = std::min(hidden.size(0), b.role.size(0)), size = hidden.size(1);
   uint8_t *role = data<uint8_t>(b.role), *done = data<uint8_t>(b.done), *goal = data<uint8_t>(b.goal), *level = data<uint8_t>(b.level);
   float *confidence = data<float>(b.confidence), *risk = data<float>(b.risk) + index * b.risk.size(1);
   const float* scale = data<float>(b.scale);
+  const auto& arms = checkpoints()[index];
+  const auto get_arm = [&](int64_t t) { return role[t] & kCanary ? 1 : 0; };
+  float thresholds[kNumArms];
+  bool has_probe[kNumArms];
+  for (int arm = 0; arm < kNumArms; ++arm) {
+    has_probe[arm] = *data<int64_t>(arms[arm].rank) > 0;
+    thresholds[arm] = has_probe[arm] ? data<float>(arms[arm].knobs)[0] : 0.0f;
+  }
 
   std::vector<int32_t> rows;
   for (int64_t t = 0; t < num_tokens; ++t) {
-    const bool decides = (role[t] & kDecides) && !done[t] && threshold > 0;
-    if (decides || (role[t] & kObserved)) rows.push_back(t);
+    const bool decides = (role[t] & kDecides) && !done[t] && thresholds[get_arm(t)] > 0;
+    if (decides || ((role[t] & kObserved) && has_probe[get_arm(t)])) rows.push_back(t);
   }
   if (rows.empty()) return;
   at::parallel_for(0, rows.size(), 8, [&](int64_t begin, int64_t end) {
@@ -91,17 +99,22 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
       const int32_t t = rows[i];
       read_row(hidden, t, stream.data(), false);
       if (residual) read_row(*residual, t, stream.data(), true);
-      risk[t] = get_risk(c, stream.data(), size);
+      risk[t] = get_risk(arms[get_arm(t)], stream.data(), size);
     }
   });
 
-  int64_t num_decided = 0, num_confident = 0;
-  bool all_confident = true;
+  int64_t num_decided[kNumArms] = {}, num_confident[kNumArms] = {};
+  bool all_confident[kNumArms];
+  std::fill(all_confident, all_confident + kNumArms, true);
   std::vector<int32_t> confident;
   for (const int32_t t : rows) {
-    if (!(role[t] & kDecides) || done[t] || threshold <= 0) continue;
-    ++num_decided;
-    const float limit = threshold * scale[t];
+    const int arm = get_arm(t);
+    if (!(role[t] & kDecides) || done[t] || thresholds[arm] <= 0) continue;
+    ++num_decided[arm];
+    const Rule& rule = model().rules[arm];
+    const float* knobs = data<float>(arms[arm].knobs);
+    const float weight = knobs[1], target = knobs[2];
+    const float limit = thresholds[arm] * scale[t];
     bool sure = risk[t] < limit;  // false for NaN
     if (rule.rule == 1) {
       const float now = sure ? (limit - risk[t]) / limit : 0.0f;
@@ -111,22 +124,24 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
     if (sure) {
       confident.push_back(t);
     } else {
-      all_confident = false;
+      all_confident[arm] = false;
     }
   }
-  if (rule.scope == 0 || all_confident) {
-    for (const int32_t t : confident) {
-      const bool soft = role[t] & kSoft;
-      const uint8_t wanted = soft ? get_soft_level(b, goal[t], confidence[t]) : goal[t];
-      const float* shares = data<float>(b.shares);
-      if (shares[wanted] > shares[level[t]]) level[t] = wanted;
-      if (soft && level[t] != goal[t]) continue;  // a later checkpoint may be surer still
-      done[t] = 1;
-      ++num_confident;
-    }
+  for (const int32_t t : confident) {
+    const int arm = get_arm(t);
+    if (model().rules[arm].scope == 1 && !all_confident[arm]) continue;
+    const bool soft = role[t] & kSoft;
+    const uint8_t wanted = soft ? get_soft_level(b, goal[t], confidence[t]) : goal[t];
+    const float* shares = data<float>(b.shares);
+    if (shares[wanted] > shares[level[t]]) level[t] = wanted;
+    if (soft && level[t] != goal[t]) continue;  // a later checkpoint may be surer still
+    done[t] = 1;
+    ++num_confident[arm];
   }
-  data<int64_t>(c.counts)[0] += num_decided;
-  data<int64_t>(c.counts)[1] += num_confident;
+  for (int arm = 0; arm < kNumArms; ++arm) {
+    data<int64_t>(arms[arm].counts)[0] += num_decided[arm];
+    data<int64_t>(arms[arm].counts)[1] += num_confident[arm];
+  }
 }
 
 void checkpoint(const at::Tensor& stream, at::Tensor& level_T, int64_t index) { decide(stream, std::nullopt, index); }
@@ -135,13 +150,16 @@ void checkpoint_parts(const at::Tensor& hidden, const std::optional<at::Tensor>&
   decide(hidden, residual, index);
 }
 
-void add_checkpoint(int64_t index, const std::vector<at::Tensor>& probe, const at::Tensor& knobs, const at::Tensor& counts) {
+void add_checkpoint(
+    int64_t index, int64_t arm, const std::vector<at::Tensor>& probe, const at::Tensor& rank, const at::Tensor& knobs, const at::Tensor& counts) {
+  TORCH_CHECK(arm >= 0 && arm < kNumArms, "arm ", arm, " of ", kNumArms);
   TORCH_CHECK(probe.size() == 5 && probe[0].size(0) <= kMaxRank, "a probe has 5 tensors and a rank of at most ", kMaxRank);
   for (const at::Tensor& t : probe) TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous(), "probes are fp32");
-  TORCH_CHECK(knobs.scalar_type() == at::kFloat && counts.scalar_type() == at::kLong, "knobs are fp32, counts int64");
+  TORCH_CHECK(knobs.scalar_type() == at::kFloat, "knobs are fp32");
+  TORCH_CHECK(rank.scalar_type() == at::kLong && counts.scalar_type() == at::kLong, "rank and counts are int64");
   auto& all = checkpoints();
   if (static_cast<int64_t>(all.size()) <= index) all.resize(index + 1);
-  all[index] = {probe[0], probe[1], probe[2], probe[3], probe[4], knobs, counts};
+  all[index][arm] = {probe[0], probe[1], probe[2], probe[3], probe[4], rank, knobs, counts};
 }
 
 void set_buffers(const std::vector<at::Tensor>& t) {
@@ -153,14 +171,17 @@ void set_buffers(const std::vector<at::Tensor>& t) {
   model().b = {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]};
 }
 
-void set_rule(int64_t rule, int64_t scope, double decay) { model().rule = {rule, scope, decay}; }
+void set_rule(int64_t arm, int64_t rule, int64_t scope, double decay) {
+  TORCH_CHECK(arm >= 0 && arm < kNumArms, "arm ", arm, " of ", kNumArms);
+  model().rules[arm] = {rule, scope, decay};
+}
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sedac, library) {
   library.def("set_buffers(Tensor[] buffers) -> ()", set_buffers);
-  library.def("set_rule(int rule, int scope, float decay) -> ()", set_rule);
-  library.def("add_checkpoint(int index, Tensor[] probe, Tensor knobs, Tensor counts) -> ()", add_checkpoint);
+  library.def("set_rule(int arm, int rule, int scope, float decay) -> ()", set_rule);
+  library.def("add_checkpoint(int index, int arm, Tensor[] probe, Tensor rank, Tensor knobs, Tensor counts) -> ()", add_checkpoint);
   library.def("checkpoint(Tensor stream, Tensor(a!) level, int index) -> ()");
   library.def("checkpoint_parts(Tensor hidden, Tensor? residual, Tensor(a!) level, int index) -> ()");
 }
