@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sedac.control.settings import ControlSettings
+from sedac.control.tls import check_exposure
 from sedac.errors import ConfigError
 from sedac.probe.manifest import read_manifest
 from sedac.settings import EngineSettings
@@ -151,6 +153,7 @@ def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | 
     settings.make_policy(read_manifest(settings.probe_dir))
     control_command = None
     if control is None:
+        check_exposure(ControlSettings())
         host, port = os.environ.get("SEDAC_CONTROL_HOST", "127.0.0.1"), os.environ.get("SEDAC_CONTROL_PORT", "50051")
         address = f"{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         control_command = [sys.executable, "-m", "sedac.cli", "control"]

@@ -13,8 +13,17 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from sedac.control.principals import make_token
 from sedac.control.services import SERVICES
+from sedac.control.v1 import control_pb2
 from sedac.credentials import Metadata, read_credentials
 
+GET, UPDATE, WATCH = (f"/sedac.control.v1.Control/{name}" for name in ("GetStatus", "UpdatePolicy", "WatchStatus"))
+FOLLOW, DOWNLOAD = "/sedac.control.v1.Discovery/Follow", "/sedac.control.v1.ProbeSets/DownloadProbeSet"
+REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+OK, UNAUTHENTICATED, DENIED = grpc.StatusCode.OK, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+UPDATE_MESSAGE = control_pb2.UpdatePolicyRequest(
+    policy=control_pb2.Policy(enabled=True, checkpoints=[control_pb2.Checkpoint(layer=2, threshold=0.5)])
+).SerializeToString()
 ROLES = ("viewer", "operator", "admin", "engine")
 METHODS: dict[str, MethodDescriptor] = {f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods}
 """every method of the contract by its path"""

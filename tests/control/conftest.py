@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,11 @@ from sedac.client.client import ControlClient
 from sedac.control.server import ControlServer
 from sedac.control.settings import ControlSettings
 from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.credentials import read_credentials
 from sedac.policy import Checkpoint, Policy
+
+from tests.control.access import ROLES, PrincipalsFile
+from tests.control.authority import Authority
 
 FIRST = Policy(enabled=True, checkpoints=(Checkpoint(layer=2, threshold=0.5), Checkpoint(layer=5, threshold=0.25)))
 
@@ -145,3 +150,67 @@ def make_engine(server) -> Iterator[Callable[..., FakeEngine]]:
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"), "authority")
+
+
+@pytest.fixture(scope="module")
+def other_authority(tmp_path_factory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("other"), "other-authority")
+
+
+@pytest.fixture
+def principals(tmp_path) -> PrincipalsFile:
+    file = PrincipalsFile(tmp_path)
+    for role in ROLES:
+        file.add(role, role)
+    return file
+
+
+@pytest.fixture
+def pair(authority):
+    return authority.issue("localhost")
+
+
+@pytest.fixture
+def tls_settings(settings, principals, pair) -> ControlSettings:
+    return settings.model_copy(update={"tls_cert": pair.cert, "tls_key": pair.key, "principals": principals.path})
+
+
+@pytest.fixture
+def start(request):
+    """Start a service with the given settings; it is stopped when the test ends."""
+
+    def start(settings: ControlSettings) -> RunningServer:
+        running = RunningServer(settings)
+        request.addfinalizer(running.stop)
+        return running
+
+    return start
+
+
+@pytest.fixture
+def open_channel(request, authority):
+    """Open a channel that trusts the authority, with the given credentials beside."""
+
+    def open_channel(server: RunningServer, **credentials) -> grpc.Channel:
+        channel = read_credentials(**{"ca": authority.cert, **credentials}).open_channel(server.address)
+        request.addfinalizer(channel.close)
+        return channel
+
+    return open_channel
+
+
+@pytest.fixture
+def mtls_settings(tls_settings, authority, principals) -> ControlSettings:
+    lines = {
+        "ops": {"name": "ops", "role": "operator", "certificate": "ops"},
+        "audit": {"name": "audit", "role": "admin", "certificate": "spiffe://example/audit"},
+        "host": {"name": "host", "role": "viewer", "certificate": "host.example"},
+    }
+    for name, line in lines.items():
+        principals.add_line(name, json.dumps(line))
+    return tls_settings.model_copy(update={"tls_client_ca": authority.cert})

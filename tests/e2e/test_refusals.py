@@ -25,6 +25,7 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         (["serve"], {"SEDAC_PROBE_LAYERS": "7"}, "SEDAC probe missing for layer 7"),
         (["serve", "some/model"], {}, "no probe set for model 'some/model'"),
         (["serve", "--worker-cls", "x"], {}, "--worker-cls is set by `sedac serve` itself"),
+        (["serve"], {"SEDAC_CONTROL_HOST": "0.0.0.0"}, "SEDAC_CONTROL_HOST=0.0.0.0 is not loopback and there is no TLS"),
         (["serve", "--sedac-layer", "5", "--sedac-threshold", "-1"], {}, r"checkpoints[0].threshold"),
     ],
 )
