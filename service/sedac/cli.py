@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 control_app = typer.Typer(pretty_exceptions_enable=False)
 app.add_typer(control_app, name="control")
-app.add_typer(ctl.app, name="ctl", help="Read and change the policy in force, watch engines.")
+app.add_typer(ctl.app, name="ctl")
 
 
 def _print_version(value: bool) -> None:

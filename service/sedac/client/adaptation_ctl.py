@@ -8,11 +8,10 @@ from typing import Any
 
 import typer
 
-from sedac.client import tables
-from sedac.client.client import DEFAULT_ADDRESS
+from sedac.client.client import ControlClient
+from sedac.client.engine_tables import make_adaptation
 from sedac.client.options import (
     Adaptive,
-    Address,
     Alpha,
     AsJson,
     Comment,
@@ -24,48 +23,60 @@ from sedac.client.options import (
     Wait,
     WarmupSteps,
     WindowTokens,
-    change,
-    connect,
     merge_by_layer,
-    read_in_force,
-    show,
 )
+from sedac.client.session import change, connected, read_in_force, show
 from sedac.policy import MAX_GENERATION, Policy
 
-app = typer.Typer(no_args_is_help=True, help="Thresholds that follow target exit rates: show, freeze, thaw, reset, set.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Thresholds that follow target exit rates: show, freeze, thaw, reset, set.
+
+    Examples:
+
+        sedac ctl adaptation set --adaptive --exit-rate all=0.3 --wait 5
+
+        sedac ctl adaptation show
+
+        sedac ctl adaptation freeze --comment "keep the night's thresholds"
+    """,
+)
 
 
 @app.command("show")
-def show_adaptation(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+@connected
+def show_adaptation(client: ControlClient, as_json: AsJson = False) -> None:
     """Show the knobs, and for every engine the adapted thresholds and exit rates beside their targets."""
-    with connect(address) as client:
-        show(client.get_status(), as_json, tables.make_adaptation)
+    show(client.get_status(), as_json, make_adaptation)
 
 
 @app.command("freeze")
-def freeze(address: Address = DEFAULT_ADDRESS, comment: Comment = "", wait: Wait = 0.0, as_json: AsJson = False) -> None:
+@connected
+def freeze(client: ControlClient, comment: Comment = "", wait: Wait = 0.0, as_json: AsJson = False) -> None:
     """Keep the thresholds as they are now."""
-    _change(address, {"frozen": True}, comment=comment, wait=wait, as_json=as_json)
+    _change(client, {"frozen": True}, comment=comment, wait=wait, as_json=as_json)
 
 
 @app.command("thaw")
-def thaw(address: Address = DEFAULT_ADDRESS, comment: Comment = "", wait: Wait = 0.0, as_json: AsJson = False) -> None:
+@connected
+def thaw(client: ControlClient, comment: Comment = "", wait: Wait = 0.0, as_json: AsJson = False) -> None:
     """Let frozen thresholds follow the traffic again."""
-    _change(address, {"frozen": False}, comment=comment, wait=wait, as_json=as_json)
+    _change(client, {"frozen": False}, comment=comment, wait=wait, as_json=as_json)
 
 
 @app.command("reset")
-def reset(address: Address = DEFAULT_ADDRESS, comment: Comment = "", wait: Wait = 0.0, as_json: AsJson = False) -> None:
+@connected
+def reset(client: ControlClient, comment: Comment = "", wait: Wait = 0.0, as_json: AsJson = False) -> None:
     """Forget what was learned and start again from the policy's thresholds, with a new warm-up."""
-    with connect(address) as client:
-        policy, etag = read_in_force(client)
-        changed, fields = change_adaptation(policy, None, generation=policy.adaptation.generation % MAX_GENERATION + 1)
-        change(client, changed, fields, etag=etag, comment=comment, validate_only=False, wait=wait, as_json=as_json)
+    policy, etag = read_in_force(client)
+    changed, fields = change_adaptation(policy, None, generation=policy.adaptation.generation % MAX_GENERATION + 1)
+    change(client, changed, fields, etag=etag, comment=comment, validate_only=False, wait=wait, as_json=as_json)
 
 
 @app.command("set")
+@connected
 def set_adaptation(
-    address: Address = DEFAULT_ADDRESS,
+    client: ControlClient,
     adaptive: Adaptive = None,
     frozen: Frozen = None,
     exit_rate: ExitRates = None,
@@ -98,16 +109,17 @@ def set_adaptation(
         "min_threshold": min_threshold,
         "max_threshold": max_threshold,
     }
-    _change(address, knobs, exit_rate, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
+    _change(client, knobs, exit_rate, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
 
 
-def _change(address: str, knobs: dict[str, Any], exit_rates: Sequence[str] | None = None, *, validate_only: bool = False, **ending: Any) -> None:
-    with connect(address) as client:
-        policy, etag = read_in_force(client)
-        changed, fields = change_adaptation(policy, exit_rates, **knobs)
-        if not fields:
-            raise typer.BadParameter("nothing to change: give at least one knob, such as --exit-rate all=0.3")
-        change(client, changed, fields, etag=etag, validate_only=validate_only, **ending)
+def _change(
+    client: ControlClient, knobs: dict[str, Any], exit_rates: Sequence[str] | None = None, *, validate_only: bool = False, **ending: Any
+) -> None:
+    policy, etag = read_in_force(client)
+    changed, fields = change_adaptation(policy, exit_rates, **knobs)
+    if not fields:
+        raise typer.BadParameter("nothing to change: give at least one knob, such as --exit-rate all=0.3")
+    change(client, changed, fields, etag=etag, validate_only=validate_only, **ending)
 
 
 def change_adaptation(policy: Policy, exit_rates: Sequence[str] | None, **knobs: Any) -> tuple[Policy, list[str]]:

@@ -1,6 +1,19 @@
-"""`sedac ctl`: read and change the policy in force, watch engines.
+"""Read and change the policy in force, roll it out, upload probe sets, watch engines.
 
-Exit codes: 0 done, 1 refused, 2 wrong usage, 3 not in force on every engine, 4 control service unreachable.
+Exit codes: 0 done, 1 refused, 2 wrong usage, 3 not in force on every engine, 4 control service unreachable,
+5 not allowed (not authenticated, or not by this role).
+
+Examples:
+
+    sedac ctl status
+
+    sedac ctl policy set --threshold 5=0.4 --comment "fewer exits" --wait 5
+
+    sedac ctl probe-set upload build/mine/probe-set
+
+    sedac ctl rollout start candidate.json --share 0.05 --share 0.5 --max-mismatch 0.05
+
+    sedac ctl status --address control.internal:50051 --ca ca.pem --token-file token
 """
 
 from __future__ import annotations
@@ -15,35 +28,42 @@ from typing import Annotated
 import typer
 from rich.live import Live
 
-from sedac.client import adaptation_ctl, policy_ctl, tables, tier_ctl
-from sedac.client.client import DEFAULT_ADDRESS
-from sedac.client.options import Address, AsJson, connect, show, to_json
+from sedac.client import adaptation_ctl, audit_ctl, engine_ctl, policy_ctl, probe_set_ctl, rollout_ctl, tables, tier_ctl
+from sedac.client.client import ControlClient
+from sedac.client.options import AsJson
+from sedac.client.session import connected, show, to_json
 from sedac.control.v1 import control_pb2
 
 _RATE_WINDOW_SECONDS = 10.0
 
 app = typer.Typer(no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-app.add_typer(policy_ctl.app, name="policy")
-app.add_typer(tier_ctl.app, name="tier")
-app.add_typer(adaptation_ctl.app, name="adaptation")
+for _group, _name in (
+    (policy_ctl, "policy"),
+    (tier_ctl, "tier"),
+    (adaptation_ctl, "adaptation"),
+    (probe_set_ctl, "probe-set"),
+    (rollout_ctl, "rollout"),
+    (engine_ctl, "engine"),
+    (audit_ctl, "audit"),
+):
+    app.add_typer(_group.app, name=_name)
 
 
 @app.command()
-def status(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
-    """Show the policy in force and every engine: tiers, thresholds in force, exit rates, MLP work."""
-    with connect(address) as client:
-        show(client.get_status(), as_json, tables.make_status)
+@connected
+def status(client: ControlClient, as_json: AsJson = False) -> None:
+    """Show the policy in force, the roll-out, what audits found, and every engine: tiers, thresholds, exit rates, MLP work."""
+    show(client.get_status(), as_json, tables.make_status)
 
 
 @app.command()
-def watch(
-    address: Address = DEFAULT_ADDRESS, as_json: AsJson = False, interval: Annotated[float, typer.Option(help="Seconds, 0.1 to 60.")] = 1.0
-) -> None:
+@connected
+def watch(client: ControlClient, as_json: AsJson = False, interval: Annotated[float, typer.Option(help="Seconds, 0.1 to 60.")] = 1.0) -> None:
     """Show the status as it changes, until Ctrl-C; with --json one line per change.
 
     Rates are those of the last ten seconds, so that the effect of a changed knob shows; `status` has those since the start.
     """
-    with connect(address) as client, contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):
         if as_json:
             for update in client.watch_status(interval):
                 typer.echo(to_json(update, indent=None))

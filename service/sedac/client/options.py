@@ -1,25 +1,18 @@
-"""What the commands of `sedac ctl` share: their options, the connection with its exit codes, and how a change ends."""
+"""The options that commands of `sedac ctl` share, and how what is given there is read."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from google.protobuf import json_format
-from google.protobuf.message import Message
-from rich.console import Console, RenderableType
 
-from sedac import wire
-from sedac.client import tables
-from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2
-from sedac.errors import ControlUnavailable, NotSynced, PolicyInvalid, SedacError
-from sedac.policy import Policy
 
-Address = Annotated[str, typer.Option(envvar="SEDAC_CONTROL_ADDRESS", help="host:port of the control service.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table; one line per event for watches.")]
 Comment = Annotated[str, typer.Option(help="Why; kept with the revision.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait until every engine runs the new revision; 0: don't wait.")]
 DryRun = Annotated[bool, typer.Option(help="Check against the attached engines and change nothing.")]
@@ -45,51 +38,7 @@ WindowTokens = Annotated[
 MinThreshold = Annotated[float | None, typer.Option(help="Adapted thresholds stay at or above it.", rich_help_panel=_ADAPTATION)]
 MaxThreshold = Annotated[float | None, typer.Option(help="Adapted thresholds stay at or below it.", rich_help_panel=_ADAPTATION)]
 
-
-@contextlib.contextmanager
-def connect(address: str) -> Iterator[ControlClient]:
-    """Open a client; an error of SEDAC's ends the command with one line and its exit code."""
-    try:
-        with ControlClient(address) as client:
-            yield client
-    except SedacError as error:
-        violations = error.violations if isinstance(error, PolicyInvalid) else ()
-        typer.echo("\n  ".join(["sedac: policy refused:", *map(str, violations)]) if len(violations) > 1 else f"sedac: {error}", err=True)
-        raise typer.Exit(4 if isinstance(error, ControlUnavailable) else 3 if isinstance(error, NotSynced) else 1) from None
-
-
-def to_json(message: Message, indent: int | None = 2) -> str:
-    """Write a message as JSON with the contract's field names, zeros included."""
-    return str(json_format.MessageToJson(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True, indent=indent))
-
-
-def show(message: Message, as_json: bool, render: Callable[[Any], RenderableType]) -> None:
-    """Print a message as JSON or as what `render` makes of it."""
-    if as_json:
-        typer.echo(to_json(message))
-    else:
-        Console().print(render(message))
-
-
-def read_in_force(client: ControlClient) -> tuple[Policy, str]:
-    """Return the policy in force and its etag, which guards a change against other writers."""
-    current = client.get_policy()
-    return wire.policy_from_proto(current), current.etag
-
-
-def change(
-    client: ControlClient, policy: Policy, fields: Sequence[str], *, etag: str, comment: str, validate_only: bool, wait: float, as_json: bool
-) -> None:
-    """Make `fields` of `policy` a new revision and show it; waits for the engines where asked to."""
-    made = client.update_policy(policy, fields=fields, etag=etag, comment=comment, validate_only=validate_only)
-    finish(client, made, 0.0 if validate_only else wait, as_json)
-
-
-def finish(client: ControlClient, made: control_pb2.Policy, wait: float, as_json: bool) -> None:
-    """Show a new revision and wait until every engine runs it, at most `wait` seconds; 0: don't wait."""
-    show(made, as_json, tables.make_policy_table)
-    if wait:
-        client.wait_until_synced(made.revision, wait)
+Limit = Annotated[int, typer.Option(min=1, help="How many at most, newest first.")]
 
 
 def merge_by_layer(option: str, values: dict[int, float], given: Sequence[str]) -> dict[int, float]:
@@ -103,3 +52,12 @@ def merge_by_layer(option: str, values: dict[int, float], given: Sequence[str]) 
         except ValueError:
             raise typer.BadParameter(f"{option} {item!r}: give LAYER=VALUE or all=VALUE, such as 5=0.4") from None
     return merged
+
+
+def read_policy_file(file: Path) -> control_pb2.Policy:
+    """Read a policy as JSON; - is standard input."""
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        return json_format.Parse(text, control_pb2.Policy())
+    except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+        raise typer.BadParameter(f"{file} can't be read as a policy: {error}") from None

@@ -6,35 +6,45 @@ import dataclasses
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from sedac.client import tables
-from sedac.client.client import DEFAULT_ADDRESS
-from sedac.client.options import Address, AsJson, Comment, DryRun, Wait, change, connect, read_in_force, to_json
+from sedac.client.client import ControlClient
+from sedac.client.completion import complete_tier
+from sedac.client.options import AsJson, Comment, DryRun, Wait
+from sedac.client.policy_tables import make_tiers
+from sedac.client.session import change, connected, read_in_force, show_list
 from sedac.policy import EXACT, Policy, Tier
 
 app = typer.Typer(
     no_args_is_help=True,
-    help='Tiers: what a request gets with "vllm_xargs": {"sedac_tier": NAME}. `exact`, plain vLLM, always exists and can\'t be changed.',
+    help="""Tiers: what a request gets that names one.
+
+    A request names it with "vllm_xargs": {"sedac_tier": NAME}. `exact`, plain vLLM, always exists and can't be changed.
+
+    Examples:
+
+        sedac ctl tier list
+
+        sedac ctl tier set night --floor width-20 --level skip --threshold-scale 2 --wait 5
+
+        sedac ctl tier default exact     reducing becomes opt-in
+    """,
 )
-Name = Annotated[str, typer.Argument(help="1 to 32 of a-z, 0-9, - and _, a letter first.")]
+Name = Annotated[str, typer.Argument(help="1 to 32 of a-z, 0-9, - and _, a letter first.", autocompletion=complete_tier)]
 
 
 @app.command("list")
-def list_tiers(address: Address = DEFAULT_ADDRESS, as_json: AsJson = False) -> None:
+@connected
+def list_tiers(client: ControlClient, as_json: AsJson = False) -> None:
     """List the tiers of the policy in force, and the levels that engines have."""
-    with connect(address) as client:
-        status = client.get_status()
-        if as_json:
-            typer.echo("[" + ",\n".join(to_json(tier) for tier in status.policy.tiers) + "]")
-        else:
-            Console().print(tables.make_tiers(status))
+    status = client.get_status()
+    show_list(status.policy.tiers, as_json, lambda _: make_tiers(status))
 
 
 @app.command("set")
+@connected
 def set_tier(
+    client: ControlClient,
     name: Name,
-    address: Address = DEFAULT_ADDRESS,
     floor: Annotated[str | None, typer.Option(help="Level of every token that the phase allows, in all layers; new tiers: full.")] = None,
     level: Annotated[str | None, typer.Option(help="Level of confident tokens, in the layers above the checkpoint; new tiers: skip.")] = None,
     threshold_scale: Annotated[
@@ -60,40 +70,39 @@ def set_tier(
         raise typer.BadParameter("exact is plain vLLM and can't be changed; choose another name")
     knobs: dict[str, Any] = {"floor": floor, "level": level, "threshold_scale": threshold_scale, "soft_exit": soft_exit}
     knobs = {knob: value for knob, value in knobs.items() if value is not None}
-    with connect(address) as client:
-        policy, etag = read_in_force(client)
-        tiers = {tier.name: tier for tier in policy.get_tiers()}
-        tiers[name] = dataclasses.replace(tiers.get(name, Tier(name=name)), **knobs)
-        changed = dataclasses.replace(policy, tiers=tuple(tiers.values()))
-        change(client, changed, ["tiers"], etag=etag, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
+    policy, etag = read_in_force(client)
+    tiers = {tier.name: tier for tier in policy.get_tiers()}
+    tiers[name] = dataclasses.replace(tiers.get(name, Tier(name=name)), **knobs)
+    changed = dataclasses.replace(policy, tiers=tuple(tiers.values()))
+    change(client, changed, ["tiers"], etag=etag, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
 
 
 @app.command("remove")
+@connected
 def remove_tier(
-    name: Name, address: Address = DEFAULT_ADDRESS, comment: Comment = "", validate_only: DryRun = False, wait: Wait = 0.0, as_json: AsJson = False
+    client: ControlClient, name: Name, comment: Comment = "", validate_only: DryRun = False, wait: Wait = 0.0, as_json: AsJson = False
 ) -> None:
     """Remove a tier; requests that name it are refused from then on, running ones go on under their promise."""
-    with connect(address) as client:
-        policy, etag = read_in_force(client)
-        changed = dataclasses.replace(policy, tiers=tuple(tier for tier in policy.get_tiers() if tier.name != name))
-        if len(changed.tiers) == len(policy.get_tiers()):
-            raise typer.BadParameter(f"{name!r} is no tier of the policy; it has {_list_names(policy)}")
-        if not changed.tiers:
-            raise typer.BadParameter("the last tier can't be removed, for no list means one tier `balanced`; use `sedac ctl tier default exact`")
-        if name == policy.default_tier:
-            raise typer.BadParameter(f"{name!r} is the default tier; choose another one first: sedac ctl tier default NAME")
-        change(client, changed, ["tiers"], etag=etag, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
+    policy, etag = read_in_force(client)
+    changed = dataclasses.replace(policy, tiers=tuple(tier for tier in policy.get_tiers() if tier.name != name))
+    if len(changed.tiers) == len(policy.get_tiers()):
+        raise typer.BadParameter(f"{name!r} is no tier of the policy; it has {_list_names(policy)}")
+    if not changed.tiers:
+        raise typer.BadParameter("the last tier can't be removed, for no list means one tier `balanced`; use `sedac ctl tier default exact`")
+    if name == policy.default_tier:
+        raise typer.BadParameter(f"{name!r} is the default tier; choose another one first: sedac ctl tier default NAME")
+    change(client, changed, ["tiers"], etag=etag, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
 
 
 @app.command("default")
+@connected
 def set_default_tier(
-    name: Name, address: Address = DEFAULT_ADDRESS, comment: Comment = "", validate_only: DryRun = False, wait: Wait = 0.0, as_json: AsJson = False
+    client: ControlClient, name: Name, comment: Comment = "", validate_only: DryRun = False, wait: Wait = 0.0, as_json: AsJson = False
 ) -> None:
     """Choose the tier of requests that name none; `exact` makes reducing opt-in."""
-    with connect(address) as client:
-        policy, etag = read_in_force(client)
-        changed = dataclasses.replace(policy, default_tier=name)
-        change(client, changed, ["default_tier"], etag=etag, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
+    policy, etag = read_in_force(client)
+    changed = dataclasses.replace(policy, default_tier=name)
+    change(client, changed, ["default_tier"], etag=etag, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
 
 
 def _list_names(policy: Policy) -> str:

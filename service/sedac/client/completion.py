@@ -1,0 +1,75 @@
+"""Tab completion of live values: revisions, tiers, probe sets, roll-outs, engines, asked of the control service while the user types.
+
+A service that is away or refuses completes nothing and says nothing: a shell's line must never be disturbed or held up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import typer
+
+from sedac.client.client import ControlClient
+from sedac.client.rollout_tables import get_state
+from sedac.client.session import CONNECTION_NAMES, open_client, read_in_force
+from sedac.errors import SedacError
+from sedac.policy import EXACT
+
+TIMEOUT_SECONDS = 1.0
+_MAX_VALUES = 50
+Values = Iterable[tuple[str, str]]
+"""words and what they mean"""
+
+
+def _complete(find_values: Callable[[ControlClient], Values]) -> Callable[[typer.Context, str], list[tuple[str, str]]]:
+    def complete(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        with contextlib.suppress(SedacError), open_client(_find_options(ctx), timeout_seconds=TIMEOUT_SECONDS, num_retries=0) as client:
+            found += islice(((value, note) for value, note in find_values(client) if value.startswith(incomplete)), _MAX_VALUES)
+        return found
+
+    return complete
+
+
+def _find_options(ctx: typer.Context) -> dict[str, Any]:
+    """Return the connection's options, from the line or from their environment variables."""
+    return {name: ctx.params.get(name) for name in CONNECTION_NAMES}
+
+
+@_complete
+def complete_revision(client: ControlClient) -> Iterator[tuple[str, str]]:
+    """The newest revisions with their comments."""
+    for policy in client.list_revisions():
+        yield str(policy.revision), f"{policy.author}: {policy.comment}" if policy.comment else policy.author
+
+
+@_complete
+def complete_tier(client: ControlClient) -> Iterator[tuple[str, str]]:
+    """The tiers of the policy in force, `exact` among them."""
+    yield EXACT, "plain vLLM"
+    for tier in read_in_force(client)[0].get_tiers():
+        yield tier.name, f"{tier.floor}, confident tokens {tier.level}"
+
+
+@_complete
+def complete_probe_set(client: ControlClient) -> Iterator[tuple[str, str]]:
+    """The uploaded probe sets."""
+    for probe_set in client.list_probe_sets():
+        yield probe_set.name, f"{probe_set.model}, rank {probe_set.rank}"
+
+
+@_complete
+def complete_rollout(client: ControlClient) -> Iterator[tuple[str, str]]:
+    """The roll-outs, by number."""
+    for rollout in client.list_rollouts():
+        yield str(rollout.number), f"{get_state(rollout)} {rollout.comment}".strip()
+
+
+@_complete
+def complete_engine(client: ControlClient) -> Iterator[tuple[str, str]]:
+    """The engines, by id."""
+    for engine in client.list_engines():
+        yield engine.engine.engine_id, engine.engine.model
