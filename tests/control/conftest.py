@@ -210,6 +210,7 @@ def mtls_settings(tls_settings, authority, principals) -> ControlSettings:
         "ops": {"name": "ops", "role": "operator", "certificate": "ops"},
         "audit": {"name": "audit", "role": "admin", "certificate": "spiffe://example/audit"},
         "host": {"name": "host", "role": "viewer", "certificate": "host.example"},
+        "gone": {"name": "gone", "role": "admin", "certificate": "gone", "expires": "2020-01-01T00:00:00Z"},
     }
     for name, line in lines.items():
         principals.add_line(name, json.dumps(line))

@@ -24,7 +24,9 @@ def test_a_rotated_token_counts_at_once_and_the_old_one_no_more(start, tls_setti
 def test_a_revoked_token_ends_what_it_started(start, tls_settings, open_channel, principals):
     running = start(tls_settings)
     channel = open_channel(running)
-    watch = control_pb2_grpc.ControlStub(channel).WatchStatus(control_pb2.WatchStatusRequest(), metadata=principals.make_metadata("viewer"))
+    watch = control_pb2_grpc.ControlStub(channel).WatchStatus(
+        control_pb2.WatchStatusRequest(), metadata=principals.make_metadata("viewer"), timeout=30
+    )
     kept = control_pb2_grpc.ControlStub(channel).WatchStatus(control_pb2.WatchStatusRequest(), metadata=principals.make_metadata("admin"))
     assert next(watch) is not None
     assert next(kept) is not None

@@ -209,6 +209,7 @@ def test_mtls_principals_are_named_by_common_name_dns_or_uri(start, mtls_setting
     assert (entry.principal, entry.author, entry.action) == ("certificate:ops", "ops", "UpdatePolicy")
     assert call(connect("anyone", dns=("host.example",)), GET) is OK
     assert find_error(connect("nobody"), GET)[1].startswith("the names of this certificate belong to no principal")
+    assert call(connect("gone"), GET) is UNAUTHENTICATED, "its line has expired, not its certificate"
     assert "several principals" in find_error(connect("ops", dns=("host.example",)), GET)[1]
     assert call(ops, UPDATE, principals.make_metadata("viewer"), message=UPDATE_MESSAGE) is DENIED, "a token that is sent decides"
     assert call(ops, GET, (("authorization", "Bearer wrong"),)) is UNAUTHENTICATED, "a wrong token is not made good by a certificate"
