@@ -28,6 +28,7 @@ _STEADY_SECONDS = 5.0  # a connection that lived this long is tried again at onc
 _OPTIONS = [
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # without it the timeout above has no effect in grpcio 1.85, which waits 60 s
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
