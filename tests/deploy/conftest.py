@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
-from sedac.agent import metrics as agent_metrics
+from sedac.agent import metrics as agent_metrics  # noqa: F401  declares the agent's
 from sedac.control.metrics import ControlMetrics
+from sedac.control.rollout_metrics import RolloutMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -36,9 +38,11 @@ class Declared:
 
 
 def our_metrics() -> list[Declared]:
-    """The agent's, which are globals of its module, and the control service's, which an object holds."""
-    values = [*vars(agent_metrics).values(), *agent_metrics._TOTALS.values(), *agent_metrics._TIER_TOTALS.values(), *vars(ControlMetrics()).values()]
-    metrics = {value._name: value for value in values if isinstance(value, MetricWrapperBase)}
+    """The agent's, which are in the global registry, and the control service's, which has its own."""
+    control = ControlMetrics()
+    RolloutMetrics(control.registry)
+    collectors = [*REGISTRY._names_to_collectors.values(), *control.registry._names_to_collectors.values()]
+    metrics = {value._name: value for value in collectors if isinstance(value, MetricWrapperBase) and value._name.startswith(("sedac_", "grpc_"))}
     return [Declared(name=name, kind=metric._type, labels=metric._labelnames) for name, metric in metrics.items()]
 
 

@@ -92,7 +92,18 @@ def test_images_run_as_a_user_and_say_how_they_are() -> None:
 
 
 def test_engines_take_the_first_policy_from_the_variables(compose: dict[str, Any]) -> None:
-    elsewhere = {"MODEL", "PROBE_DIR", "PROBE_LAYERS", "PROBE_RANK", "LOG_EVERY", "CONTROL_ADDRESS", "ENGINE_ID", "POLL_SECONDS"}
+    elsewhere = {
+        "MODEL",
+        "PROBE_DIR",
+        "PROBE_LAYERS",
+        "PROBE_RANK",
+        "LOG_EVERY",
+        "CONTROL_ADDRESS",
+        "ENGINE_ID",
+        "POLL_SECONDS",
+        "JOIN_SECONDS",
+        "PROBE_CACHE",
+    }
     expected = {f"SEDAC_{name.upper()}" for name in EngineSettings.model_fields} - {f"SEDAC_{name}" for name in elsewhere}
     for name in ("engine", "engine-gpu"):
         passed = {key: value for key, value in compose["services"][name]["environment"].items() if key.startswith("SEDAC_")}

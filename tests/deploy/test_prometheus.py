@@ -30,6 +30,8 @@ VALUES = {
     "tier": ["exact", "balanced"],
     "result": ["ack", "nack", "accepted", "refused"],
     "state": ["pending", "synced", "nacked", "stale"],
+    "limit": ["mean", "lower", "upper"],
+    "arm": ["stable", "canary"],
 }
 
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt-get install prometheus)")
