@@ -1,0 +1,47 @@
+"""A fleet of real agents and simulated engines on one real control service, with engines that crash and join between changes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from sedac.client.client import ControlClient
+
+from tests.control.processes import ControlProcess
+from tests.control.simulated import Fleet
+
+
+def test_every_change_reaches_every_engine_whoever_comes_and_goes(tmp_path):
+    service = ControlProcess(tmp_path / "control.sqlite3")
+    random_numbers = random.Random(7)
+
+    async def scenario() -> None:
+        fleet = Fleet(service.address, num_simulated=32, num_agents=8)
+        await fleet.start()
+        for _ in range(20):
+            gone = fleet.choose(4, random_numbers)
+            await fleet.crash(gone)
+            changing = asyncio.create_task(fleet.change())
+            fleet.restart(gone[:2])  # in the middle of the change
+            revision = await changing
+            await fleet.wait_until_acked(revision)
+            assert {engine.revision for engine in fleet.live} == {revision}
+            assert {agent.revision for agent in fleet.agents} == {revision}
+            fleet.restart(gone[2:])  # between changes: what they get first is the policy in force
+            await fleet.wait_until_acked(revision)
+            assert all(engine.applied[-2:] == [0, revision] for engine in gone[2:])
+        for agent in fleet.agents:
+            applied = agent.engine.client.applied
+            assert applied == sorted(set(applied)), "each once, in order"
+        for engine in fleet.engines:
+            lives = " ".join(map(str, engine.applied)).split(" 0")
+            assert all(life.split() == sorted(set(life.split()), key=int) for life in lives), "in each life each once, in order"
+        await fleet.stop()
+
+    try:
+        asyncio.run(scenario())
+        with ControlClient(service.address) as client:
+            assert client.get_policy().revision == 21
+            assert len(client.get_status().engines) == 40
+    finally:
+        service.kill()
