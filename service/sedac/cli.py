@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sedac import __version__
+from sedac import __version__, logs
 from sedac.client import ctl
 from sedac.errors import SedacError
 
@@ -31,7 +30,7 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure()
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from sedac import logs
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy import FULL, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Tier, validate
 from sedac.probe.manifest import Manifest
 
 _PREFIX = "SEDAC_"
-_ELSEWHERE = ("SEDAC_CONTROL_", "SEDAC_TEST_", "SEDAC_COMPOSE_")
+_ELSEWHERE = ("SEDAC_CONTROL_", "SEDAC_TEST_", "SEDAC_COMPOSE_", *logs.VARIABLES)
 _PRESETS = (
     Tier(name="conservative", threshold_scale=0.5),
     Tier(name="balanced"),

@@ -151,11 +151,12 @@ def watch_rollout(name: str | int, interval_seconds: float) -> Steps[rollouts_pb
     while True:
         rollout = yield requests.get_rollout(name)
         name = rollout.name  # the one under way at first, whatever starts after it
-        if rollout != seen:
+        found = rollout.SerializeToString(deterministic=True)  # messages with NaN are unequal to themselves
+        if found != seen:
             yield Item(rollout)
         if rollout.state in ENDED:
             return
-        seen = rollout
+        seen = found
         yield Pause(interval_seconds)
 
 
