@@ -20,6 +20,7 @@ from openai import OpenAI
 from sedac.client.client import ControlClient
 
 READY_SECONDS = 240
+_DISTINGUISHING = ("checkpoint", "result", "tier", "arm", "limit", "reason")
 
 
 def find_free_port() -> int:
@@ -45,7 +46,7 @@ class Served:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def read_metrics(self) -> dict[str, float]:
-        """SEDAC's samples by name and distinguishing label: `sedac_exited_tokens_total{2}`, `sedac_policy_revision`."""
+        """SEDAC's samples by name and distinguishing labels: `sedac_exited_tokens_total{2}`, `sedac_policy_revision`."""
         samples = {}
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
             for line in answer.read().decode().splitlines():
@@ -53,7 +54,7 @@ class Served:
                 if match and not match[1].endswith("_bucket"):
                     labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
                     assert labels["model_name"] == "sedac-demo"
-                    label = labels.get("checkpoint") or labels.get("result") or labels.get("tier")
+                    label = ",".join(labels[name] for name in _DISTINGUISHING if name in labels)
                     samples[match[1] + (f"{{{label}}}" if label else "")] = float(match[3])
         return samples
 

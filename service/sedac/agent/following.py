@@ -20,7 +20,7 @@ from sedac import wire
 from sedac.agent.pushes import Fetch, Orders, read_push
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.credentials import Credentials, read_credentials
-from sedac.errors import PolicyInvalid
+from sedac.errors import ControlUnavailable, PolicyInvalid, SedacError
 
 _log = logging.getLogger(__name__)
 _MIN_BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 0.2, 5.0
@@ -78,6 +78,9 @@ class Follower:
                 reason = "the service closed the stream"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+            except SedacError as error:
+                reason = str(error)
+                _log.warning("following the control service at %s failed: %s", self.address, reason)
             except Exception as error:  # noqa: BLE001  whatever the service sends must not end following
                 _log.exception("following the control service at %s failed", self.address)
                 reason = repr(error)
@@ -99,6 +102,8 @@ class Follower:
             reporter = asyncio.create_task(self._report(outbox), name="sedac-report")
             try:
                 async for push in stub.Follow(_drain(outbox), metadata=credentials.make_call_metadata()):
+                    if push is None:  # what gRPC makes of bytes that it can't decode (grpc/_common.py)
+                        raise ControlUnavailable("it sent bytes that are no push")
                     self.reached.set()
                     self._set_connected(True)
                     outbox.put_nowait(control_pb2.EngineMessage(answer=await self._answer(push, self.make_fetch(channel, credentials))))

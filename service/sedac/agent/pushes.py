@@ -18,9 +18,10 @@ import grpc
 
 from sedac import wire
 from sedac.agent.engine import AttachedEngine
+from sedac.agent.fetch import FetchedSet, fetch
 from sedac.control.v1 import control_pb2
 from sedac.credentials import Credentials
-from sedac.errors import ArtifactError, FieldViolation, PolicyInvalid, SedacError
+from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.fit import ProbeSetSummary
 from sedac.policy import Canary, Layout, Policy, validate
 from sedac.settings import EngineSettings
@@ -30,14 +31,6 @@ _MAX_PUSH_BYTES = 2**18  # the largest policy that is valid takes a tenth of it
 _PRELOAD_SECONDS = 120.0
 _LOOK_SECONDS = 0.05
 _NUM_TRIES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class FetchedSet:
-    """A probe set that lies verified in the cache."""
-
-    directory: Path
-    summary: ProbeSetSummary
 
 
 _T = TypeVar("_T")
@@ -110,7 +103,7 @@ class Preparation:
             return await work
         except PolicyInvalid:
             raise
-        except (SedacError, OSError, RuntimeError, TimeoutError, grpc.aio.AioRpcError) as error:
+        except Exception as error:
             told = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error) or type(error).__name__
             _log.warning("probe set %r is not ready: %r", name, error)
             raise PolicyInvalid([FieldViolation(field_name, f"{name!r} can't be made ready: {told}")]) from error
@@ -154,7 +147,7 @@ class ProbeSetSource:
         async def fetch_one(reference: control_pb2.ProbeSetReference) -> FetchedSet:
             if self._cache is None:
                 self._cache = await asyncio.to_thread(find_probe_cache, self._settings)
-            raise ArtifactError("this version of the engine fetches no probe sets")
+            return await fetch(channel, reference, self._cache, metadata=credentials.make_call_metadata())
 
         return fetch_one
 
@@ -166,11 +159,11 @@ def find_probe_cache(settings: EngineSettings) -> Path:
         OSError: the directory that was set can't be made.
     """
     if settings.probe_cache is not None:
-        settings.probe_cache.mkdir(parents=True, exist_ok=True)
+        settings.probe_cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         return settings.probe_cache
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sedac" / "probe-sets"
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(home, os.W_OK):
             return home
     except OSError as error:
