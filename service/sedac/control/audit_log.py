@@ -68,7 +68,7 @@ class AuditLogStore:
             before = store.find_newest()
             made = store.append(policy, author=caller.author, comment=comment, **more)
             if before is None or made.revision > before.revision:
-                self.append(action, POLICY_NAME, before and before.to_proto(), made.to_proto(), comment, caller=caller)
+                self.append(action, POLICY_NAME, before.to_proto() if before else None, made.to_proto(), comment, caller=caller)
             return made
 
     def list(self, *, before: int | None, limit: int) -> list[audit_log_pb2.AuditEntry]:
