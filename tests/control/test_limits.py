@@ -144,7 +144,11 @@ def test_whoever_opens_streams_and_sends_nothing_holds_none(start, open_channel)
         channel.stream_stream(FOLLOW),
         channel.stream_stream(WATCH),
     ]
-    calls = [stub.future(iter(silence.get, None)) if hasattr(stub, "future") else stub(iter(silence.get, None)) for stub in stubs for _ in range(20)]
+    calls = [
+        stub.future(iter(silence.get, None), timeout=30) if hasattr(stub, "future") else stub(iter(silence.get, None), timeout=30)
+        for stub in stubs
+        for _ in range(20)
+    ]
     for held in calls:
         assert held.code() is EXHAUSTED
         assert "no message came within 0.5 s (SEDAC_CONTROL_FIRST_MESSAGE_SECONDS)" in held.details()
