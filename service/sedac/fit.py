@@ -34,6 +34,11 @@ def find_fit_problem(probe_set: ProbeSetSummary, layout: Layout) -> str:
     Probes are swapped in place: same model size, layers among those attached, rank up to the attached maximum. Levels are not: a set has
     none of its own, so that the attached ones stay, or exactly those.
     """
+    if probe_set.name == layout.probe_set:
+        if probe_set.sha256 == layout.probe_set_sha256:
+            return ""
+        digests = f"{layout.probe_set_sha256[:12] or 'unknown'}..., this one has {probe_set.sha256[:12]}..."
+        return f"the engine started with another set of that name (sha256 {digests}); upload it under another name"
     for name in ("hidden_size", "num_layers"):
         made, has = getattr(probe_set, name), getattr(layout, name)
         if made != has:
@@ -51,8 +56,8 @@ def find_fit_problem(probe_set: ProbeSetSummary, layout: Layout) -> str:
 
 
 def find_certified_digest(probe_set: ProbeSetSummary, layout: Layout) -> str:
-    """Return the digest that a certificate must state where an engine serves a loaded set; empty: none can.
+    """Return the digest that a certificate must state where an engine serves a set that fits it; empty: none can.
 
     Probes without levels, beside the levels of the set that the engine started with, are a combination that has no digest of its own.
     """
-    return probe_set.sha256 if probe_set.levels_sha256 or not layout.levels_sha256 else ""
+    return probe_set.sha256 if probe_set.levels_sha256 or not layout.levels_sha256 or probe_set.name == layout.probe_set else ""

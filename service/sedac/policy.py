@@ -349,11 +349,6 @@ def _validate_probe_set(policy: Policy, layout: Layout, named: ProbeSetSummary |
             return []
         found = f"{name[:80]!r} is neither attached ({layout.probe_set!r} is) nor uploaded"
         return [FieldViolation("probe_set", f"{found}; upload it with `sedac ctl probe-set upload`, or leave it empty for the attached one")]
-    if name == layout.probe_set:
-        if named.sha256 == layout.probe_set_sha256:
-            return []
-        digests = f"attached {layout.probe_set_sha256[:12] or 'unknown'}..., uploaded {named.sha256[:12]}..."
-        return [FieldViolation("probe_set", f"{name!r} is two sets here ({digests}); upload yours under another name")]
     problem = find_fit_problem(named, layout)
     if problem:
         return [FieldViolation("probe_set", f"{name!r} can't be loaded: {problem}")]
@@ -380,12 +375,11 @@ def _validate_certificate(policy: Policy, certificate: Certificate, layout: Layo
     if policy.adaptation.enabled:
         bad.append(FieldViolation("adaptation.enabled", f"moves the thresholds from those that were certified; turn it off, {remedy}"))
     if layout:
-        loaded = named if named and policy.probe_set != layout.probe_set else None
-        digest = find_certified_digest(loaded, layout) if loaded else layout.probe_set_sha256
+        digest = find_certified_digest(named, layout) if named else layout.probe_set_sha256
         for name, engine in (("weights_sha256", layout.weights_sha256), ("probe_set_sha256", digest)):
             stated = getattr(certificate, name)
-            if loaded and not digest and name == "probe_set_sha256":
-                what = f"{loaded.name!r} has no levels of its own, beside those attached it is a set that nobody certified"
+            if named and not digest and name == "probe_set_sha256":
+                what = f"{named.name!r} has no levels of its own, beside those attached it is a set that nobody certified"
                 bad.append(FieldViolation(f"certificate.{name}", f"{stated[:12]}...: {what}; upload the whole set, or leave the certificate out"))
             elif not engine:
                 why = "the engine does not know its own, see its log; name it a model whose files it can read, or"

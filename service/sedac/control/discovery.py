@@ -107,7 +107,9 @@ class _Stream:
             if fleet.desired and not self._nonce and fleet.target != self._pushed:
                 self._nonce, self._pushed = secrets.token_hex(8), fleet.target
                 canary = fleet.candidate.to_proto() if fleet.candidate else None
-                await context.write(control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=canary))
+                references = fleet.find_references(fleet.desired.policy, *([fleet.candidate.policy] if fleet.candidate else []))
+                push = control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=canary, probe_sets=references)
+                await context.write(push)
             else:
                 await engine.wake.wait()
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import datetime
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from sedac.control.pooling import EvidenceBook
 from sedac.control.store import Revision
 from sedac.control.v1 import control_pb2, evidence_pb2, rollouts_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
+from sedac.fit import ProbeSetSummary
 from sedac.policy import Layout, Policy, validate
 
 _FORGET_AFTER = datetime.timedelta(days=1)
@@ -131,6 +133,10 @@ class Fleet:
         """revisions that an engine has put in force since somebody last took them from here"""
         self.reported = asyncio.Event()
         """set when an engine's evidence is new or a revision was acknowledged"""
+        self.probe_sets: Mapping[str, ProbeSetSummary] = {}
+        """uploaded, by name; policies may name them"""
+        self.deleted_probe_sets: Mapping[str, str] = {}
+        """digests of those that are gone, by name"""
         self.closing = False
         self._version = 0
         self._counts = dict.fromkeys(STATES, 0)
@@ -297,18 +303,29 @@ class Fleet:
             PolicyInvalid: with every field at fault, and the engines that it doesn't fit.
         """
         found: dict[FieldViolation, list[str]] = {}
-        for engine in self.engines.values():
-            if engine.connected:
-                known = _violations(self.desired.policy, engine.layout) if self.desired else set()
-                for violation in sorted(_violations(policy, engine.layout) - known, key=str):
-                    found.setdefault(violation, []).append(engine.id)
-        if found:
-            raise PolicyInvalid([FieldViolation(v.field, f"{v.description} (engine {_name(ids)})") for v, ids in found.items()])
+        layouts = {engine.id: engine.layout for engine in self.engines.values() if engine.connected}
+        for engine_id, layout in layouts.items():
+            known = _violations(self.desired.policy, layout, self.probe_sets) if self.desired else set()
+            for violation in sorted(_violations(policy, layout, self.probe_sets) - known, key=str):
+                found.setdefault(violation, []).append(engine_id)
+        bad = [FieldViolation(v.field, f"{v.description} (engine {_name(ids)})") for v, ids in found.items()]
+        name, gone = policy.probe_set, self.deleted_probe_sets.get(policy.probe_set)
+        is_new = self.desired is None or self.desired.policy.probe_set != name
+        if gone and is_new and not any(layout.probe_set == name for layout in layouts.values()):
+            bad = [v for v in bad if v.field != "probe_set"]
+            bad.append(FieldViolation("probe_set", f"{name!r} was deleted; upload it again (sha256 {gone[:12]}...), or name another set"))
+        if bad:
+            raise PolicyInvalid(bad)
+
+    def find_references(self, *policies: Policy) -> list[control_pb2.ProbeSetReference]:
+        """Return where engines find the uploaded sets that policies name."""
+        named = {policy.probe_set: self.probe_sets[policy.probe_set] for policy in policies if policy.probe_set in self.probe_sets}
+        return [control_pb2.ProbeSetReference(name=name, sha256=found.sha256, size_bytes=found.size_bytes) for name, found in named.items()]
 
 
-def _violations(policy: Policy, layout: Layout) -> set[FieldViolation]:
+def _violations(policy: Policy, layout: Layout, available: Mapping[str, ProbeSetSummary]) -> set[FieldViolation]:
     try:
-        validate(policy, layout)
+        validate(policy, layout, available)
     except PolicyInvalid as refused:
         return set(refused.violations)
     return set()

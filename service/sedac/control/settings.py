@@ -35,8 +35,18 @@ class ControlSettings(BaseSettings):
     """SQLite file of the revisions; made with its directory"""
     keep_revisions: int = Field(default=KEEP_REVISIONS, ge=10)
     """how many of the newest revisions are kept; older ones only as long as a roll-out or the guard needs them"""
-    max_message_bytes: int = Field(default=1 << 20, ge=1 << 12)
-    """bytes; largest gRPC message taken"""
+    probe_sets: Path | None = None
+    """directory of the uploaded probe sets, of this service alone; unset: `probe-sets` beside the database"""
+    max_probe_set_bytes: int = Field(default=1 << 30, ge=1)
+    """bytes; largest weights of one probe set taken"""
+    max_probe_sets_bytes: int = Field(default=16 << 30, ge=1)
+    """bytes; weights of all probe sets together"""
+    max_uploads: int = Field(default=4, ge=1)
+    """probe sets that may be on their way at one time"""
+    upload_silence_seconds: float = Field(default=30.0, gt=0)
+    """seconds without a chunk after which an upload or a download of a probe set is given up"""
+    max_message_bytes: int = Field(default=(1 << 20) + (1 << 16), ge=1 << 12)
+    """bytes; largest gRPC message taken; a chunk of a probe set has up to 1 MiB"""
     tls_cert: Path | None = None
     """PEM file of the service's certificate, with its chain; read again when it changes"""
     tls_key: Path | None = None
