@@ -215,7 +215,7 @@ def test_a_tier_that_only_the_policy_in_force_has_is_served_by_that():
         _stamp(_make_request(**{TIER_KEY: "turbo"}), _make_terms(1.0))
 
 
-@given(st.text(max_size=8) | st.integers() | st.floats(allow_nan=False), st.floats(0, 1), st.floats(0, 1))
+@given(st.text(max_size=8) | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False), st.floats(0, 1), st.floats(0, 1))
 def test_a_key_keeps_its_arm_while_the_share_grows(key, one, other):
     def is_canary(share: float, request_id: str) -> bool:
         extra = _stamp(_make_request(request_id=request_id, **{REQUEST_KEY: key}), _make_terms(share)).sampling_params.extra_args
