@@ -15,18 +15,27 @@ from prometheus_client import start_http_server
 
 from sedac.control.audit_log import AuditLogServicer, AuditLogStore
 from sedac.control.auth import Authenticator
+from sedac.control.changes import Changes
 from sedac.control.database import Database
 from sedac.control.discovery import DiscoveryServicer
 from sedac.control.fleet import Fleet
 from sedac.control.gate import Gate
+from sedac.control.guard import Guard, GuardStore
 from sedac.control.limits import Limits
 from sedac.control.metrics import ControlMetrics, MetricsInterceptor
+from sedac.control.observer import Observer
+from sedac.control.probe_set_servicer import ProbeSetsServicer
+from sedac.control.probe_sets import ProbeSetStore
+from sedac.control.rollout_driver import RolloutDriver
+from sedac.control.rollout_metrics import RolloutMetrics
+from sedac.control.rollout_servicer import RolloutServicer
+from sedac.control.rollouts import RolloutStore
 from sedac.control.servicer import ControlServicer
 from sedac.control.services import SERVICES
 from sedac.control.settings import ControlSettings
 from sedac.control.store import Store
 from sedac.control.tls import ServerCertificate, check_exposure
-from sedac.control.v1 import audit_log_pb2_grpc, control_pb2_grpc
+from sedac.control.v1 import audit_log_pb2_grpc, control_pb2_grpc, probe_sets_pb2_grpc, rollouts_pb2_grpc
 from sedac.credentials import is_loopback
 from sedac.errors import ConfigError
 
@@ -60,6 +69,7 @@ class ControlServer:
                 ("grpc.max_receive_message_length", settings.max_message_bytes),
                 ("grpc.keepalive_time_ms", 20_000),  # an engine whose host vanished is STALE after 30 s, not after hours
                 ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.ping_timeout_ms", 10_000),  # without it the timeout above has no effect in grpcio 1.85, which waits 60 s
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ping every 10 s; half of it allows for jitter
                 ("grpc.max_concurrent_streams", settings.max_calls),  # of one connection; the gate refuses sooner, with the remedy
@@ -69,7 +79,23 @@ class ControlServer:
             ],
             migration_thread_pool=futures.ThreadPoolExecutor(max_workers=4),
         )
-        control_pb2_grpc.add_ControlServicer_to_server(ControlServicer(self._store, fleet, self._metrics, audit_log), self._server)
+        metrics, rollouts = RolloutMetrics(self._metrics.registry), RolloutStore(self._database)
+        self._changes = changes = Changes(self._database, self._store, rollouts, audit_log, fleet, metrics)
+        self._guarded = GuardStore(self._database)
+        self._store.keep(lambda: self._guarded.list_needed(self._store))
+        self._rollout_driver = RolloutDriver(changes, fleet, metrics)
+        self._observer = Observer(fleet, changes, self._guarded, Guard(self._guarded, self._store, changes, fleet, metrics), metrics)
+        self._loops: list[asyncio.Task[None]] = []
+        control = ControlServicer(self._store, fleet, self._metrics, changes)
+        directory = settings.probe_sets or settings.database.parent / "probe-sets"
+        self._probe_sets = ProbeSetStore(
+            self._database, directory, audit_log, max_bytes=settings.max_probe_set_bytes, max_total_bytes=settings.max_probe_sets_bytes
+        )
+        self._probe_sets_servicer = ProbeSetsServicer(self._probe_sets, self._store, fleet, settings, changes.lock)
+        control_pb2_grpc.add_ControlServicer_to_server(control, self._server)
+        probe_sets_pb2_grpc.add_ProbeSetsServicer_to_server(self._probe_sets_servicer, self._server)
+        servicer = RolloutServicer(self._store, rollouts, changes, fleet, self._rollout_driver)
+        rollouts_pb2_grpc.add_RolloutsServicer_to_server(servicer, self._server)
         control_pb2_grpc.add_DiscoveryServicer_to_server(DiscoveryServicer(self._store, fleet, self._metrics, audit_log), self._server)
         audit_log_pb2_grpc.add_AuditLogServicer_to_server(AuditLogServicer(audit_log), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -89,12 +115,13 @@ class ControlServer:
             raise ConfigError(
                 f"{host}:{settings.port} can't be listened on ({error}); another control service may run: change SEDAC_CONTROL_PORT"
             ) from error
-        newest = self._store.find_newest()
-        self._fleet.set_desired(newest)
+        self._changes.restore()
+        newest, self._fleet.guard = self._fleet.desired, self._guarded.find_newest()
         if settings.metrics_port:
             self._serve_metrics()
         await self._server.start()
         self._watch = asyncio.create_task(self._recheck(), name="recheck")
+        self._loops += [asyncio.create_task(loop.run(), name=type(loop).__name__) for loop in (self._rollout_driver, self._observer)]
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         _log.info(
@@ -145,6 +172,9 @@ class ControlServer:
         self._fleet.close()
         await self._server.stop(self.settings.drain_seconds)
         await asyncio.to_thread(self._close_metrics)
+        await asyncio.gather(*self._loops, return_exceptions=True)  # they end by themselves once the fleet is closed
+        await self._probe_sets_servicer.close()
+        self._probe_sets.close()
         self._database.close()
 
 

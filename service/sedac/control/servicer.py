@@ -18,8 +18,8 @@ from google.protobuf.message import Message
 
 from sedac import wire
 from sedac.certificate import get_knobs_digest
-from sedac.control.audit_log import AuditLogStore
 from sedac.control.auth import Caller, get_caller
+from sedac.control.changes import Changes
 from sedac.control.fleet import Fleet
 from sedac.control.metrics import ControlMetrics
 from sedac.control.status import answering, refuse
@@ -27,7 +27,7 @@ from sedac.control.store import POLICY_NAME, Revision, Store
 from sedac.control.v1 import control_pb2
 from sedac.control.watches import WatchServicer, check_name, get_limit
 from sedac.errors import RevisionNotFound, SedacError, StaleEtag
-from sedac.policy import Adaptation, Audit, Policy, validate
+from sedac.policy import Adaptation, Audit, Policy
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -41,10 +41,9 @@ _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
 class ControlServicer(WatchServicer):
     """What operators call."""
 
-    def __init__(self, store: Store, fleet: Fleet, metrics: ControlMetrics, audit_log: AuditLogStore) -> None:
+    def __init__(self, store: Store, fleet: Fleet, metrics: ControlMetrics, in_force: Changes) -> None:
         super().__init__(store, fleet)
-        self._metrics, self._audit_log = metrics, audit_log
-        self._lock = asyncio.Lock()
+        self._metrics, self._in_force = metrics, in_force
         self._changes: set[asyncio.Task[control_pb2.Policy]] = set()
 
     async def GetPolicy(self, request: control_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext) -> control_pb2.Policy:  # noqa: N802
@@ -110,7 +109,7 @@ class ControlServicer(WatchServicer):
         if sent.etag and (newest is None or newest.etag != sent.etag):
             raise StaleEtag(f"etag {sent.etag[:40]!r} is not the one in force ({newest.etag if newest else ''!r}); read the policy again and retry")
         policy = make(newest)
-        self._validate(policy)
+        self._in_force.check(policy)
         return wire.policy_to_proto(policy, name=POLICY_NAME, etag=newest.etag if newest else "", revision=newest.revision if newest else 0)
 
     async def _roll_back(self, request: control_pb2.RollbackPolicyRequest, caller: Caller) -> control_pb2.Policy:
@@ -127,17 +126,15 @@ class ControlServicer(WatchServicer):
         self, make: Callable[[Revision | None], Policy], action: str, caller: Caller, comment: str, etag: str, request_id: str, request: Message
     ) -> control_pb2.Policy:
         fingerprint = hashlib.sha256(type(request).__name__.encode() + request.SerializeToString(deterministic=True)).hexdigest()
-        async with self._lock:
+        async with self._in_force.lock:
             if request_id:  # before anything is checked: what was right the first time may be stale by now
                 done = await asyncio.to_thread(self._store.find_request, request_id, fingerprint)
                 if done:
                     return done.to_proto()
             before = self._fleet.desired
             policy = await asyncio.to_thread(make, before)
-            self._validate(policy)
-            made = await asyncio.to_thread(
-                self._audit_log.append_revision,
-                self._store,
+            self._in_force.check(policy)
+            made = await self._in_force.append(
                 policy,
                 action=action,
                 caller=caller,
@@ -147,16 +144,11 @@ class ControlServicer(WatchServicer):
                 request_id=request_id,
                 fingerprint=fingerprint,
             )
-            self._fleet.set_desired(made)
             dropped = before.policy.certificate if before and not policy.certificate else None
         _log.info("policy revision %d by %s%s", made.revision, made.author, f": {made.comment}" if made.comment else "")
         if dropped:
             _log.warning("policy revision %d is UNCERTIFIED: it leaves out the certificate of the one before (%s)", made.revision, dropped.describe())
         return made.to_proto()
-
-    def _validate(self, policy: Policy) -> None:
-        validate(policy)
-        self._fleet.check(policy)
 
     async def _finish(self, change: Coroutine[Any, Any, control_pb2.Policy], *, counted: bool) -> control_pb2.Policy:
         """Run a change to its end even when its caller has gone: what is stored must be announced too."""
