@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac import launch
 from sedac.errors import ConfigError
-from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
 from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord
 from sedac.settings import EngineSettings, read_settings
 
@@ -122,6 +122,13 @@ def test_every_variable_of_the_decision_reaches_the_policy(monkeypatch):
     )
 
 
+def test_audits_of_the_first_policy_are_settings(monkeypatch):
+    assert read_settings().make_policy(MANIFEST).audit == Audit()
+    for name, value in {"AUDIT_SHARE": "0.1", "AUDIT_MAX_MISMATCH": "0.05", "AUDIT_MAX_NLL_DIFFERENCE": "0.2"}.items():
+        monkeypatch.setenv(f"SEDAC_{name}", value)
+    assert read_settings().make_policy(MANIFEST).audit == Audit(share=0.1, max_mismatch=0.05, max_nll_difference=0.2)
+
+
 def test_adaptive_makes_thresholds_follow(monkeypatch):
     for name, value in {"ADAPTIVE": "1", "EXIT_RATES": "0.2,0.5,0.8", "ALPHA": "0.5"}.items():
         monkeypatch.setenv(f"SEDAC_{name}", value)
@@ -149,6 +156,9 @@ def test_adaptive_makes_thresholds_follow(monkeypatch):
         ({"confidence_decay": 2.0}, "check SEDAC_CONFIDENCE_DECAY"),
         ({"sensitivity": -1.0}, "check SEDAC_SENSITIVITY"),
         ({"calibration_steps": -1}, "check SEDAC_CALIBRATION_STEPS"),
+        ({"audit_share": 1.5}, "check SEDAC_AUDIT_SHARE"),
+        ({"audit_share": 0.1, "audit_max_mismatch": 2.0}, "check SEDAC_AUDIT_MAX_MISMATCH"),
+        ({"audit_max_nll_difference": 0.1}, "guards nothing while audit.share is 0.*check SEDAC_AUDIT_MAX_NLL_DIFFERENCE"),
     ],
 )
 def test_settings_that_do_not_fit_the_probe_set_are_refused(overrides, message):
@@ -165,7 +175,8 @@ _settings = st.fixed_dictionaries(
         "rule": st.sampled_from([None, "first", "accumulate", "single"]), "scope": st.sampled_from(["token", "batch"]),
         "confidence_decay": _numbers, "sensitivity": _numbers, "soft_exit": st.booleans(), "allow_overrides": st.booleans(),
         "adaptive": st.booleans(), "alpha": st.none() | _numbers, "calibration_alpha": st.none() | _numbers,
-        "calibration_steps": st.integers(), "tier": st.sampled_from(["", "exact", "mine"]),
+        "calibration_steps": st.integers(), "tier": st.sampled_from(["", "exact", "mine"]), "audit_share": _numbers,
+        "audit_max_mismatch": st.none() | _numbers, "join_seconds": st.floats(0, 600), "probe_cache": st.none() | st.just(Path("/y")),
     }
 )  # fmt: skip
 
@@ -190,6 +201,15 @@ def test_engine_command_keeps_the_users_flags():
     for bad in (["--worker-cls", "x"], ["--model=x"], ["--additional-config", "no json"], ["--additional-config=[]"]):
         with pytest.raises(ConfigError):
             launch.make_engine_command(settings, bad)
+
+
+def test_audits_wait_behind_every_request_unless_the_user_schedules():
+    command = launch.make_engine_command(EngineSettings(), [])
+    assert command[command.index("--scheduling-policy") + 1] == "priority"
+    for own in (["--scheduling-policy", "fcfs"], ["--scheduling-policy=fcfs"], ["--scheduling_policy=fcfs"]):
+        command = launch.make_engine_command(EngineSettings(), own)
+        assert command[-len(own) :] == own
+        assert "priority" not in command
 
 
 def test_users_plugins_are_kept():

@@ -6,8 +6,10 @@ import math
 from dataclasses import replace
 
 from prometheus_client import REGISTRY, Counter
+from sedac.agent.evidence import open_book
 from sedac.agent.metrics import EngineMetrics
-from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.agent.scoring import Loss
+from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
 from sedac.stats import CheckpointStats, Stats, TierStats
 
 from tests.agent.workers import LAYOUT
@@ -105,3 +107,67 @@ def test_speculation_is_told_from_vllms_counters():
     finally:
         for counter in counters:
             REGISTRY.unregister(counter)
+
+
+AUDITED = Policy(enabled=True, tiers=(Tier(name="mine"),), default_tier="mine", audit=Audit(share=1.0, confidence=0.9))
+
+
+def _get_mismatch(model: str, limit: str, arm: str = "stable") -> float:
+    return get_metric("sedac_audit_mismatch", model, tier="mine", arm=arm, limit=limit)
+
+
+def test_what_audits_found_is_shown_per_tier_and_arm_and_nothing_is_no_zero():
+    metrics = EngineMetrics(model_name="audited", layout=LAYOUT).evidence
+    stable, canary = open_book(None, AUDITED, revision=3), open_book(None, AUDITED, rollout=2)
+    metrics.set_books([stable, canary])
+    assert get_metric("sedac_rollout", "audited") == 2
+    for arm in ("stable", "canary"):
+        assert get_metric("sedac_audited_answers_total", "audited", tier="mine", arm=arm) == 0, "there before anything is counted"
+        assert all(math.isnan(_get_mismatch("audited", limit, arm)) for limit in ("lower", "mean", "upper"))
+    page = stable.get_page("mine")
+    for num_mismatches in (0, 10) * 50:
+        loss = Loss(num_tokens=100, num_mismatches=num_mismatches, nll_difference=0.25)
+        page.add_loss(loss)
+        metrics.add_result(page, loss)
+    metrics.add_result(page, "dropped")
+    metrics.add_latency(canary.get_page("mine"), 0.5, None)
+    metrics.show()
+    lower, mean, upper = (_get_mismatch("audited", limit) for limit in ("lower", "mean", "upper"))
+    assert 0.001 < lower < mean < upper < 0.3
+    assert mean == 0.05
+    assert get_metric("sedac_audit_nll_difference", "audited", tier="mine", arm="stable", limit="mean") == 0.25
+    assert get_metric("sedac_audited_answers_total", "audited", tier="mine", arm="stable") == 100
+    assert get_metric("sedac_audit_failures_total", "audited", reason="dropped") == 1
+    assert get_metric("sedac_audit_failures_total", "audited", reason="failed") == 0
+    assert math.isnan(_get_mismatch("audited", "mean", "canary"))
+    assert get_metric("sedac_request_first_token_seconds_sum", "audited", arm="canary") == 0.5
+    assert get_metric("sedac_request_token_seconds_count", "audited", arm="canary") == 0
+    metrics.set_books([open_book(stable, AUDITED, revision=4)])
+    assert math.isnan(_get_mismatch("audited", "mean")), "what was found under another policy says nothing of this one"
+    assert get_metric("sedac_audited_answers_total", "audited", tier="mine", arm="stable") == 100
+    assert get_metric("sedac_rollout", "audited") == 0
+
+
+def test_a_sampled_answer_shows_its_nll_difference_alone():
+    metrics = EngineMetrics(model_name="sampled", layout=LAYOUT).evidence
+    book = open_book(None, AUDITED, revision=3)
+    book.get_page("mine").add_loss(Loss(num_tokens=10, num_mismatches=None, nll_difference=0.1))
+    metrics.set_books([book])
+    assert math.isnan(_get_mismatch("sampled", "mean"))
+    assert math.isnan(_get_mismatch("sampled", "lower"))
+    assert get_metric("sedac_audit_nll_difference", "sampled", tier="mine", arm="stable", limit="mean") == 0.1
+
+
+def test_tiers_beyond_the_labels_are_counted_together():
+    metrics = EngineMetrics(model_name="many-audits", layout=LAYOUT).evidence
+    for revision in range(1, 4):
+        tiers = tuple(Tier(name=f"t{revision}-{i}") for i in range(20))
+        book = open_book(None, Policy(tiers=tiers, default_tier="exact"), revision=revision)
+        metrics.set_books([book])
+    page = book.get_page("t3-1")
+    loss = Loss(num_tokens=1, num_mismatches=0, nll_difference=0.0)
+    page.add_loss(loss)
+    metrics.add_result(page, loss)
+    metrics.show()
+    assert get_metric("sedac_audited_answers_total", "many-audits", tier="_other", arm="stable") == 1
+    assert get_metric("sedac_audit_mismatch", "many-audits", tier="t3-1", arm="stable", limit="mean") is None
