@@ -19,7 +19,7 @@ ARGS ?=
 .PHONY: help
 help: ## list the targets
 	@echo "SEDAC: make TARGET [ARGS='...']"; echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
 
 .PHONY: setup
 setup: $(KERNELS) ## build .venv from constraints/ (PYTHON=python3.11, TORCH_INDEX=URL to take torch from another index)
@@ -76,6 +76,10 @@ bench: $(KERNELS) ## speed against plain vLLM: attached, reduced, exited (ARGS=-
 .PHONY: bench-quality
 bench-quality: $(KERNELS) ## quality against saved FLOPs of every mechanism on held-out text; writes benchmarks/results/quality.*
 	$(BIN)/sedac-probes compare --out benchmarks/results/quality $(ARGS)
+
+.PHONY: bench-control
+bench-control: $(KERNELS) ## the control plane under load, under faults, with a fleet; writes benchmarks/results/control.*
+	for part in fleet load away; do $(BIN)/python benchmarks/control.py $$part $(ARGS); done
 
 .PHONY: image
 image: ## build the images sedac:cpu and sedac:control (TARGETS=cuda; ARGS='--secret ...': see Dockerfile)
