@@ -22,10 +22,12 @@ from sedac.control.limits import Limits, TokenBucket
 from sedac.control.metrics import ControlMetrics
 from sedac.control.settings import ControlSettings
 from sedac.control.status import answering, refuse
+from sedac.control.tls import ServerCertificate
 from sedac.errors import LimitExceeded, PermissionDenied, SedacError, Unauthenticated
 
 _log = logging.getLogger(__name__)
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+_WATCH_SECONDS = 1.0
 _LOG_LINES_PER_SECOND, _LOG_BURST = 1.0, 20.0
 
 
@@ -35,8 +37,19 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(self, authenticator: Authenticator, limits: Limits, settings: ControlSettings, metrics: ControlMetrics) -> None:
         self._authenticator, self._limits, self._settings, self._metrics = authenticator, limits, settings, metrics
         self._running: dict[asyncio.Timeout, Principal] = {}
-        self._lines = TokenBucket(_LOG_LINES_PER_SECOND, _LOG_BURST)
+        self._lines = TokenBucket(_WATCH_SECONDS = 1.0
+_LOG_LINES_PER_SECOND, _LOG_BURST)
         self._num_silent = 0
+
+    async def watch(self, certificate: ServerCertificate | None) -> None:
+        """Look once a second for files that changed, so that what was revoked ends and what is broken is told of."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            for check in (self.recheck, certificate.refresh) if certificate else (self.recheck,):
+                try:
+                    check()
+                except Exception:  # noqa: BLE001  one failure must not keep the next revocation from counting
+                    _log.exception("looking for changed files failed; looking again in %g s", _WATCH_SECONDS)
 
     def recheck(self) -> None:
         """End the running calls whose token or certificate was taken away or has expired."""

@@ -120,7 +120,7 @@ class ControlServer:
         if settings.metrics_port:
             self._serve_metrics()
         await self._server.start()
-        self._watch = asyncio.create_task(self._recheck(), name="recheck")
+        self._watch = asyncio.create_task(self._gate.watch(self._certificate), name="gate")
         self._loops += [asyncio.create_task(loop.run(), name=type(loop).__name__) for loop in (self._rollout_driver, self._observer)]
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -142,14 +142,6 @@ class ControlServer:
         if self._certificate is None:
             return int(self._server.add_insecure_port(address))
         return int(self._server.add_secure_port(address, self._certificate.make_credentials()))
-
-    async def _recheck(self) -> None:
-        """Look once a second for files that changed, so that what was revoked ends and what is broken is told of."""
-        while True:
-            await asyncio.sleep(1)
-            self._gate.recheck()
-            if self._certificate:
-                self._certificate.refresh()
 
     def _serve_metrics(self) -> None:
         host, port = self.settings.metrics_host, self.settings.metrics_port
