@@ -37,8 +37,7 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(self, authenticator: Authenticator, limits: Limits, settings: ControlSettings, metrics: ControlMetrics) -> None:
         self._authenticator, self._limits, self._settings, self._metrics = authenticator, limits, settings, metrics
         self._running: dict[asyncio.Timeout, Principal] = {}
-        self._lines = TokenBucket(_WATCH_SECONDS = 1.0
-_LOG_LINES_PER_SECOND, _LOG_BURST)
+        self._lines = TokenBucket(_LOG_LINES_PER_SECOND, _LOG_BURST)
         self._num_silent = 0
 
     async def watch(self, certificate: ServerCertificate | None) -> None:
