@@ -152,7 +152,7 @@ def test_whoever_watches_the_health_is_told_of_the_stop(settings):
 
 
 def test_a_second_server_on_the_port_fails_with_the_remedy(server, settings, tmp_path):
-    taken = settings.model_copy(update={"port": server.server.port, "database": tmp_path / "other.sqlite3"})
+    taken = settings.model_copy(update={"port": server.server.port, "database": tmp_path / "other" / "control.sqlite3"})
     with pytest.raises(ConfigError, match="change SEDAC_CONTROL_PORT"):
         RunningServer(taken)
 
