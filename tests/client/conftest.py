@@ -1,3 +1,60 @@
-"""The client's tests use the control service's own fixtures."""
+"""The client's tests use the control service's own fixtures, and run `sedac ctl` against it."""
 
-from tests.control.conftest import client, make_engine, server, settings  # noqa: F401
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+from sedac.client.ctl import app
+from typer.testing import CliRunner
+
+from tests.control.conftest import (  # noqa: F401
+    RunningServer,
+    authority,
+    client,
+    make_engine,
+    mtls_settings,
+    other_authority,
+    pair,
+    principals,
+    server,
+    settings,
+    start,
+    tls_settings,
+)
+
+
+@pytest.fixture
+def ctl(server):  # noqa: F811
+    """Run a command against the service; wide, so that no table is cut."""
+
+    def run(*arguments: str, stdin: str | None = None):
+        return CliRunner().invoke(app, list(arguments), env={"SEDAC_CONTROL_ADDRESS": server.address, "COLUMNS": "250"}, input=stdin)
+
+    return run
+
+
+@contextlib.contextmanager
+def watching(server: RunningServer, *command: str) -> Iterator[Iterator[str]]:  # noqa: F811
+    """Run a watching command as a user does; yields its lines as they come, then stops it by Ctrl-C, after which it must end in peace."""
+    code = "from sedac.cli import main; main()"
+    env = {**os.environ, "SEDAC_CONTROL_ADDRESS": server.address, "COLUMNS": "250"}
+    process = subprocess.Popen([sys.executable, "-c", code, "ctl", *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    too_late = threading.Timer(60, process.kill)
+    too_late.start()
+    try:
+        assert process.stdout
+        yield iter(process.stdout.readline, "")
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=30)[1]
+        assert (process.returncode, errors) == (0, "")
+    finally:
+        too_late.cancel()
+        process.kill()
+        process.communicate()

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
 import threading
 
-import pytest
 from google.protobuf import json_format
 from rich.console import Console
 from sedac import wire
 from sedac.client import tables
 from sedac.client.ctl import app
 from sedac.control.v1 import control_pb2
-from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
 from typer.testing import CliRunner
 
 from tests.control.conftest import FIRST, RunningServer
 from tests.strategies import certify
-
-
-@pytest.fixture
-def ctl(server):
-    def run(*arguments: str, stdin: str | None = None):
-        return CliRunner().invoke(app, list(arguments), env={"SEDAC_CONTROL_ADDRESS": server.address, "COLUMNS": "200"}, input=stdin)
-
-    return run
 
 
 def test_status_shows_policy_and_engines(ctl, make_engine):
@@ -100,6 +92,24 @@ def test_knobs_of_layers_that_are_no_checkpoint_are_refused_with_the_remedy(ctl,
     assert client.get_policy().revision == 1
     assert ctl("policy", "set", "--threshold", "8=1", "--weight", "8=2", "--exit-rate", "all=0.5").exit_code == 0
     assert client.get_policy().checkpoints[2].weight == 2
+
+
+def test_the_audit_of_a_policy_is_set_guarded_and_left_unguarded(ctl, client):
+    client.update_policy(FIRST)
+    done = ctl(
+        "policy", "set", "--audit-share", "0.01", "--max-mismatch", "0.05", "--max-nll-difference", "0.2", "--audit-confidence", "0.95",
+        "--guard", "exact",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "1.0% of the bounded requests; guard: mismatch <= 0.05, NLL difference <= 0.2 at 0.95, else to exact" in done.output
+    expected = Audit(share=0.01, max_mismatch=0.05, max_nll_difference=0.2, confidence=0.95, action="exact")
+    assert wire.policy_from_proto(client.get_policy()).audit == expected
+    assert ctl("policy", "set", "--max-mismatch", "none", "--guard", "rollback").exit_code == 0
+    assert wire.policy_from_proto(client.get_policy()).audit == dataclasses.replace(expected, max_mismatch=None, action="rollback")
+    assert ctl("policy", "set", "--max-mismatch", "much").exit_code == 2
+    refused = ctl("policy", "set", "--audit-share", "2")
+    assert refused.exit_code == 1
+    assert "audit.share: 2.0 is outside 0..1" in refused.output
 
 
 def test_tiers_are_listed_set_removed_and_chosen(ctl, client, make_engine):

@@ -14,8 +14,8 @@ from sedac.client.diff import Change, find_changes
 from sedac.control.v1 import audit_log_pb2, probe_sets_pb2
 
 _STYLES = {"LOADABLE": "green", "VERIFIED": "yellow", "STAGED": "yellow"}
-_NOISE = ("etag", "revision", "revision_create_time", "update_time")
-"""fields that every change changes"""
+_NOISE = ("etag", "revision", "revision_create_time", "update_time", "author", "comment")
+"""fields that every change changes, or that have a column"""
 _MAX_SHOWN = 4
 
 
