@@ -104,8 +104,9 @@ class MadeSet:
         return directory
 
     def make_header(self, **changes: Any) -> probe_sets_pb2.ProbeSetHeader:
-        stated = {"name": self.fields["name"], "size_bytes": len(self.weights), "sha256": self.fields["sha256"], "format": "sedac-probe-set/1"}
-        return probe_sets_pb2.ProbeSetHeader(manifest=self.manifest, **(stated | changes))
+        fields = self.fields
+        stated = {"name": fields["name"], "size_bytes": len(self.weights), "sha256": fields["sha256"], "format": fields["format"]}
+        return probe_sets_pb2.ProbeSetHeader(**({"manifest": self.manifest} | stated | changes))
 
     def make_parts(self, chunk_bytes: int = 1000, **changes: Any) -> Iterator[probe_sets_pb2.UploadProbeSetRequest]:
         yield probe_sets_pb2.UploadProbeSetRequest(header=self.make_header(**changes))

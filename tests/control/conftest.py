@@ -73,6 +73,8 @@ class FakeEngine:
         layers: Sequence[int] = (2, 5, 8),
         levels: Sequence[str] = (),
         weights: str = "1" * 64,
+        max_rank: int = 4,
+        levels_sha256: str = "",
     ) -> None:
         self._outbox: queue.Queue[control_pb2.EngineMessage | None] = queue.Queue()
         self.pushes: queue.Queue[control_pb2.PolicyPush] = queue.Queue()
@@ -83,6 +85,7 @@ class FakeEngine:
         hello = control_pb2.EngineHello(engine_id=engine_id, model="m", num_layers=12, hidden_size=8, checkpoint_layers=layers, probe_set="demo")
         hello.levels.extend(levels)
         hello.weights_sha256, hello.probe_set_sha256 = weights, "2" * 64
+        hello.max_rank, hello.levels_sha256 = max_rank, levels_sha256
         if initial is not None:
             hello.initial_policy.CopyFrom(wire.policy_to_proto(initial))
         self.send(control_pb2.EngineMessage(hello=hello))

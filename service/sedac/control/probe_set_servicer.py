@@ -141,7 +141,7 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
             try:
                 await self._receive(messages, header, staged)
             except BaseException:
-                await self._in_thread(staged.discard)
+                self._threads.submit(staged.discard)  # not awaited: a call whose caller has gone may be cancelled again
                 raise
             return await self._finish(self._store_set(header, staged, caller))
 
