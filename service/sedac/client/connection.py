@@ -24,7 +24,6 @@ OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),  # a watch of a service whose host vanished ends after 30 s
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # without it grpcio 1.85 waits 60 s, whatever the timeout above says
-    ("grpc.http2.ping_timeout_ms", 10_000),  # without it the timeout above has no effect in grpcio 1.85, which waits 60 s
     ("grpc.initial_reconnect_backoff_ms", 100),  # gRPC's own second would outlast the repeats here
     ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
