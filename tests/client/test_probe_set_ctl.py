@@ -44,11 +44,11 @@ def test_a_set_is_uploaded_listed_shown_downloaded_and_deleted(ctl, directory, t
 
 
 def test_a_set_that_an_engine_cannot_load_says_why(ctl, make_engine, directory):
-    make_engine().pushes.get(timeout=10)
+    make_engine(max_rank=0, levels_sha256="3" * 64).pushes.get(timeout=10)
     assert ctl("probe-set", "upload", str(directory)).exit_code == 0
     shown = ctl("probe-set", "show", "fresh").output
     assert "engine e1" in shown
-    assert "its rank 4 is over 0" in shown
+    assert "its rank 4 is over 0, the most that is attached; restart the engine with it" in shown
 
 
 def test_a_broken_set_is_refused_here_or_there_and_nothing_is_kept(ctl, client, tmp_path):

@@ -19,7 +19,7 @@ from sedac.errors import SedacError
 from sedac.policy import EXACT
 
 TIMEOUT_SECONDS = 1.0
-_MAX_VALUES = 50
+_MAX_VALUES, _MAX_NOTE_CHARS = 50, 60  # typer wraps longer notes, and shells take the second line for another word
 Values = Iterable[tuple[str, str]]
 """words and what they mean"""
 
@@ -28,7 +28,7 @@ def _complete(find_values: Callable[[ControlClient], Values]) -> Callable[[typer
     def complete(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
         with contextlib.suppress(SedacError), open_client(_find_options(ctx), timeout_seconds=TIMEOUT_SECONDS, num_retries=0) as client:
-            found += islice(((value, note) for value, note in find_values(client) if value.startswith(incomplete)), _MAX_VALUES)
+            found += islice(((value, note[:_MAX_NOTE_CHARS]) for value, note in find_values(client) if value.startswith(incomplete)), _MAX_VALUES)
         return found
 
     return complete
@@ -49,8 +49,9 @@ def complete_revision(client: ControlClient) -> Iterator[tuple[str, str]]:
 @_complete
 def complete_tier(client: ControlClient) -> Iterator[tuple[str, str]]:
     """The tiers of the policy in force, `exact` among them."""
+    policy, _ = read_in_force(client)
     yield EXACT, "plain vLLM"
-    for tier in read_in_force(client)[0].get_tiers():
+    for tier in policy.get_tiers():
         yield tier.name, f"{tier.floor}, confident tokens {tier.level}"
 
 

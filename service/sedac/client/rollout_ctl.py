@@ -28,7 +28,7 @@ app = typer.Typer(
 
     Examples:
 
-        sedac ctl policy get --json > candidate.json     then edit it
+        sedac ctl policy get --json > candidate.json     then edit it; bounds on audits need an audit share in it
 
         sedac ctl rollout start candidate.json --share 0.05 --share 0.5 --interval 60 --max-mismatch 0.05 --max-latency-ratio 1.1
 
@@ -52,8 +52,12 @@ def start(
     share: Annotated[list[float] | None, typer.Option(help="Of the requests, over 0 to 1; repeated and ascending; default: 0.05 0.25 0.5.")] = None,
     interval: Annotated[float | None, typer.Option(help="Seconds between two analyses; default: 60.")] = None,
     min_requests: Annotated[int | None, typer.Option(help="In each step before a verdict; default: 100.")] = None,
-    max_mismatch: Annotated[float | None, typer.Option(help="Of its audited answers, 0 to 1.", rich_help_panel=_BOUNDS)] = None,
-    max_nll_difference: Annotated[float | None, typer.Option(help="Of its audited answers, nats per token.", rich_help_panel=_BOUNDS)] = None,
+    max_mismatch: Annotated[
+        float | None, typer.Option(help="Of its audited answers, 0 to 1; needs an audit share in it.", rich_help_panel=_BOUNDS)
+    ] = None,
+    max_nll_difference: Annotated[
+        float | None, typer.Option(help="Of its audited answers, nats per token; as above.", rich_help_panel=_BOUNDS)
+    ] = None,
     max_latency_ratio: Annotated[
         float | None, typer.Option(help="Of its seconds per token to those of the policy in force.", rich_help_panel=_BOUNDS)
     ] = None,
