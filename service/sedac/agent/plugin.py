@@ -86,6 +86,7 @@ class AgentPlugin:
         state.sedac_agent = None
         if engine_client is None:
             return
+        _share_vllm_log()
         settings = read_settings()
         manifest = read_manifest(settings.probe_dir)
         first = settings.make_policy(manifest)
@@ -112,6 +113,14 @@ class AgentPlugin:
         promise.install(engine_client.input_processor, agent.get_terms)
         await agent.join()
         state.sedac_agent = agent
+
+
+def _share_vllm_log() -> None:
+    """Let the agent's lines out where vLLM's go, where a library has set up the root logger for warnings alone (engine/plugin.py gives way)."""
+    ours, theirs = logging.getLogger("sedac"), logging.getLogger("vllm")
+    if not ours.handlers and not ours.isEnabledFor(theirs.getEffectiveLevel()):
+        ours.handlers, ours.propagate = list(theirs.handlers), False
+        ours.setLevel(theirs.getEffectiveLevel())
 
 
 def _make_hello(settings: EngineSettings, engine: AttachedEngine, layout: Layout, model_name: str, first: Policy) -> control_pb2.EngineHello:
