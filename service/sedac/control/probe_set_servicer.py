@@ -19,8 +19,9 @@ import grpc
 
 from sedac.control.auth import Caller, get_caller
 from sedac.control.fleet import Fleet
-from sedac.control.probe_sets import ProbeSetStore, StagedWeights, StoredProbeSet
+from sedac.control.probe_sets import ProbeSetStore, StoredProbeSet
 from sedac.control.settings import ControlSettings
+from sedac.control.staging import StagedWeights
 from sedac.control.status import answering, refuse
 from sedac.control.store import POLICY_NAME, Store
 from sedac.control.v1 import probe_sets_pb2, probe_sets_pb2_grpc, rollouts_pb2

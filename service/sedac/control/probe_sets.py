@@ -14,11 +14,9 @@ import hashlib
 import logging
 import os
 import re
-import secrets
-import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +24,7 @@ from typing import BinaryIO
 from sedac.control.audit_log import AuditLogStore
 from sedac.control.auth import Caller
 from sedac.control.database import Database
+from sedac.control.staging import StagedWeights, remove, storing, sync_directory
 from sedac.control.v1 import probe_sets_pb2
 from sedac.errors import ConfigError, LimitExceeded, ProbeSetExists, ProbeSetNotFound, StoreFailed
 from sedac.fit import ProbeSetSummary
@@ -77,50 +76,6 @@ class StoredProbeSet:
         )
         message.create_time.FromDatetime(self.created)
         return message
-
-
-class StagedWeights:
-    """A file that fills up in `staging`; nobody else knows its name. Whatever is called after `discard` leaves no file behind."""
-
-    def __init__(self, staging: Path) -> None:
-        self.path = staging / secrets.token_hex(16)
-        self._file: BinaryIO | None = None
-        self._is_discarded = False
-        self._lock = threading.Lock()
-
-    def write(self, chunk: bytes) -> None:
-        """Add a chunk.
-
-        Raises:
-            StoreFailed: the disk is full or broken.
-        """
-        with self._lock, _storing(self.path):
-            if self._is_discarded:
-                return
-            if self._file is None:
-                number = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-                self._file = open(number, "wb")  # noqa: SIM115  closed by sync or discard
-            self._file.write(chunk)
-
-    def sync(self) -> None:
-        """Have all of it on disk when this returns.
-
-        Raises:
-            StoreFailed: the disk is full or broken.
-        """
-        with self._lock, _storing(self.path):
-            if self._file and not self._is_discarded:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-
-    def discard(self) -> None:
-        """Remove the file, where it has not found its place."""
-        with self._lock, contextlib.suppress(OSError):
-            self._is_discarded = True
-            if self._file:
-                self.path.unlink(missing_ok=True)
-                self._file.close()
 
 
 class ProbeSetStore:
@@ -256,9 +211,9 @@ class ProbeSetStore:
             row = (*values, caller.author, self._now().timestamp(), None)
             record = _to_record(row)
             try:
-                with self._db.transaction(), _storing(self._get_path(sha256)):
+                with self._db.transaction(), storing(self._get_path(sha256)):
                     os.rename(staged.path, self._get_path(sha256))
-                    _sync_directory(self._directory)
+                    sync_directory(self._directory)
                     self._db.execute(f"INSERT OR REPLACE INTO probe_sets ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                     self._audit_log.append("UploadProbeSet", f"probe-sets/{name}", None, record.to_proto(), caller=caller)
             except BaseException:
@@ -294,7 +249,7 @@ class ProbeSetStore:
         with self._lock:
             record = self.find(name)
             path = self._get_path(record.summary.sha256)
-            with _storing(path):
+            with storing(path):
                 file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_size != record.summary.size_bytes:
@@ -315,7 +270,7 @@ class ProbeSetStore:
     def _clean(self) -> None:
         """Remove what no row tells of; a row without its file is as good as deleted until the file is back."""
         for path in self._staging.iterdir():
-            _remove(path)
+            remove(path)
         for name, record in list(self._records.items()):
             path = self._get_path(record.summary.sha256)
             with contextlib.suppress(FileNotFoundError):
@@ -329,7 +284,7 @@ class ProbeSetStore:
         for path in self._directory.iterdir():
             if _FILE.fullmatch(path.name) and path.name not in known:
                 _log.warning("%s belongs to no probe set and is removed", path)
-                _remove(path)
+                remove(path)
 
 
 def _to_record(row: tuple[str, str, int, bytes, str, str, str, float, float | None]) -> StoredProbeSet:
@@ -344,27 +299,3 @@ def _to_record(row: tuple[str, str, int, bytes, str, str, str, float, float | No
         author=author,
         created=datetime.datetime.fromtimestamp(created, datetime.UTC),
     )
-
-
-@contextlib.contextmanager
-def _storing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreFailed(f"{path} failed: {error.strerror}; nothing was stored: look at the disk, then retry") from error
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a link and never what it leads to, or a directory."""
-    if stat.S_ISDIR(path.lstat().st_mode):
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _sync_directory(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
