@@ -27,6 +27,8 @@ _UNIT = 1000
 _BETS = 1 / (1 + np.exp2(np.arange(-7.0, 11.0)))
 """shares of the stake on each value: 0.992 for large gaps and few requests down to 0.001 for small gaps and many"""
 _NUM_HALVINGS = 40
+_MIN_MEAN, _MAX_SUM = 1e-12, 1e30
+"""beyond which floating point would decide"""
 _TUNED_FOR = 200
 """requests of the smaller arm at which the limit of a ratio is as tight as it can be"""
 
@@ -105,6 +107,8 @@ class Moments:
         """Return why these can't be sums over values >= 0; empty: they can."""
         if not (math.isfinite(self.sum) and math.isfinite(self.sum_squares)):
             return f"sum {self.sum}, sum_squares {self.sum_squares}: not finite"
+        if max(self.count, self.sum, self.sum_squares) > _MAX_SUM:
+            return f"count {self.count}, sum {self.sum}, sum_squares {self.sum_squares}: over {_MAX_SUM:g}"
         if self.count < 0 or self.sum < 0 or self.sum_squares < 0:
             return f"count {self.count}, sum {self.sum}, sum_squares {self.sum_squares}: negative"
         if self.count == 0 and (self.sum or self.sum_squares):
@@ -135,11 +139,11 @@ def exceeds(counts: LossCounts, bound: float, confidence: float, low: int = 0, h
 
 
 def get_ratio_limit(part: Moments, base: Moments, confidence: float) -> float:
-    """Return the lower limit of mean(part) / mean(base) at `confidence`; 0 where one of them has fewer than two values or a mean of 0.
+    """Return the lower limit of mean(part) / mean(base) at `confidence`; 0 where one of them has fewer than two values or no mean to speak of.
 
     For means of many requests (delta method on the logarithms of both means); holds at every look from a few dozen requests on.
     """
-    if min(part.count, base.count) < 2 or part.mean <= 0 or base.mean <= 0:
+    if min(part.count, base.count) < 2 or min(part.mean, base.mean) < _MIN_MEAN:
         return 0.0
     variance = sum(max(0.0, m.sum_squares / m.mean**2 - m.count) / (m.count - 1) / m.count for m in (part, base))
     doubt = -2 * math.log(2 * (1 - confidence))
@@ -181,6 +185,7 @@ def _get_wealth(mean: float, shares: _Array, weights: _Array) -> float:
     """Return the logarithm of the bets' mean wealth against `mean` or less."""
     if mean <= 0:
         return math.inf if shares.any() else -math.inf
+    mean = max(mean, _MIN_MEAN)
     wealth = np.log1p(_BETS[:, None] * (shares[None, :] / mean - 1)) @ weights
     best = float(wealth.max())
     return best + math.log(float(np.exp(wealth - best).mean()))

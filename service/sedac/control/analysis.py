@@ -114,9 +114,11 @@ def _find_missing(canary: Pooled, stable_seconds: Moments, bounds: Bounds, min_r
             return f"too few {of} in this step for {_say(name)}: {max(0, found)}, {min_requests} are needed"
     if bounds.max_latency_ratio is not None:
         for whose, moments in (("candidate", canary.token_seconds), ("policy in force", stable_seconds)):
+            if problem := moments.find_problem():
+                return f"seconds per token of the {whose}: {problem}"
             if moments.count < max(2, min_requests):
                 return f"too few requests of the {whose} with seconds per token: {moments.count}, {max(2, min_requests)} are needed"
-            if moments.mean <= 0:
+            if moments.mean < 1e-12:
                 return f"the seconds per token of the {whose} are all 0, so that there is no ratio"
     num_audited = canary.nll_difference.num_requests
     if canary.num_audit_failures > num_audited and list(_get_losses(bounds)):

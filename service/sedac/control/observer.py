@@ -41,6 +41,8 @@ class Observer:
                 _log.error("evidence will be looked at again: %s", error)
                 fleet.reported.set()
                 await asyncio.sleep(_RETRY_SECONDS)
+            except Exception:  # noqa: BLE001  a guard that is dead looks like one that sees nothing
+                _log.exception("looking at evidence failed; the next report is looked at again")
             await asyncio.sleep(_SETTLE_SECONDS)
 
     async def _look(self) -> None:

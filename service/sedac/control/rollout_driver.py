@@ -53,6 +53,9 @@ class RolloutDriver:
             except StoreFailed as error:
                 _log.error("the roll-out stays where it is: %s", error)
                 wait = _RETRY_SECONDS
+            except Exception:  # noqa: BLE001  a loop that is dead looks like one that waits
+                _log.exception("the roll-out stays where it is")
+                wait = _RETRY_SECONDS
             await asyncio.sleep(_SETTLE_SECONDS)
             seen = await self._fleet.wait(seen, wait)
 
