@@ -345,6 +345,18 @@ def test_a_failure_of_our_own_does_not_end_following(monkeypatch, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_weights_that_can_not_be_read_are_no_reason_not_to_follow(caplog):
+    def fail() -> str:
+        raise PermissionError("not yours")
+
+    async def scenario() -> None:
+        async with _following("unreadable", find_weights=fail) as (_, service):
+            assert (await service.push(OTHER, 3)).revision == 3
+
+    asyncio.run(scenario())
+    assert "PermissionError('not yours')" in caplog.text
+
+
 def test_what_the_engine_has_attached_and_runs_is_said_at_every_connection():
     async def scenario() -> None:
         async with _following("again") as (_, service):

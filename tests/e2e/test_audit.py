@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from safetensors.torch import load_file, save_file
 from sedac import wire
 from sedac.control.v1 import rollouts_pb2, rollouts_pb2_grpc
 from sedac.policy import Audit, Checkpoint, Policy, Tier
@@ -18,6 +23,7 @@ from sedac_probes import corpus
 pytestmark = pytest.mark.e2e
 
 PROMPTS = corpus.cut_prompts(corpus.read_stdlib("heldout"), num_prompts=24, num_chars=160)
+PROBE_SET = Path("probes/demo/probe-set")
 WAIT_SECONDS = 60
 NUM_TOKENS = 48
 
@@ -127,10 +133,14 @@ def test_responses_are_the_same_with_audits_and_without(served, control):
             client.completions.create(prompt=PROMPTS[1], logprobs=2, **options),
             client.chat.completions.create(messages=chat, **options),
             client.chat.completions.create(messages=chat, logprobs=True, top_logprobs=2, **options),
-            *client.completions.create(prompt=PROMPTS[1], stream=True, **options),
-            *client.chat.completions.create(messages=chat, stream=True, **options),
         ]
-        return [{name: value for name, value in answer.to_dict().items() if name not in ("id", "created")} for answer in answers]
+        streams = [
+            [(c.choices[0].text, c.choices[0].logprobs) for c in client.completions.create(prompt=PROMPTS[1], stream=True, **options)],
+            [(c.choices[0].delta.content, c.choices[0].logprobs) for c in client.chat.completions.create(messages=chat, stream=True, **options)],
+        ]
+        whole = [{name: value for name, value in answer.to_dict().items() if name not in ("id", "created")} for answer in answers]
+        # Tokens that come while a chunk is on its way share the next one, so that chunks differ from one time to the next.
+        return whole + [("".join(text or "" for text, _ in stream), {logprobs for _, logprobs in stream}) for stream in streams]
 
     _set_policy(control, served, 1e9, 0.0)
     ask()  # so that both find the same prefixes cached
@@ -141,17 +151,63 @@ def test_responses_are_the_same_with_audits_and_without(served, control):
     assert _find_page(served)["num_audit_failures"] == 0
 
 
-def test_a_roll_out_has_its_share_of_the_requests_and_keeps_its_keys(served, control):
-    stable = _set_policy(control, served, 0.0, 1.0)
-    candidate = wire.policy_to_proto(stable)
-    for checkpoint in candidate.checkpoints:
-        checkpoint.threshold = 1e9
+def _make_reckless_set(directory: Path) -> None:
+    """Write the served probe set anew under the name `reckless`, with probes that take no token for a risk."""
+    manifest = json.loads((PROBE_SET / "manifest.json").read_text())
+    tensors = load_file(PROBE_SET / "probes.safetensors")
+    for name in tensors:
+        if name.endswith("out.bias"):
+            tensors[name] = tensors[name] - 1e4
+    save_file(tensors, directory / "probes.safetensors", metadata={"format": "sedac-probe-set/1"})
+    manifest |= {"name": "reckless", "sha256": hashlib.sha256((directory / "probes.safetensors").read_bytes()).hexdigest()}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+@contextlib.contextmanager
+def _rolling_out(served, candidate: Policy, share: float) -> Iterator[rollouts_pb2.Rollout]:
+    """Give a candidate its share of the requests, without an analysis that would end it."""
     with grpc.insecure_channel(served.control_address) as channel:
         rollouts = rollouts_pb2_grpc.RolloutsStub(channel)
         bounds = rollouts_pb2.RolloutBounds(max_mismatch=1.0)
-        request = rollouts_pb2.StartRolloutRequest(policy=candidate, shares=[0.5], interval_seconds=3600, bounds=bounds, comment="e2e")
-        started = rollouts.StartRollout(request)
+        started = rollouts.StartRollout(
+            rollouts_pb2.StartRolloutRequest(
+                policy=wire.policy_to_proto(candidate), shares=[share], interval_seconds=3600, bounds=bounds, comment="e2e"
+            )
+        )
         _until(lambda: (_read_status(served)["canary"] or {}).get("rollout") == started.number)
+        yield started
+        rollouts.AbortRollout(rollouts_pb2.ChangeRolloutRequest(name=started.name))
+        _until(lambda: _read_status(served)["canary"] is None)
+
+
+def test_a_candidate_with_other_probes_is_fetched_and_serves_its_arm_alone(served, control, tmp_path):
+    stable = _set_policy(control, served, 1e-9, 1.0)
+    _make_reckless_set(tmp_path)
+    control.upload_probe_set(tmp_path)
+    with _rolling_out(served, replace(stable, probe_set="reckless"), 0.5):
+        for i in range(12):
+            _complete(served, PROMPTS[i], max_tokens=16, xargs={"sedac_key": f"user-{i}"})
+        _until(lambda: sum(_find_page(served, arm)["num_audited"] for arm in ("stable", "canary")) == 12)
+        assert _find_page(served, "stable")["mismatch"]["mean"] == 0, "the attached probes find every token risky"
+        assert _find_page(served, "canary")["mismatch"]["mean"] > 0, "the candidate's find none"
+    made = control.update_policy(replace(stable, probe_set="reckless"))
+    control.wait_until_synced(made.revision, 30)
+    _complete(served, PROMPTS[0])
+    _until(lambda: _find_page(served)["num_audited"] == 1)
+    assert _find_page(served)["mismatch"]["mean"] > 0
+    assert _read_status(served)["stats"]["num_torn_steps"] == 0
+
+
+def test_the_server_answers_only_after_the_services_policy_is_applied(served):
+    log = served.log.read_text()
+    assert "policy revision 1 in force" in log
+    assert log.index("policy revision 1 in force") < log.index("Application startup complete")
+
+
+def test_a_roll_out_has_its_share_of_the_requests_and_keeps_its_keys(served, control):
+    stable = _set_policy(control, served, 0.0, 1.0)
+    skipping = replace(stable, checkpoints=tuple(replace(c, threshold=1e9) for c in stable.checkpoints))
+    with _rolling_out(served, skipping, 0.5) as rollout:
         for i in range(12):
             _complete(served, PROMPTS[i], max_tokens=16, xargs={"sedac_key": f"user-{i}"})
         _until(lambda: sum(_find_page(served, arm)["num_audited"] for arm in ("stable", "canary")) == 12)
@@ -160,12 +216,11 @@ def test_a_roll_out_has_its_share_of_the_requests_and_keeps_its_keys(served, con
         assert stable_page["mismatch"]["mean"] == 0, "the stable arm computes everything"
         assert canary_page["mismatch"]["mean"] > 0, "the candidate skips"
         before = canary_page["num_requests"]
+        seconds = served.read_metrics()["sedac_request_token_seconds_count{canary}"]
         for i in range(12):
             _complete(served, PROMPTS[12 + i], max_tokens=8, xargs={"sedac_key": f"user-{i}"})
         _until(lambda: sum(_find_page(served, arm)["num_requests"] for arm in ("stable", "canary")) == 24)
         assert _find_page(served, "canary")["num_requests"] == 2 * before, "a key keeps its arm"
         metrics = served.read_metrics()
-        assert metrics["sedac_rollout"] == started.number
-        assert metrics["sedac_request_token_seconds_count{canary}"] == 2 * before
-        rollouts.AbortRollout(rollouts_pb2.ChangeRolloutRequest(name=started.name))
-        _until(lambda: _read_status(served)["canary"] is None)
+        assert metrics["sedac_rollout"] == rollout.number
+        assert metrics["sedac_request_token_seconds_count{canary}"] - seconds == before

@@ -249,8 +249,9 @@ class Agent:
         """Learn the weights' digest beside the running server; until then the control service does not know the engine."""
         try:
             digest = await asyncio.to_thread(self.find_weights)
-        except ConfigError as error:
-            _log.warning("the weights' digest is unknown, so policies that carry a certificate will be refused: %s", error)
+        except Exception as error:  # noqa: BLE001  whatever keeps the digest unknown is no reason not to follow
+            why = error if isinstance(error, ConfigError) else repr(error)
+            _log.warning("the weights' digest is unknown, so policies that carry a certificate will be refused: %s", why)
             return
         self.layout, self.hello.weights_sha256 = replace(self.layout, weights_sha256=digest), digest
         _log.info("weights %s", digest)

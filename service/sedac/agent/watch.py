@@ -105,6 +105,8 @@ class Watch:
         if params is None or request.resumable or self._is_own(request.external_req_id):
             return
         extra = params.extra_args or {}
+        if TIER_KEY not in extra:
+            return  # it did not pass the input processor
         book = self._find_book(extra.get(ROLLOUT_KEY, 0))
         kept = None
         if AUDIT_KEY in extra:
