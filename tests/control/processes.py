@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import TracebackType
 from typing import TextIO
 
 
@@ -20,11 +21,20 @@ def make_environment(database: Path, **variables: str) -> dict[str, str]:
 
 
 class ControlProcess:
-    """A service that outlives its processes: the database stays, and the port is a new one after each start unless it is fixed."""
+    """A service that outlives its processes: the database stays, and the port is a new one after each start unless it is fixed.
+
+    A context manager that kills what runs in the end.
+    """
 
     def __init__(self, database: Path, **variables: str) -> None:
         self._environment = make_environment(database, **variables)
         self.start()
+
+    def __enter__(self) -> ControlProcess:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
 
     def start(self) -> None:
         """Start the process and wait until it listens; its address is taken from the start-up line."""

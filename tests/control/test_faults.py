@@ -86,7 +86,6 @@ async def _wait_for_state(address: str, name: str, state: control_pb2.EngineStat
 
 def test_a_killed_service_leaves_the_policy_and_is_followed_again(tmp_path):
     async def scenario() -> None:
-        service = await asyncio.to_thread(ControlProcess, tmp_path / "control.sqlite3", SEDAC_CONTROL_PORT=str(_find_port()))
         async with _following(service.address, "killed") as agent:
             await wait_until(lambda: agent.revision == 1)
             for revision in (2, 3, 4):
@@ -99,9 +98,9 @@ def test_a_killed_service_leaves_the_policy_and_is_followed_again(tmp_path):
                 await wait_until(lambda revision=revision: (agent.revision, _get_state(agent)) == (revision, "SYNCED"))
             await _wait_for_state(service.address, "killed", control_pb2.ENGINE_STATE_SYNCED)
             assert agent.engine.client.applied[-1] == 4
-        service.kill()
 
-    asyncio.run(scenario())
+    with ControlProcess(tmp_path / "control.sqlite3", SEDAC_CONTROL_PORT=str(_find_port())) as service:
+        asyncio.run(scenario())
 
 
 def test_a_frozen_service_is_told_from_a_quiet_one(tmp_path, monkeypatch):
@@ -109,7 +108,6 @@ def test_a_frozen_service_is_told_from_a_quiet_one(tmp_path, monkeypatch):
     monkeypatch.setattr(following, "_OPTIONS", _accelerate(following._OPTIONS, _GIVE_UP))
 
     async def scenario() -> None:
-        service = await asyncio.to_thread(ControlProcess, tmp_path / "control.sqlite3")
         async with _following(service.address, "frozen") as agent:
             await wait_until(lambda: _get_state(agent) == "SYNCED" and agent.revision == 1)
             service.freeze()
@@ -120,9 +118,9 @@ def test_a_frozen_service_is_told_from_a_quiet_one(tmp_path, monkeypatch):
                 service.thaw()
             revision = await _change(service.address, Policy(enabled=False))
             await wait_until(lambda: (agent.revision, _get_state(agent)) == (revision, "SYNCED"))
-        service.kill()
 
-    asyncio.run(scenario())
+    with ControlProcess(tmp_path / "control.sqlite3") as service:
+        asyncio.run(scenario())
 
 
 def test_a_slow_line_delays_changes_and_nothing_else(server):

@@ -12,7 +12,6 @@ from tests.control.simulated import Fleet
 
 
 def test_every_change_reaches_every_engine_whoever_comes_and_goes(tmp_path):
-    service = ControlProcess(tmp_path / "control.sqlite3")
     random_numbers = random.Random(7)
 
     async def scenario() -> None:
@@ -38,10 +37,8 @@ def test_every_change_reaches_every_engine_whoever_comes_and_goes(tmp_path):
             assert all(life.split() == sorted(set(life.split()), key=int) for life in lives), "in each life each once, in order"
         await fleet.stop()
 
-    try:
+    with ControlProcess(tmp_path / "control.sqlite3") as service:
         asyncio.run(scenario())
         with ControlClient(service.address) as client:
             assert client.get_policy().revision == 21
             assert len(client.get_status().engines) == 40
-    finally:
-        service.kill()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import random
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -17,13 +20,24 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sedac import wire
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.errors import ControlUnavailable, PolicyInvalid, RevisionCompacted, RevisionNotFound, StaleEtag
+from sedac.errors import (
+    ControlUnavailable,
+    PolicyInvalid,
+    ProbeSetExists,
+    ProbeSetInUse,
+    ProbeSetNotFound,
+    RevisionCompacted,
+    RevisionNotFound,
+    StaleEtag,
+)
 from sedac.policy import Checkpoint, Policy
 
 from tests.control.processes import ControlProcess
+from tests.probe_sets import MadeSet, make_set
 from tests.strategies import valid_policies
 
 _KEEP = 10
+_SET_NAMES = st.sampled_from(["a", "b"])
 
 
 class Model:
@@ -32,6 +46,10 @@ class Model:
     def __init__(self) -> None:
         self.made: list[control_pb2.Policy] = []
         self.requests: dict[str, control_pb2.Policy] = {}
+        self.sets: dict[str, MadeSet] = {}
+        """probe sets that are there"""
+        self.owners: dict[str, MadeSet] = {}
+        """what a name belongs to, also when its set was deleted"""
 
     @property
     def newest(self) -> int:
@@ -47,17 +65,23 @@ class Model:
         assert made.etag not in {p.etag for p in self.made}
         self.made.append(made)
 
+    def can_name(self, probe_set: str) -> bool:
+        """Whether a policy may name a probe set: not one that was deleted, unless it is in force already."""
+        in_force = self.made[-1].probe_set if self.made else None
+        return probe_set not in self.owners or probe_set in self.sets or probe_set == in_force
+
     def list(self) -> list[control_pb2.Policy]:
         return self.made[self.oldest - 1 :]
 
 
 class ControlHistory(RuleBasedStateMachine):
-    """Changes, repeats, rollbacks and watches over the wire, with crashes in between and in the middle of writes."""
+    """Changes, repeats, rollbacks, watches and probe sets over the wire, with crashes in between and in the middle of writes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.directory = tempfile.TemporaryDirectory()
         self.model = Model()
+        self._numbers = itertools.count()
         self.seen = 0
         """up to which revision the watcher came that is broken off and resumed"""
 
@@ -67,7 +91,9 @@ class ControlHistory(RuleBasedStateMachine):
         self._connect()
 
     def _connect(self) -> None:
-        self.client = ControlClient(self.service.address, author="history")
+        self.client = ControlClient(self.service.address, author="history", num_retries=0)
+        self.fetched: set[str] = set()
+        """what was downloaded from this process"""
         self.channel = grpc.insecure_channel(self.service.address)
         self.stub = control_pb2_grpc.ControlStub(self.channel)
 
@@ -110,10 +136,60 @@ class ControlHistory(RuleBasedStateMachine):
         elif revision < self.model.oldest:
             with pytest.raises(RevisionCompacted):
                 self.client.rollback(revision)
+        elif not self.model.can_name(self.model.made[revision - 1].probe_set):
+            with pytest.raises(PolicyInvalid, match="was deleted; upload it again"):
+                self.client.rollback(revision)
         else:
             made = self.client.rollback(revision)
             assert wire.policy_from_proto(made) == wire.policy_from_proto(self.model.made[revision - 1])
             self.model.keep(made)
+
+    @rule(name=_SET_NAMES)
+    def name_a_probe_set(self, name):
+        policy = Policy(probe_set=name)
+        if self.model.can_name(name):
+            self.model.keep(self.client.update_policy(policy))
+        else:
+            with pytest.raises(PolicyInvalid, match="was deleted; upload it again"):
+                self.client.update_policy(policy)
+
+    @rule(name=_SET_NAMES, seed=st.integers(0, 1))
+    def upload(self, name, seed):
+        made = make_set(name, seed=seed)
+        if self.model.owners.setdefault(name, made) != made:
+            with pytest.raises(ProbeSetExists):
+                self._upload(made)
+        else:
+            assert self._upload(made).sha256 == made.sha256
+            self.model.sets[name] = made
+
+    @rule(name=_SET_NAMES)
+    def delete(self, name):
+        if name not in self.model.sets:
+            with pytest.raises(ProbeSetNotFound):
+                self.client.delete_probe_set(name)
+        elif self.model.made and self.model.made[-1].probe_set == name:
+            with pytest.raises(ProbeSetInUse):
+                self.client.delete_probe_set(name)
+        else:
+            self.client.delete_probe_set(name)
+            del self.model.sets[name]
+
+    @rule(name=_SET_NAMES, milliseconds=st.integers(0, 20))
+    def crash_while_uploading(self, name, milliseconds):
+        made = self.model.owners.get(name) or make_set(name)
+
+        def upload() -> None:
+            with contextlib.suppress(ControlUnavailable):
+                self._upload(made)
+                self.model.sets[name] = self.model.owners[name] = made
+
+        self._crash_during(upload, milliseconds)
+        if name in {found.name for found in self.client.list_probe_sets()}:  # stored, whole, though perhaps not acknowledged
+            self.model.sets[name] = self.model.owners[name] = made
+
+    def _upload(self, made: MadeSet):
+        return self.client.upload_probe_set(made.write(Path(self.directory.name) / made.sha256))
 
     @rule()
     def resume_the_watch(self):
@@ -146,14 +222,7 @@ class ControlHistory(RuleBasedStateMachine):
             except ControlUnavailable:
                 pass
 
-        writer = threading.Thread(target=write)
-        writer.start()
-        time.sleep(milliseconds / 1000)
-        self.service.kill()
-        writer.join()
-        self._close()
-        self.service.start()
-        self._connect()
+        self._crash_during(write, milliseconds)
         for made in acknowledged:
             self.model.keep(made)
         try:
@@ -165,11 +234,30 @@ class ControlHistory(RuleBasedStateMachine):
             assert wire.policy_from_proto(stored) == _make_policy(len(acknowledged))
             self.model.keep(stored)
 
+    def _crash_during(self, act: Callable[[], None], milliseconds: int) -> None:
+        actor = threading.Thread(target=act)
+        actor.start()
+        time.sleep(milliseconds / 1000)
+        self.service.kill()
+        actor.join()
+        self._close()
+        self.service.start()
+        self._connect()
+
     @invariant()
     def holds_what_the_model_holds(self):
         assert list(self.client.list_revisions()) == self.model.list()[::-1]
         if self.model.made:
             assert self.client.get_policy() == self.model.made[-1]
+        assert {found.name: found.sha256 for found in self.client.list_probe_sets()} == {n: made.sha256 for n, made in self.model.sets.items()}
+        for name, made in self.model.sets.items():
+            if made.sha256 in self.fetched:
+                continue
+            self.fetched.add(made.sha256)
+            directory = Path(self.directory.name) / "downloads" / str(next(self._numbers))
+            self.client.download_probe_set(name, directory)
+            assert (directory / "probes.safetensors").read_bytes() == made.weights
+            assert (directory / "manifest.json").read_bytes() == made.manifest
 
     def _close(self) -> None:
         self.client.__exit__(None, None, None)
@@ -183,7 +271,7 @@ class ControlHistory(RuleBasedStateMachine):
 
 
 TestControlHistory = ControlHistory.TestCase
-TestControlHistory.settings = settings(max_examples=6, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck))
+TestControlHistory.settings = settings(max_examples=5, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def _make_policy(number: int) -> Policy:
@@ -209,17 +297,18 @@ class _Kills:
             self.service.restart()
 
 
-def test_200_writes_of_several_threads_survive_kills_at_random_points(tmp_path):
+def test_200_writes_of_several_threads_survive_kills_at_random_points(tmp_path, request):
     """Each is there, whole, once; those who watch see all of them in order, whoever was killed in between."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     kills, made, watched = _Kills(tmp_path, seed), {}, [[], []]
+    request.addfinalizer(kills.service.kill)
 
     def write(writer: int) -> None:
         for number in range(50):
             while True:  # the same request until it is answered, as the contract offers it
                 try:
-                    with ControlClient(kills.service.address, timeout_seconds=5) as client:
+                    with ControlClient(kills.service.address, timeout_seconds=5, num_retries=0) as client:
                         made[writer, number] = client.update_policy(_make_policy(writer * 50 + number), request_id=f"{writer}-{number}")
                     break
                 except ControlUnavailable:
@@ -228,9 +317,8 @@ def test_200_writes_of_several_threads_survive_kills_at_random_points(tmp_path):
 
     def watch(seen: list[control_pb2.Policy]) -> None:
         while len(seen) < 200:
-            request = control_pb2.WatchPolicyRequest(from_revision=len(seen) + 1)
             with grpc.insecure_channel(kills.service.address) as channel:
-                stream = control_pb2_grpc.ControlStub(channel).WatchPolicy(request, timeout=5)
+                stream = control_pb2_grpc.ControlStub(channel).WatchPolicy(control_pb2.WatchPolicyRequest(from_revision=len(seen) + 1), timeout=5)
                 try:
                     while len(seen) < 200:
                         seen.append(next(stream))
@@ -247,7 +335,6 @@ def test_200_writes_of_several_threads_survive_kills_at_random_points(tmp_path):
         assert not thread.is_alive()
     with ControlClient(kills.service.address) as client:
         stored = list(client.list_revisions())[::-1]
-    kills.service.kill()
     assert [p.revision for p in stored] == list(range(1, 201))
     assert sorted(made.values(), key=lambda p: p.revision) == stored, "every acknowledged write is there as it was acknowledged, and nothing twice"
     assert sorted(p.checkpoints[0].threshold for p in stored) == list(range(200))
