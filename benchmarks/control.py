@@ -195,7 +195,7 @@ def load(
     swaps: Annotated[int, typer.Option(min=0, help="Of these, changes that name a probe set uploaded just before.")] = 100,
     streams: Annotated[int, typer.Option(min=1, help="Clients that ask again as soon as they have their answer.")] = 4,
     pairs: Annotated[int, typer.Option(min=1, help="Windows with changes, each beside one without.")] = 10,
-    window_seconds: Annotated[float, typer.Option(min=1, help="Length of a window.")] = 18.0,
+    window_seconds: Annotated[float, typer.Option(min=1, help="Length of a window.")] = 15.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 32,
     seed: Seed = 0,
 ) -> None:
@@ -243,7 +243,7 @@ def load(
         finally:
             stop(served)
     failed = [a.problem for a in traffic.answers if a.problem]
-    acked = next(value for name, value in samples.items() if name.startswith("sedac_policy_updates_total") and "ack" in name.split("{")[1].split(","))
+    acked = samples["sedac_policy_updates_total{ack}"]
     figures = {
         "changes": changer.num_changes, "swaps": changer.num_swaps, "applied_by_engine": int(acked), "streams": streams,
         "requests": len(traffic.answers), "failed_requests": len(failed), "problems": failed[:5],
