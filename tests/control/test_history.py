@@ -45,7 +45,8 @@ class Model:
 
     def __init__(self) -> None:
         self.made: list[control_pb2.Policy] = []
-        self.requests: dict[str, control_pb2.Policy] = {}
+        self.requests: dict[str, tuple[Policy, str, control_pb2.Policy]] = {}
+        """by request_id: policy and etag that were sent, and the answer"""
         self.sets: dict[str, MadeSet] = {}
         """probe sets that are there"""
         self.owners: dict[str, MadeSet] = {}
@@ -109,7 +110,7 @@ class ControlHistory(RuleBasedStateMachine):
         assert wire.policy_from_proto(made) == policy
         self.model.keep(made)
         if named:
-            self.model.requests[request_id] = made
+            self.model.requests[request_id] = (policy, etag, made)
 
     @rule(layer=st.integers(-3, -1))
     def update_badly(self, layer):
@@ -120,10 +121,10 @@ class ControlHistory(RuleBasedStateMachine):
     @rule(data=st.data())
     def repeat(self, data):
         """A request that was carried out is answered again, whatever came after it, and not carried out again."""
-        request_id, first = data.draw(st.sampled_from(sorted(self.model.requests.items(), key=lambda item: item[1].revision)))
-        again = {"etag": "", "request_id": request_id, "comment": first.comment}
+        request_id = data.draw(st.sampled_from(sorted(self.model.requests)))
+        policy, etag, first = self.model.requests[request_id]
         try:
-            assert self.client.update_policy(wire.policy_from_proto(first), **again) == first
+            assert self.client.update_policy(policy, etag=etag, request_id=request_id) == first
         except RevisionCompacted:
             assert first.revision < self.model.oldest
 
