@@ -212,6 +212,23 @@ def test_hostile_uploads_are_refused_and_leave_no_trace(hostile_server, parts, k
     assert get_state(stub, store) == before
 
 
+def test_every_flipped_header_byte_is_refused_over_the_wire(hostile_server):
+    """Each with a digest made for the flipped bytes, every fourth with the digest as it was; a white space for a space is the same set."""
+    stub, store = hostile_server
+    made = make_set("flipped", (2,), levels=False)
+    before, num_refused = get_state(stub, store), 0
+    for position in range(8 + int.from_bytes(made.weights[:8], "little")):
+        bad = bytearray(made.weights)
+        bad[position] ^= 1 << position % 8
+        flipped = [] if bad[position : position + 1].isspace() else [made.with_weights(bytes(bad))]
+        for sent in flipped + [MadeSet(made.manifest, bytes(bad))] * (position % 4 == 0):
+            with pytest.raises(ArtifactError, match="; "):
+                upload(stub, sent.make_parts())
+            num_refused += 1
+    assert get_state(stub, store) == before
+    print(f"{num_refused} uploads refused")
+
+
 @pytest.fixture(scope="module")
 def hostile_server(tmp_path_factory):
     """One server for all of them, with a good set in it."""
