@@ -19,6 +19,7 @@ class Proxy:
         self._target = target
         self.delay_seconds = 0.0
         self.is_hole = False
+        self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> str:
         """Listen; returns the address."""
@@ -26,8 +27,11 @@ class Proxy:
         return "127.0.0.1:{1}".format(*self._server.sockets[0].getsockname())
 
     async def stop(self) -> None:
-        """Close; connections end with their peers."""
+        """Close, with every connection."""
         self._server.close()
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for writer in self._writers), return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         host, _, port = self._target.rpartition(":")
@@ -36,6 +40,7 @@ class Proxy:
         except OSError:
             writer.close()
             return
+        self._writers |= {writer, far_writer}
         await asyncio.gather(self._pass_on(reader, far_writer), self._pass_on(far_reader, writer))
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
