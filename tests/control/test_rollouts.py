@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import re
+import threading
 import time
 
 import grpc
@@ -181,6 +182,31 @@ def test_evidence_that_cannot_be_read_pauses(server, stub, make_engine, read, re
     assert (over.state, reason in over.reason) == (PAUSED, True), over.reason
 
 
+def test_slow_evidence_keeps_nobody_from_switching_off(server, stub, client, make_engine):
+    make_engine()
+    started = threading.Event()
+
+    async def hang():
+        started.set()
+        await asyncio.sleep(3600)
+
+    driver = server.server._rollout_driver
+    driver.read, driver.read_seconds = hang, 3.0
+    _start(stub)
+    assert started.wait(20)
+    asked = time.monotonic()
+    assert client.update_policy(dataclasses.replace(BASE, enabled=False)).revision == 2
+    print(f"switched off after {time.monotonic() - asked:.3f} s")
+    assert _get(stub).state == ABORTED, "the update did not wait for the analysis"
+    assert "replaced revision 1" in _get(stub).reason
+
+
+def test_what_was_measured_is_kept_with_a_roll_out_of_one_step(stub, make_engine):
+    make_engine()
+    _start(stub, shares=[0.5])
+    assert {e.arm for e in _wait(stub, PROMOTED, PAUSED, ABORTED).evidence} == {1, 2}
+
+
 def test_an_engine_that_says_nothing_pauses(server, stub, make_engine):
     server.server._rollout_driver.silence_seconds = 0.3
     make_engine()
@@ -344,6 +370,7 @@ def test_a_roll_out_goes_on_after_a_restart_of_the_service(settings):
             stub = rollouts_pb2_grpc.RolloutsStub(channel)
             over = _wait(stub, PROMOTED, ABORTED, PAUSED)
             assert over.state == PROMOTED, over.reason
+            wait_for(lambda: again.pushes.qsize() >= 3, "the push of the promoted policy")
             assert [(p.canary.rollout, p.canary.share) for p in _drain(again)] == [(1, 0.1), (1, 0.5), (0, 0)]
     finally:
         again.close()

@@ -59,14 +59,14 @@ class Changes:
         action: str,
         caller: Caller,
         comment: str = "",
-        promoted: str = "",
+        promoted: Rollout | None = None,
         note: Callable[[Revision], None] = lambda _: None,
         **more: Any,
     ) -> Revision:
         """Store a new revision and announce it; `more` goes to `Store.append`, which says what it raises.
 
-        It ends the roll-out that is under way: as promoted where `promoted` says why, else as aborted. `note` writes what else belongs
-        to the same transaction.
+        It ends the roll-out that is under way: as promoted where that is `promoted`, which holds the reason, else as aborted.
+        `note` writes what else belongs to the same transaction.
         """
         made, ended = await asyncio.to_thread(self._append, policy, action, caller, comment, promoted, note, more)
         self._fleet.set_desired(made)
@@ -75,7 +75,14 @@ class Changes:
         return made
 
     def _append(
-        self, policy: Policy, action: str, caller: Caller, comment: str, promoted: str, note: Callable[[Revision], None], more: dict[str, Any]
+        self,
+        policy: Policy,
+        action: str,
+        caller: Caller,
+        comment: str,
+        promoted: Rollout | None,
+        note: Callable[[Revision], None],
+        more: dict[str, Any],
     ) -> tuple[Revision, Rollout | None]:
         with self._db.transaction():
             before = self._store.find_newest()
@@ -83,8 +90,8 @@ class Changes:
             ended, running = None, self._rollouts.find_newest()
             if before and made.revision == before.revision + 1 and running and running.is_under_way:
                 why = f"revision {made.revision} by {made.author} replaced revision {running.base_revision}, beside which it ran"
-                over = running.end("promoted", promoted, promoted_revision=made.revision) if promoted else running.end("aborted", why)
-                ended = self._save(running, over, action if promoted else "AbortRollout", caller, promoted or why)
+                over = promoted.end("promoted", promoted.reason, promoted_revision=made.revision) if promoted else running.end("aborted", why)
+                ended = self._save(running, over, action if promoted else "AbortRollout", caller, over.reason)
             note(made)
             return made, ended
 

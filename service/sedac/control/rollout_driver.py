@@ -75,15 +75,13 @@ class RolloutDriver:
                 self._timed, self._began, self._due = key, now, None
             if refusal := self._find_refusal():
                 await self._pause(rollout, refusal)
-            elif self._due is None:
+                return 0.0
+            if self._due is None:
                 return await self._wait_for_engines(rollout, now)
-            elif now < self._due:
+            if now < self._due:
                 return self._due - now
-            else:
-                await self._analyse(rollout)
-                if self._changes.rollout is rollout:  # nothing came of it but an error; try again after another interval
-                    self._due = now + rollout.interval_seconds
-            return 0.0
+        await self._analyse(rollout)  # without the lock, so that slow evidence keeps nobody from switching off
+        return 0.0
 
     async def _wait_for_engines(self, rollout: Rollout, now: float) -> float:
         late = list(self._find_late(rollout))
@@ -125,15 +123,23 @@ class RolloutDriver:
         return await asyncio.to_thread(pool, self._fleet.book.list())
 
     async def _analyse(self, rollout: Rollout) -> None:
+        evidence, verdict, shown = await self._find_verdict(rollout)
+        async with self._changes.lock:
+            if self._changes.rollout is rollout:  # else somebody changed it meanwhile
+                await self._act(rollout, evidence, verdict, shown)
+
+    async def _find_verdict(self, rollout: Rollout) -> tuple[Evidence, Verdict, bytes]:
         try:
             async with asyncio.timeout(self.read_seconds):
                 evidence = await self.read()
-                verdict, shown = await asyncio.to_thread(self._judge, rollout, evidence, tuple(self._find_unheard(rollout)))
+                return evidence, *await asyncio.to_thread(self._judge, rollout, evidence, tuple(self._find_unheard(rollout)))
         except TimeoutError:
-            evidence, verdict, shown = Evidence(tiers={}), Verdict("none", f"the analysis took longer than {self.read_seconds:g} s"), b""
+            return Evidence(tiers={}), Verdict("none", f"the analysis took longer than {self.read_seconds:g} s"), b""
         except Exception as error:  # noqa: BLE001  whatever broke, nothing may be promoted
             _log.exception("the analysis of %s failed", rollout.name)
-            evidence, verdict, shown = Evidence(tiers={}), Verdict("none", f"the analysis failed: {error!r}"), b""
+            return Evidence(tiers={}), Verdict("none", f"the analysis failed: {error!r}"), b""
+
+    async def _act(self, rollout: Rollout, evidence: Evidence, verdict: Verdict, shown: bytes) -> None:
         self._metrics.analyses.labels(verdict.kind).inc()
         judged = replace(rollout, evidence=shown)
         if verdict.kind == "breach":
@@ -163,7 +169,11 @@ class RolloutDriver:
             await self._pause(rollout, f"passed, but the candidate can't be promoted: {error}")
             return
         made = await self._changes.append(
-            rollout.policy, action="PromoteRollout", caller=ROLLOUT, comment=f"{rollout.name}: {reason}"[:1024], promoted=reason
+            rollout.policy,
+            action="PromoteRollout",
+            caller=ROLLOUT,
+            comment=f"{rollout.name}: {reason}"[:1024],
+            promoted=replace(rollout, reason=reason),
         )
         _log.info("%s promoted as revision %d: %s", rollout.name, made.revision, reason)
 

@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -161,8 +162,8 @@ class RolloutServicer(rollouts_pb2_grpc.RolloutsServicer):
 
     async def _promote(self, rollout: Rollout, request: rollouts_pb2.ChangeRolloutRequest, caller: Caller) -> Rollout:
         self._check(rollout.policy)
-        comment, reason = request.comment or f"promoted from {rollout.name}", _tell("promoted", request, caller)
-        await self._changes.append(rollout.policy, action="PromoteRollout", caller=caller, comment=comment, promoted=reason)
+        comment, promoted = request.comment or f"promoted from {rollout.name}", replace(rollout, reason=_tell("promoted", request, caller))
+        await self._changes.append(rollout.policy, action="PromoteRollout", caller=caller, comment=comment, promoted=promoted)
         return await asyncio.to_thread(self._rollouts.get, rollout.number)
 
     def _find(self, name: str) -> Rollout:
