@@ -57,7 +57,7 @@ def _save(part: str, figures: dict[str, Any]) -> None:
 def _show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(column.replace("_", " "), justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     console.print(table)
