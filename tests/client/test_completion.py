@@ -48,6 +48,14 @@ def test_revisions_complete_with_their_comments(complete, client):
     assert set(complete("sedac ctl rollout start --revision ")) == {"1", "2"}
 
 
+def test_comments_of_others_disturb_no_shell(complete, client):
+    client.update_policy(FIRST, comment="[/] [bold]two\nlines and " + "x" * 100)
+    ((revision, note),) = complete("sedac ctl policy rollback ").items()
+    assert revision == "1"
+    assert note.startswith("tester: [/] [bold]two lines and xxx")
+    assert len(note) == 60
+
+
 def test_tiers_probe_sets_and_roll_outs_complete_by_name(complete, client, make_engine, tmp_path):
     make_engine("e1", initial=Policy(enabled=True, tiers=(Tier(name="night"), Tier(name="noon")), default_tier="noon")).pushes.get(timeout=10)
     assert set(complete("sedac ctl tier default n")) == {"night", "noon"}

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 import typer
+from rich.markup import escape
 
 from sedac.client.client import ControlClient
 from sedac.client.rollout_tables import get_state
@@ -19,7 +20,8 @@ from sedac.errors import SedacError
 from sedac.policy import EXACT
 
 TIMEOUT_SECONDS = 1.0
-_MAX_VALUES, _MAX_NOTE_CHARS = 50, 60  # typer wraps longer notes, and shells take the second line for another word
+_MAX_READ, _MAX_VALUES = 500, 50
+_MAX_NOTE_CHARS = 60  # typer wraps longer notes, and shells take the second line for another word
 Values = Iterable[tuple[str, str]]
 """words and what they mean"""
 
@@ -28,10 +30,16 @@ def _complete(find_values: Callable[[ControlClient], Values]) -> Callable[[typer
     def complete(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
         found: list[tuple[str, str]] = []
         with contextlib.suppress(SedacError), open_client(_find_options(ctx), timeout_seconds=TIMEOUT_SECONDS, num_retries=0) as client:
-            found += islice(((value, note[:_MAX_NOTE_CHARS]) for value, note in find_values(client) if value.startswith(incomplete)), _MAX_VALUES)
+            values = islice(find_values(client), _MAX_READ)
+            found += islice(((value, _make_note(note)) for value, note in values if value.startswith(incomplete)), _MAX_VALUES)
         return found
 
     return complete
+
+
+def _make_note(text: str) -> str:
+    """Return the text on one line, and without markup, which typer would read in it."""
+    return escape(" ".join(text.split())[:_MAX_NOTE_CHARS])
 
 
 def _find_options(ctx: typer.Context) -> dict[str, Any]:

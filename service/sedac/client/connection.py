@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import getpass
 import os
 import random
@@ -67,7 +68,7 @@ class Attempts:
         self._made = 0
 
 
-class Connection:
+class Connection(abc.ABC):
     """One client's address, credentials and habits."""
 
     def __init__(
@@ -95,8 +96,9 @@ class Connection:
         self._channel: Any = self._open_channel(self._credentials)
         self._stubs = {name: make(self._channel) for name, make in _STUBS.items()}
 
+    @abc.abstractmethod
     def _open_channel(self, credentials: Credentials) -> Any:
-        raise NotImplementedError
+        """Open a channel of the kind that the client calls through."""
 
     def _make_metadata(self) -> Metadata:
         return (self._author, *self._credentials.make_call_metadata())

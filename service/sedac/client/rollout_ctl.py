@@ -28,7 +28,7 @@ app = typer.Typer(
 
     Examples:
 
-        sedac ctl policy get --json > candidate.json     then edit it; bounds on audits need an audit share in it
+        sedac ctl policy get --json > candidate.json     then edit it, and give it an audit share
 
         sedac ctl rollout start candidate.json --share 0.05 --share 0.5 --interval 60 --max-mismatch 0.05 --max-latency-ratio 1.1
 
