@@ -154,12 +154,13 @@ class Requests:
 
     def count_step(self, request_ids: Sequence[str], bounds: Array, saved_T: Array | None) -> None:
         """Count the step's tokens and what they saved to their requests."""
+        is_enabled = self._state.is_enabled
         saved_N = np.zeros(len(request_ids)) if saved_T is None else np.add.reduceat(saved_T, bounds[:-1])
         for request_id, count, saved in zip(request_ids, np.diff(bounds).tolist(), saved_N.tolist(), strict=True):
             request = self._running[request_id]
             request.num_tokens += count
             request.num_saved += saved
-            if not self._state.is_enabled:
+            if not is_enabled:
                 request.certificate = ""  # nothing was resolved in this step
         if saved_T is not None and any(arm.policy.sensitivity > 0 for arm in self._state.arms):
             self._count_risks(request_ids, bounds)

@@ -26,23 +26,41 @@ std::vector<std::array<Checkpoint, kNumArms>>& checkpoints() {
   return all;
 }
 
+// The same for the length of one step, read once.
+struct Arm {
+  const float *down, *norm_weight, *norm_bias, *out_weight, *out_bias;
+  int64_t rank;
+  float threshold, weight, target;
+  Rule rule;
+
+  Arm(const Checkpoint& c, const Rule& rule)
+      : down(data<float>(c.down)),
+        norm_weight(data<float>(c.norm_weight)),
+        norm_bias(data<float>(c.norm_bias)),
+        out_weight(data<float>(c.out_weight)),
+        out_bias(data<float>(c.out_bias)),
+        rank(*data<int64_t>(c.rank)),
+        threshold(rank > 0 ? data<float>(c.knobs)[0] : 0.0f),
+        weight(data<float>(c.knobs)[1]),
+        target(data<float>(c.knobs)[2]),
+        rule(rule) {}
+};
+
 constexpr int64_t kMaxRank = 4096;
 constexpr float kNormEpsilon = 1e-5f;
 constexpr float kSoftplusLinear = 20.0f;
 
-float get_risk(const Checkpoint& c, const float* stream, int64_t hidden) {
-  const int64_t rank = *data<int64_t>(c.rank);
+float get_risk(const Arm& arm, const float* stream, int64_t hidden) {
+  const int64_t rank = arm.rank;
   float z[kMaxRank];
-  const float* down = data<float>(c.down);
-  for (int64_t r = 0; r < rank; ++r) dot_rows(down + r * hidden, stream, hidden, 1, hidden, z + r);
+  for (int64_t r = 0; r < rank; ++r) dot_rows(arm.down + r * hidden, stream, hidden, 1, hidden, z + r);
   float mean = 0, variance = 0;
   for (int64_t r = 0; r < rank; ++r) mean += z[r];
   mean /= rank;
   for (int64_t r = 0; r < rank; ++r) variance += (z[r] - mean) * (z[r] - mean);
   const float inverse = 1.0f / std::sqrt(variance / rank + kNormEpsilon);
-  const float *w = data<float>(c.norm_weight), *bias = data<float>(c.norm_bias), *out = data<float>(c.out_weight);
-  float logit = *data<float>(c.out_bias);
-  for (int64_t r = 0; r < rank; ++r) logit += ((z[r] - mean) * inverse * w[r] + bias[r]) * out[r];
+  float logit = *arm.out_bias;
+  for (int64_t r = 0; r < rank; ++r) logit += ((z[r] - mean) * inverse * arm.norm_weight[r] + arm.norm_bias[r]) * arm.out_weight[r];
   return logit > kSoftplusLinear ? logit : std::log1p(std::exp(logit));
 }
 
@@ -78,19 +96,14 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
   uint8_t *role = data<uint8_t>(b.role), *done = data<uint8_t>(b.done), *goal = data<uint8_t>(b.goal), *level = data<uint8_t>(b.level);
   float *confidence = data<float>(b.confidence), *risk = data<float>(b.risk) + index * b.risk.size(1);
   const float* scale = data<float>(b.scale);
-  const auto& arms = checkpoints()[index];
+  const auto& checkpoint = checkpoints()[index];
+  const std::array<Arm, kNumArms> arms = {Arm(checkpoint[0], model().rules[0]), Arm(checkpoint[1], model().rules[1])};
   const auto get_arm = [&](int64_t t) { return role[t] & kCanary ? 1 : 0; };
-  float thresholds[kNumArms];
-  bool has_probe[kNumArms];
-  for (int arm = 0; arm < kNumArms; ++arm) {
-    has_probe[arm] = *data<int64_t>(arms[arm].rank) > 0;
-    thresholds[arm] = has_probe[arm] ? data<float>(arms[arm].knobs)[0] : 0.0f;
-  }
 
   std::vector<int32_t> rows;
   for (int64_t t = 0; t < num_tokens; ++t) {
-    const bool decides = (role[t] & kDecides) && !done[t] && thresholds[get_arm(t)] > 0;
-    if (decides || ((role[t] & kObserved) && has_probe[get_arm(t)])) rows.push_back(t);
+    const bool decides = (role[t] & kDecides) && !done[t] && arms[get_arm(t)].threshold > 0;
+    if (decides || ((role[t] & kObserved) && arms[get_arm(t)].rank > 0)) rows.push_back(t);
   }
   if (rows.empty()) return;
   at::parallel_for(0, rows.size(), 8, [&](int64_t begin, int64_t end) {
@@ -104,43 +117,40 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
   });
 
   int64_t num_decided[kNumArms] = {}, num_confident[kNumArms] = {};
-  bool all_confident[kNumArms];
-  std::fill(all_confident, all_confident + kNumArms, true);
+  bool all_confident[kNumArms] = {true, true};
   std::vector<int32_t> confident;
   for (const int32_t t : rows) {
-    const int arm = get_arm(t);
-    if (!(role[t] & kDecides) || done[t] || thresholds[arm] <= 0) continue;
-    ++num_decided[arm];
-    const Rule& rule = model().rules[arm];
-    const float* knobs = data<float>(arms[arm].knobs);
-    const float weight = knobs[1], target = knobs[2];
-    const float limit = thresholds[arm] * scale[t];
+    const int number = get_arm(t);
+    const Arm& arm = arms[number];
+    if (!(role[t] & kDecides) || done[t] || arm.threshold <= 0) continue;
+    ++num_decided[number];
+    const float limit = arm.threshold * scale[t];
     bool sure = risk[t] < limit;  // false for NaN
-    if (rule.rule == 1) {
+    if (arm.rule.rule == 1) {
       const float now = sure ? (limit - risk[t]) / limit : 0.0f;
-      confidence[t] = confidence[t] * static_cast<float>(rule.decay) + now * weight;
-      sure = confidence[t] >= target;
+      confidence[t] = confidence[t] * static_cast<float>(arm.rule.decay) + now * arm.weight;
+      sure = confidence[t] >= arm.target;
     }
     if (sure) {
       confident.push_back(t);
     } else {
-      all_confident[arm] = false;
+      all_confident[number] = false;
     }
   }
+  const float* shares = data<float>(b.shares);
   for (const int32_t t : confident) {
-    const int arm = get_arm(t);
-    if (model().rules[arm].scope == 1 && !all_confident[arm]) continue;
+    const int number = get_arm(t);
+    if (arms[number].rule.scope == 1 && !all_confident[number]) continue;
     const bool soft = role[t] & kSoft;
     const uint8_t wanted = soft ? get_soft_level(b, goal[t], confidence[t]) : goal[t];
-    const float* shares = data<float>(b.shares);
     if (shares[wanted] > shares[level[t]]) level[t] = wanted;
     if (soft && level[t] != goal[t]) continue;  // a later checkpoint may be surer still
     done[t] = 1;
-    ++num_confident[arm];
+    ++num_confident[number];
   }
   for (int arm = 0; arm < kNumArms; ++arm) {
-    data<int64_t>(arms[arm].counts)[0] += num_decided[arm];
-    data<int64_t>(arms[arm].counts)[1] += num_confident[arm];
+    data<int64_t>(checkpoint[arm].counts)[0] += num_decided[arm];
+    data<int64_t>(checkpoint[arm].counts)[1] += num_confident[arm];
   }
 }
 
