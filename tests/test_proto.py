@@ -16,11 +16,12 @@ from sedac import wire
 from sedac.control.v1 import control_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
-from sedac.stats import CheckpointStats, Stats, TierStats
+from sedac.stats import CheckpointStats, RankStats, Stats, TierStats
 
 from tests.strategies import any_policies
 
 ROOT = Path(__file__).resolve().parents[1]
+_LISTS = ("checkpoints", "tiers", "ranks")
 _counts, _amounts = st.integers(0, 2**62), st.floats(0, 1e30)
 
 
@@ -96,7 +97,7 @@ def test_foreign_statuses_are_not_taken_for_ours():
 @given(
     st.builds(
         Stats,
-        **{f.name: _amounts if "mlp_blocks" in f.name else _counts for f in dataclasses.fields(Stats) if f.name not in ("checkpoints", "tiers")},
+        **{f.name: _amounts if "mlp_blocks" in f.name else _counts for f in dataclasses.fields(Stats) if f.name not in _LISTS},
         checkpoints=st.lists(
             st.builds(
                 CheckpointStats, layer=st.integers(0, 4096), num_evaluated=_counts, num_exited=_counts, threshold=_amounts, exit_rate=st.floats(0, 1)
@@ -109,14 +110,15 @@ def test_foreign_statuses_are_not_taken_for_ours():
             ),
             max_size=3,
         ).map(tuple),
+        ranks=st.lists(st.builds(RankStats, rank=st.integers(0, 1024), active_revision=_counts, num_steps=_counts), max_size=3).map(tuple),
     )
 )
 def test_counters_survive_the_wire(stats):
     report = control_pb2.EngineReport.FromString(wire.stats_to_report(stats).SerializeToString())
     for field in dataclasses.fields(Stats):
-        if field.name not in ("checkpoints", "tiers"):
+        if field.name not in _LISTS:
             assert getattr(report, field.name) == getattr(stats, field.name)
-    for entries, read in ((stats.checkpoints, report.checkpoints), (stats.tiers, report.tiers)):
+    for entries, read in ((getattr(stats, name), getattr(report, name)) for name in _LISTS):
         assert [vars(e) for e in entries] == [{f.name: getattr(r, f.name) for f in r.DESCRIPTOR.fields} for r in read]
     assert Stats.from_dict(json.loads(json.dumps(dataclasses.asdict(stats)))) == stats
 

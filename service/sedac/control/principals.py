@@ -92,7 +92,7 @@ def read_principals(path: Path, *, certificates: bool) -> Principals:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"{where} can't be read: {reason}; name a file with one JSON object per line") from None
-    entries = []
+    entries: list[Entry] = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
