@@ -14,11 +14,13 @@ import asyncio
 import contextlib
 import json
 import math
+import os
 import platform
 import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +37,7 @@ from rich.table import Table  # noqa: E402
 from sedac import wire  # noqa: E402
 from sedac.client.client import ControlClient  # noqa: E402
 from sedac.control.v1 import control_pb2  # noqa: E402
+from sedac.errors import NotSynced, SedacError  # noqa: E402
 from sedac.policy import Checkpoint, Policy  # noqa: E402
 from traffic import Memory, Traffic, find_percentile, find_processes, read_apply_percentiles  # noqa: E402
 
@@ -147,11 +150,32 @@ def _make_sets(directory: Path, count: int) -> list[Path]:
     return made
 
 
+class _Watcher:
+    """Follows the one engine by WatchEngines, in a thread of its own until the client closes; asking again and again would load both."""
+
+    def __init__(self, client: ControlClient) -> None:
+        self._client, self._changed, self._revision = client, threading.Condition(), 0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        with contextlib.suppress(SedacError):
+            for answer in self._client.watch_engines():
+                with self._changed:
+                    self._revision = max([e.active_revision for e in answer.engines if e.state == control_pb2.ENGINE_STATE_SYNCED], default=0)
+                    self._changed.notify_all()
+
+    def wait_until_synced(self, revision: int, timeout_seconds: float) -> None:
+        """Return once the engine runs `revision` or a newer one."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._revision >= revision, timeout_seconds):
+                raise NotSynced(f"revision {revision} is not in force after {timeout_seconds:g} s")
+
+
 class _Changer:
     """Makes changes one after the other; each is in force in the engine, or replaced, before the next."""
 
     def __init__(self, client: ControlClient, sets: list[Path], num_changes: int) -> None:
-        self._client, self._sets = client, sets
+        self._client, self._sets, self._watcher = client, sets, _Watcher(client)
         self._every = num_changes // len(sets) if sets else num_changes + 1
         self._policy: Policy = wire.policy_from_proto(client.get_policy())
         self.num_changes = self.num_swaps = 0
@@ -173,7 +197,7 @@ class _Changer:
         self._policy = policy
         turned = tuple(Checkpoint(**{**vars(c), "threshold": c.threshold * scale}) for c in policy.checkpoints)
         revision = self._client.update_policy(dataclasses.replace(policy, checkpoints=turned, certificate=None)).revision
-        self._client.wait_until_synced(revision, 60)
+        self._watcher.wait_until_synced(revision, 60)
         (self.swap_seconds if is_swap else self.seconds).append(time.monotonic() - started)
         if is_swap and self.num_swaps > 2:
             self._client.delete_probe_set(self._sets[self.num_swaps - 3].name)
@@ -195,7 +219,8 @@ def load(
     swaps: Annotated[int, typer.Option(min=0, help="Of these, changes that name a probe set uploaded just before.")] = 100,
     streams: Annotated[int, typer.Option(min=1, help="Clients that ask again as soon as they have their answer.")] = 4,
     pairs: Annotated[int, typer.Option(min=1, help="Windows with changes, each beside one without.")] = 10,
-    window_seconds: Annotated[float, typer.Option(min=1, help="Length of a window.")] = 15.0,
+    window_seconds: Annotated[float, typer.Option(min=1, help="Length of a window.")] = 20.0,
+    pin: Annotated[bool, typer.Option(help="Compute on the first core alone, control service and clients on the others.")] = True,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 32,
     seed: Seed = 0,
 ) -> None:
@@ -209,8 +234,11 @@ def load(
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         sets = _make_sets(directory / "sets", swaps)
-        served = start(directory, "--dtype", "float32")
+        served = start(directory, "--dtype", "float32", **({"VLLM_CPU_OMP_THREADS_BIND": "0"} if pin else {}))
         try:
+            if pin:
+                for thread in (*psutil.Process().threads(), *served.find_control().threads()):
+                    os.sched_setaffinity(thread.id, range(1, psutil.cpu_count()))
             with ControlClient(served.control_address, author="benchmark") as client:
                 traffic = Traffic(served.url, num_streams=streams, max_tokens=max_tokens)
                 memory = None
@@ -245,6 +273,7 @@ def load(
     failed = [a.problem for a in traffic.answers if a.problem]
     acked = samples["sedac_policy_updates_total{ack}"]
     figures = {
+        "pinned": pin, "changes_per_second": round(changes / pairs / window_seconds, 2),
         "changes": changer.num_changes, "swaps": changer.num_swaps, "applied_by_engine": int(acked), "streams": streams,
         "requests": len(traffic.answers), "failed_requests": len(failed), "problems": failed[:5],
         "torn_steps": int(samples["sedac_torn_steps_total"]),

@@ -247,8 +247,11 @@ def test_a_named_probe_set_is_fetched_preloaded_and_then_named(tmp_path):
             assert not answer.HasField("error"), answer.error
             assert workers.preloads == [(str(tmp_path / fresh.sha256), fresh.sha256)]
             assert workers.policies[0].probe_set == "fresh"
-            await service.push(replace(FIRST, probe_set="fresh"), 4, sets=["fresh"])
+            workers.failing["sedac_preloaded"] = RuntimeError("a set in force needs no looking after")
+            answer = await service.push(replace(FIRST, probe_set="fresh"), 4, sets=["fresh"])
+            assert not answer.HasField("error"), answer.error
             assert (service.num_downloads, len(workers.preloads)) == (1, 1), "it is there already"
+            workers.failing.clear()
             service.download_errors = [grpc.StatusCode.UNAVAILABLE]
             candidate = replace(OTHER, probe_set="newer")
             answer = await service.push(replace(FIRST, probe_set="fresh"), 5, rollout=2, candidate=candidate, sets=["fresh", "newer"])

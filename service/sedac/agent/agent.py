@@ -58,9 +58,11 @@ class Agent:
     """by roll-out; 0: of the policy in force"""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _follower: Follower = field(init=False)
+    _preparation: Preparation = field(init=False)
 
     def __post_init__(self) -> None:
         """Connect the parts."""
+        self._preparation = Preparation(engine=self.engine)
         self._follower = Follower(
             address=self.settings.control_address,
             make_hello=self._make_hello,
@@ -175,7 +177,7 @@ class Agent:
     async def _follow_orders(self, orders: Orders, fetch: Fetch) -> None:
         async def prepare() -> None:
             async with asyncio.timeout(_PREPARE_SECONDS):
-                await Preparation(engine=self.engine).prepare(orders, self.layout, fetch)
+                await self._preparation.prepare(orders, self.layout, fetch)
 
         await self._apply(orders.policy, orders.revision, orders.canary, prepare)
 
@@ -186,6 +188,7 @@ class Agent:
             elif policy.certificate:
                 validate(policy, self.layout)  # the workers check all but the certificate, for they don't know the weights
             await self._switch(policy, revision, canary)
+            self._preparation.note_applied()
             self.policy, self.revision, self.canary = policy, revision, canary
         books = [open_book(self._books.get(0), policy, revision=revision)]
         if canary:
@@ -212,6 +215,7 @@ class Agent:
         except Exception as error:
             if isinstance(error, PolicyInvalid) and not isinstance(error, PartlyRefused):
                 raise  # refused by all, so that nothing changed
+            self._preparation.forget()
             _log.error("revision %d is perhaps in force in some workers; putting revision %d back in all", revision, self.revision)
             try:
                 await self.engine.apply(self.policy, self.revision, self.canary)
