@@ -175,6 +175,7 @@ def test_reports_are_shown(client, make_engine):
     [
         (control_pb2.EngineMessage(report=control_pb2.EngineReport()), "hello: the first message must be a hello"),
         (control_pb2.EngineMessage(hello=control_pb2.EngineHello()), "hello.engine_id: 0 characters; give 1 to 128"),
+        (control_pb2.EngineMessage(hello=control_pb2.EngineHello(engine_id="e", model="m" * 70_000)), "hello: 70007 bytes; at most 65536"),
         (
             control_pb2.EngineMessage(hello=control_pb2.EngineHello(engine_id="e", initial_policy=control_pb2.Policy(phase=9))),
             "hello.initial_policy.phase: 9 is unknown",

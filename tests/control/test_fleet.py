@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 
+import pytest
 from sedac.client.client import ControlClient
+from sedac.control import fleet as fleet_module
+from sedac.control.fleet import Fleet as RememberedFleet
+from sedac.control.metrics import ControlMetrics
+from sedac.control.v1 import control_pb2
 
 from tests.control.processes import ControlProcess
 from tests.control.simulated import Fleet
@@ -42,3 +47,15 @@ def test_every_change_reaches_every_engine_whoever_comes_and_goes(tmp_path):
         with ControlClient(service.address) as client:
             assert client.get_policy().revision == 21
             assert len(client.get_status().engines) == 40
+
+
+def test_only_so_many_engines_that_are_gone_are_remembered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fleet_module, "_MAX_GONE", 3)
+    fleet = RememberedFleet(ControlMetrics())
+    stayed, _ = fleet.join(control_pb2.EngineHello(engine_id="stayed"), "peer")
+    for number in range(10):
+        engine, _ = fleet.join(control_pb2.EngineHello(engine_id=f"e{number}"), "peer")
+        fleet.leave(engine)
+    fleet.forget()
+    assert list(fleet.engines) == ["stayed", "e7", "e8", "e9"]
+    assert fleet.engines["stayed"] is stayed

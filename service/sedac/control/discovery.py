@@ -28,6 +28,7 @@ from sedac.policy import Policy, validate
 
 _log = logging.getLogger(__name__)
 _MAX_ID_CHARS = 128
+_MAX_HELLO_BYTES = 2**16  # it is remembered while the engine is
 
 
 class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
@@ -154,6 +155,8 @@ async def _read_hello(messages: AsyncIterator[control_pb2.EngineMessage]) -> tup
     if first is None or first.WhichOneof("kind") != "hello":
         raise refuse("hello", "the first message must be a hello")
     hello = first.hello
+    if hello.ByteSize() > _MAX_HELLO_BYTES:
+        raise refuse("hello", f"{hello.ByteSize()} bytes; at most {_MAX_HELLO_BYTES}")
     if not 0 < len(hello.engine_id) <= _MAX_ID_CHARS:
         raise refuse("hello.engine_id", f"{len(hello.engine_id)} characters; give 1 to {_MAX_ID_CHARS} (SEDAC_ENGINE_ID)")
     if not hello.HasField("initial_policy"):

@@ -27,6 +27,8 @@ from sedac.fit import ProbeSetSummary
 from sedac.policy import Layout, Policy, validate
 
 _FORGET_AFTER = datetime.timedelta(days=1)
+_MAX_GONE = 1024
+"""engines that are not connected any more and still remembered; beyond that the oldest are forgotten"""
 
 
 class Target(NamedTuple):
@@ -208,9 +210,11 @@ class Fleet:
         self.notify(engine)
 
     def forget(self) -> None:
-        """Drop the engines that were not heard of for a day."""
+        """Drop the engines that were not heard of for a day, and the oldest of too many that are gone."""
         long_ago = datetime.datetime.now(datetime.UTC) - _FORGET_AFTER
-        for engine in [e for e in self.engines.values() if not e.connected and e.last_seen <= long_ago]:
+        gone = sorted((e for e in self.engines.values() if not e.connected), key=lambda e: e.last_seen)
+        num_over = len(gone) - _MAX_GONE
+        for engine in [e for i, e in enumerate(gone) if i < num_over or e.last_seen <= long_ago]:
             self._count(engine, None)
             del self.engines[engine.id]
             self._show()
@@ -303,7 +307,7 @@ class Fleet:
             PolicyInvalid: with every field at fault, and the engines that it doesn't fit.
         """
         found: dict[FieldViolation, list[str]] = {}
-        layouts = {engine.id: engine.layout for engine in self.engines.values() if engine.connected}
+        layouts = {engine.id: engine.layout for engine in list(self.engines.values()) if engine.connected}  # also called from other threads
         for engine_id, layout in layouts.items():
             known = _violations(self.desired.policy, layout, self.probe_sets) if self.desired else set()
             for violation in sorted(_violations(policy, layout, self.probe_sets) - known, key=str):
