@@ -106,8 +106,8 @@ class Preparation:
         for field_name, name in _list_names(orders, layout):
             reference = orders.references.get(name)
             if name not in fetched and reference is not None:
-                known = self._in_force.get(reference.sha256)
-                fetched[name] = known or await self._try(field_name, name, self._fetch(reference, fetch))
+                in_force = self._in_force.get(reference.sha256)
+                fetched[name] = in_force if in_force is not None else await self._try(field_name, name, self._fetch(reference, fetch))
         _validate_both(orders.policy, orders.canary, layout, {name: found.summary for name, found in fetched.items()})
         for field_name, name in _list_names(orders, layout):
             if name in fetched and fetched[name].summary.sha256 not in self._in_force:
