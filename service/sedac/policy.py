@@ -39,6 +39,8 @@ REQUEST_KEY = "sedac_key"
 """beside them, of the request: who it is for; requests of one key are of one arm while a roll-out goes on. The server takes it out"""
 ARM_KEY, ROLLOUT_KEY, AUDIT_KEY = "sedac_arm", "sedac_rollout", "sedac_audit"
 """set by the server alone: the arm (absent: stable), its roll-out's number, and whether the answer will be scored again"""
+SPECULATION_KEY = "sedac_speculation"
+"""in `vllm_xargs` of a request: false, and none of its tokens is drafted; its answer is the same"""
 STABLE, CANARY = "stable", "canary"
 """the arms: the policy in force, and a roll-out's candidate beside it"""
 _MAX_LEVEL_CHARS = 64
@@ -112,6 +114,21 @@ class Audit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speculation:
+    """Self-speculation of engines that have a draft; it changes no answer, only when it comes."""
+
+    enabled: bool = True
+    max_tokens: int = 0
+    """draft tokens of a sequence per step at most; 0: as many as the engine's draft proposes"""
+    min_confidence: float | None = None
+    """a sequence stops drafting when the product of its drafts' confidences falls below it, 0 to 1; None: the draft's own"""
+    adaptive: bool = True
+    """choose lengths and stopping rules from measured costs and acceptance, down to no drafting; the two above are its limits and its start"""
+    tiers: tuple[str, ...] = ()
+    """whose requests speculate, `exact` among them; empty: all"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Policy:
     """The knobs of one revision; see `Policy` in control.proto for each field's meaning."""
 
@@ -135,6 +152,7 @@ class Policy:
     certificate: Certificate | None = None
     """of one of the tiers with these very knobs; None: UNCERTIFIED"""
     audit: Audit = field(default_factory=Audit)
+    speculation: Speculation = field(default_factory=Speculation)
 
     def get_tiers(self) -> tuple[Tier, ...]:
         """Return the tiers beside `exact`, the implied one where none is listed."""
@@ -153,12 +171,14 @@ class Policy:
         """
         adaptation = dict(data.get("adaptation", {}))
         adaptation["target_exit_rates"] = tuple(adaptation.get("target_exit_rates", ()))
+        speculation = data.get("speculation", {})
         parts = {
             "checkpoints": tuple(Checkpoint(**c) for c in data.get("checkpoints", ())),
             "tiers": tuple(Tier(**t) for t in data.get("tiers", ())),
             "adaptation": Adaptation(**adaptation),
             "certificate": Certificate(**data["certificate"]) if data.get("certificate") else None,
             "audit": Audit(**data.get("audit", {})),
+            "speculation": Speculation(**{**speculation, "tiers": tuple(speculation.get("tiers", ()))}),
         }
         return cls(**{**data, **parts})
 

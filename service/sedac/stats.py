@@ -49,6 +49,54 @@ class RankStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControllerStats:
+    """What is known of drafting for one size of batch."""
+
+    num_sequences: int
+    """the size, up to which from half of it"""
+    state: str
+    """measuring (plain steps), trying, drafting or paused"""
+    gain: float
+    """rate of tokens with drafting to the rate without; 0: unknown"""
+    plain_seconds: float
+    """a step without drafts"""
+    step_seconds: float
+    """a step that verified drafts, without the time of drafting"""
+    draft_pass_seconds: float
+    tokens_per_step: float
+    """output tokens of a sequence in a step that verified drafts"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftingStats:
+    """Totals of self-speculation since the worker started, and its state now."""
+
+    kind: str
+    """adapter, exit-head or reduced"""
+    num_drafted: int = 0
+    """draft tokens that were verified"""
+    num_accepted: int = 0
+    num_verified_steps: int = 0
+    """sequences times steps in which a sequence had drafts verified"""
+    lengths: tuple[int, ...] = ()
+    """of these, by number of draft tokens: 0, 1, 2, ..."""
+    accepted_at: tuple[int, ...] = ()
+    """draft tokens accepted, by position"""
+    num_passes: int = 0
+    draft_seconds: float = 0.0
+    """spent drafting"""
+    step_seconds: float = 0.0
+    """of all steps, drafting included"""
+    controller: tuple[ControllerStats, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> DraftingStats:
+        """Build from `dataclasses.asdict`'s form."""
+        parts = {name: tuple(data.get(name, ())) for name in ("lengths", "accepted_at")}
+        return cls(**{**data, **parts, "controller": tuple(ControllerStats(**c) for c in data.get("controller", ()))})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """Totals of one worker since it started, or of several ranks together."""
 
@@ -71,12 +119,16 @@ class Stats:
     """changes of thresholds by adaptation since it was last reset"""
     ranks: tuple[RankStats, ...] = field(default=())
     """of the data-parallel ranks; empty: one"""
+    drafting: DraftingStats | None = None
+    """None: the engine has no draft of its own"""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Stats:
         """Build from `dataclasses.asdict`'s form."""
         parts: dict[str, type] = {"checkpoints": CheckpointStats, "tiers": TierStats, "ranks": RankStats}
-        return cls(**{**data, **{name: tuple(kind(**entry) for entry in data.get(name, ())) for name, kind in parts.items()}})
+        made: dict[str, Any] = {name: tuple(kind(**entry) for entry in data.get(name, ())) for name, kind in parts.items()}
+        drafting = data.get("drafting")
+        return cls(**{**data, **made, "drafting": DraftingStats.from_dict(drafting) if drafting else None})
 
 
 @dataclass(kw_only=True)

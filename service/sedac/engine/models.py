@@ -21,6 +21,7 @@ from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
 from sedac.engine import checkpoint, mlp
+from sedac.engine.drafting import tap
 from sedac.engine.levels import LevelTable
 from sedac.engine.record import Recorder
 from sedac.engine.state import State
@@ -28,6 +29,7 @@ from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
 from sedac.policy import FULL, SKIP, Layout
 from sedac.probe import artifact
 from sedac.probe.artifact import ProbeSet
+from sedac.probe.draft import read_draft_manifest
 
 CONFIG_KEY = "sedac"
 """the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
@@ -47,6 +49,8 @@ class StaticConfig:
     max_rank: int = 0
     """largest rank of probes that can be swapped in later: two probes of it are held per checkpoint (fp32, rank x hidden size);
     0: 128, or the attached set's rank where that is larger"""
+    draft: str = ""
+    """directory of the draft of self-speculation; empty: none"""
     record: bool = False
     """record streams at the checkpoints instead of serving decisions"""
     record_top_k: int = 8
@@ -148,6 +152,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
                 f"probe set {manifest.name!r} was trained for hidden size {manifest.hidden_size} and {manifest.num_layers} layers, the model has "
                 f"{hidden_size} and {num_layers}; train one for this model"
             )
+    model.sedac_layers = (list_name, layers)
     device = next(model.parameters()).device
     lora = vllm_config.lora_config is not None
     levels = probe_set.levels if probe_set and static.levels else ()
@@ -181,6 +186,12 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
             state.recorder.attach(i, layer.mlp, lambda: state.num_tokens, is_eager=is_eager)
     for i in layout.checkpoint_layers:
         checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
+    if static.draft:
+        draft = read_draft_manifest(Path(static.draft))
+        if draft.num_heads and draft.depth <= num_layers:
+            model.sedac_stream_TD = tap.attach(
+                layers[draft.depth - 1], _max_num_tokens(vllm_config), hidden_size, vllm_config.model_config.dtype, device
+            )
     first = 0 if levels else min(layout.checkpoint_layers, default=num_layers) + 1  # without levels nothing below a checkpoint changes
     scores_activation = probe_set is not None and probe_set.manifest.score == "activation"
     for i in range(first, num_layers):

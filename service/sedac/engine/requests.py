@@ -17,7 +17,7 @@ import numpy as np
 from sedac.engine.arms import ARMS, Arm
 from sedac.engine.state import State
 from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy import ARM_KEY, CANARY, CERTIFICATE_KEY, EXACT, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, TIER_KEY, Policy, Tier
+from sedac.policy import ARM_KEY, CANARY, CERTIFICATE_KEY, EXACT, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, SPECULATION_KEY, TIER_KEY, Policy, Speculation, Tier
 
 _MAX_FINISHED = 1000
 
@@ -41,6 +41,8 @@ class _Request:
     tier_name: str = ""
     probe_set_sha256: str = ""
     """of the certificate that it was first computed under"""
+    may_draft: bool = True
+    """whether its sampling parameters and its own wish allow drafts"""
     tier_row: int = 0
     is_bounded: bool = False
     floor: int = 0
@@ -65,7 +67,7 @@ class Requests:
         self._key: tuple[Any, ...] | None = None
         self._cached: Tokens | None = None
 
-    def add(self, request_id: str, extra: dict[str, Any]) -> None:
+    def add(self, request_id: str, extra: dict[str, Any], *, may_draft: bool = True) -> None:
         """Remember a new request and its `vllm_xargs`."""
         self._running[request_id] = _Request(
             tier=str(extra.get(TIER_KEY, "")),
@@ -73,6 +75,7 @@ class Requests:
             scale=float(extra.get(SCALE_KEY, 1.0)),
             certificate=str(extra.get(CERTIFICATE_KEY, "")),
             rollout=int(extra.get(ROLLOUT_KEY, 0)) if extra.get(ARM_KEY) == CANARY else 0,
+            may_draft=may_draft and str(extra.get(SPECULATION_KEY, "true")).lower() not in ("false", "0", "no", "off"),
         )
 
     def finish(self, request_ids: Iterable[str]) -> None:
@@ -151,6 +154,16 @@ class Requests:
             request.certificate = ""
         elif has:
             request.probe_set_sha256 = has.probe_set_sha256
+
+    def get_speculation(self, request_id: str) -> Speculation | None:
+        """Return the knobs under which the request may draft now; None: it may not."""
+        if not self._running[request_id].may_draft:
+            return None
+        request, arm = self._resolve(request_id)
+        speculation = arm.policy.speculation
+        if not speculation.enabled or (speculation.tiers and request.tier_name not in speculation.tiers):
+            return None
+        return speculation
 
     def count_step(self, request_ids: Sequence[str], bounds: Array, saved_T: Array | None) -> None:
         """Count the step's tokens and what they saved to their requests."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,14 @@ def is_sound() -> bool:
     output = torch.full((3,), math.nan)
     rejection_sampler._expand(output, torch.tensor([0.5, 2.0]), torch.tensor([1, 3], dtype=torch.int32), 0, 1)
     return output.tolist() == [0.5, 2.0, 2.0]
+
+
+def can_verify(params: Any) -> bool:
+    """Whether vLLM's rejection sampler applies all of a request's sampling parameters to draft tokens (sample/rejection_sampler.py, 0.32).
+
+    The others are sampled without drafts, by the sampler that applies them all.
+    """
+    return params is not None and not params.min_p and not params.logit_bias
 
 
 def mend() -> None:

@@ -8,7 +8,7 @@ T tokens of the step, C checkpoints, V levels, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -188,6 +188,22 @@ class State:
             if self.rollout:
                 mine_T = mine_T & (tokens.role_T & CANARY_ARM == arm.role)
             arm.follow(self.risk_CT, tokens.scale_T, mine_T)
+
+    def begin_draft(self, level: int, num_tokens: int) -> Callable[[], None]:
+        """Let the next passes run the MLPs of their first rows at a level, without decisions; call what it returns when they are over."""
+        buffers = self.buffers
+        roles_T = buffers.role_T[:num_tokens].clone()
+        buffers.role_T[:num_tokens], buffers.level_T[:num_tokens] = 0, level
+        buffers.active.fill_(1)
+        self.is_active = True
+
+        def end() -> None:
+            buffers.role_T[:num_tokens] = roles_T
+            buffers.level_T[:num_tokens], buffers.saved_T[:num_tokens] = 0, 0
+            buffers.active.zero_()
+            self.is_active = False
+
+        return end
 
     def is_watching(self, layer: int) -> bool:
         """Whether the checkpoint after `layer` has anything to do in this step."""

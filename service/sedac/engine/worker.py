@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.config.compilation import CompilationMode
+from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 
 from sedac.engine import mlp, sampling
+from sedac.engine.drafting import setup
+from sedac.engine.drafting.drafter import Drafter
 from sedac.engine.record import NO_TOKEN, Recorder
 from sedac.engine.requests import Requests
 from sedac.engine.state import State
@@ -35,6 +38,13 @@ class SedacWorker(_Worker):
     """A vLLM worker whose model carries a SEDAC `State`."""
 
     sedac_state: State
+    sedac_drafter: Drafter | None = None
+    """None: this engine drafts with another method of vLLM, or not at all"""
+
+    def init_device(self) -> Any:
+        """Make the device and the runner ready."""
+        setup.restore_processors()
+        return super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model and make sure that SEDAC is attached to it.
@@ -60,6 +70,10 @@ class SedacWorker(_Worker):
         for module in model.modules():
             if hasattr(module, "sedac_handlers"):
                 mlp.finish(module)
+        drafter = getattr(self.model_runner, "drafter", None)
+        self.sedac_drafter = drafter if isinstance(drafter, Drafter) else None
+        if self.sedac_drafter is not None:
+            self.sedac_drafter.bind(self.model_runner, self._sedac_requests)
         layout = self.sedac_state.layout
         _log.info(
             "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r (room for rank %d), levels %s, %s kernels%s",
@@ -77,6 +91,8 @@ class SedacWorker(_Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, and also the gated MLPs at the sizes that only exits bring."""
         result = super().compile_or_warm_up_model()
+        if self.sedac_drafter is not None:
+            self.sedac_drafter.warm_up()
         gated = [m for m in self.model_runner.get_model().modules() if hasattr(m, "sedac_handlers") and not m.sedac_native]
         if gated and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
             mlp.warm_up(gated[-1], self.sedac_state.layout.hidden_size, self.model_config.dtype)
@@ -86,8 +102,11 @@ class SedacWorker(_Worker):
         """Run one step, remembering what each new request asked for."""
         for new in scheduler_output.scheduled_new_reqs:
             extra = new.sampling_params.extra_args if new.sampling_params else None
-            self._sedac_requests.add(new.req_id, extra or {})
+            self._sedac_requests.add(new.req_id, extra or {}, may_draft=sampling.can_verify(new.sampling_params))
         self._sedac_requests.finish(scheduler_output.finished_req_ids)
+        if self.sedac_drafter is not None:
+            self.sedac_drafter.forget(scheduler_output.finished_req_ids)
+            self._sedac_drafts = scheduler_output.scheduled_spec_decode_tokens
         self._sedac_in_step = scheduler_output.total_num_scheduled_tokens > 0
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
@@ -111,6 +130,9 @@ class SedacWorker(_Worker):
         finally:
             saved_T = state.end_step()
         self._sedac_requests.count_step(batch.req_ids, bounds, saved_T)
+        if self.sedac_drafter is not None:
+            is_decode = bool((starts >= batch.num_prompt_tokens[: batch.num_reqs]).all())
+            self.sedac_drafter.begin_step(batch.req_ids, bounds, inputs["positions"], get_forward_context().slot_mapping, self._sedac_drafts, is_decode)
         if state.recorder is not None:
             counts = np.diff(bounds)
             requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.req_ids)]
@@ -146,7 +168,8 @@ class SedacWorker(_Worker):
 
     def sedac_get_stats(self) -> dict[str, Any]:
         """Return the totals since the worker started (`Stats` as a dict)."""
-        return asdict(self.sedac_state.get_stats())
+        stats = self.sedac_state.get_stats()
+        return asdict(replace(stats, drafting=self.sedac_drafter.get_stats()) if self.sedac_drafter else stats)
 
     def sedac_get_report(self, request_id: str) -> dict[str, Any] | None:
         """Return what a running or recently finished request was computed with; None where it is unknown."""

@@ -1,0 +1,302 @@
+"""What vLLM calls after each step to get draft tokens: its proposer interface `custom_class` (v1/spec_decode/custom_class_proposer.py, 0.32).
+
+The draft runs on the target's own KV cache. What it writes there for the layers that it runs, verification writes again before any
+layer reads it, so a draft never changes what the target computes; slots past a sequence's own blocks are reserved by
+`sedac.engine.scheduler`. A head with attention has a cache of its own in the same blocks, which every step of the target feeds.
+N drafting sequences, B sequences of the batch, T tokens of the step, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from vllm.compilation.backends import set_model_tag
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from sedac.engine.drafting import draws
+from sedac.engine.drafting.attention import DraftAttention
+from sedac.engine.drafting.controller import Controller, Limits
+from sedac.engine.drafting.heads import HeadLayer
+from sedac.engine.drafting.model import DraftModel, make_layers, make_norm
+from sedac.engine.drafting.totals import Totals
+from sedac.errors import ArtifactError, UnsupportedModel
+from sedac.policy import FULL, Speculation
+from sedac.probe.draft import REDUCED, load_head, read_draft_manifest
+from sedac.stats import DraftingStats
+
+_log = logging.getLogger(__name__)
+_HEAD_PREFIX = "sedac_draft.layers"
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """What the running step was, kept until its drafts are asked for."""
+
+    num_tokens: int
+    positions_T: Tensor
+    slots_T: Tensor | None
+    """of the head's layer; None where it has no cache"""
+    request_ids: list[str]
+    num_rows: int
+    is_decode: bool
+    num_drafts: list[int]
+    """verified, by row"""
+
+
+class Drafter:
+    """Proposes drafts; see the module's docstring. The worker binds it to its runner after loading."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        """Read the manifest named by the layout.
+
+        Raises:
+            ArtifactError: it is missing or malformed.
+            UnsupportedModel: the engine's layout can't draft.
+        """
+        parallel = vllm_config.parallel_config
+        if parallel.tensor_parallel_size > 1 or parallel.data_parallel_size > 1:
+            raise UnsupportedModel(
+                f"tensor_parallel_size is {parallel.tensor_parallel_size}, data_parallel_size {parallel.data_parallel_size}; SEDAC's own drafts "
+                "support 1: serve without SEDAC_DRAFT_DIR, or with vLLM's own speculation (--speculative-config)"
+            )
+        self.vllm_config = vllm_config
+        self.directory = Path(vllm_config.additional_config["sedac"]["draft"])
+        self.manifest = read_draft_manifest(self.directory)
+        assert vllm_config.speculative_config is not None
+        self.max_tokens: int = vllm_config.speculative_config.num_speculative_tokens
+        self.controller = Controller()
+        self.totals = Totals(self.max_tokens)
+        self.head: HeadLayer | None = None
+        self._attention: DraftAttention | None = None
+        self._step: _Step | None = None
+        self._generators: dict[str, torch.Generator] = {}
+        self._ended = 0.0
+        self._last_ids: list[str] = []
+        self._draft_seconds, self._num_passes = 0.0, 0
+
+    def load_model(self, target: Any) -> None:
+        """Build the draft from the target's parts; called before KV caches are made.
+
+        Raises:
+            ArtifactError: the draft is of another model.
+        """
+        m, config = self.manifest, self.vllm_config.model_config
+        text = config.hf_text_config
+        if (m.hidden_size, m.num_layers) != (text.hidden_size, text.num_hidden_layers):
+            raise ArtifactError(
+                f"draft {m.name!r} was made for hidden size {m.hidden_size} and {m.num_layers} layers, the model has {text.hidden_size} and "
+                f"{text.num_hidden_layers}; make one for this model with `sedac-probes distill`"
+            )
+        self.target = target
+        self.stream_TD: Tensor | None = getattr(target, "sedac_stream_TD", None)
+        self._state = target.sedac_state
+        self._level = 0
+        if m.level != FULL:
+            if m.level not in self._state.table.names:
+                raise ArtifactError(f"draft {m.name!r} runs MLPs at level {m.level!r}, which the probe set does not have; it has {', '.join(self._state.table.names)}")
+            self._level = self._state.table.get_index(m.level)
+        list_name, layers = target.sedac_layers
+        inner = target.get_submodule(list_name.rpartition(".")[0])
+        weights = load_head(self.directory, m)
+        device = next(target.parameters()).device
+        with set_current_vllm_config(self.vllm_config), set_default_torch_dtype(config.dtype), device, set_model_tag("sedac_draft"):
+            norm: nn.Module | None = None
+            if m.kind != REDUCED:
+                self.head = HeadLayer(m, self.vllm_config, f"{_HEAD_PREFIX}.{text.num_hidden_layers}")
+                self.head.load(weights)
+                norm = make_norm(m, weights["norm.weight"])
+                process_weights_after_loading(self.head, config, device)
+            self.draft = DraftModel(vllm_config=self.vllm_config, inner=inner, layers=make_layers(layers, m, self.head), norm=norm)
+        self._names = [f"{_HEAD_PREFIX}.{text.num_hidden_layers}.attn"] if self.head and self.head.has_attention else []
+        prefix = f"{list_name}."
+        for name in self.vllm_config.compilation_config.static_forward_context:
+            if name.startswith(prefix) and int(name[len(prefix) :].split(".")[0]) < m.depth:
+                self._names.append(name)
+
+    def bind(self, runner: Any, requests: Any) -> None:
+        """Take the runner's batch and the worker's requests as sources."""
+        self.runner, self.requests = runner, requests
+        runner._input_fits_in_drafter = lambda metadata: metadata is not None  # lengths are bounded here, per sequence
+
+    def warm_up(self) -> None:
+        """Compile the draft, for two sequences and for one."""
+        device = self.runner.device
+        for num in (2, 1):
+            ids_N = torch.zeros(num, dtype=torch.int32, device=device)
+            with torch.inference_mode(), set_forward_context(None, self.vllm_config, num_tokens=num):
+                self.draft(ids_N, ids_N.long())
+
+    def begin_step(
+        self, request_ids: list[str], bounds: Any, positions_T: Tensor, slot_mappings: Any, drafts: dict[str, list[int]], is_decode: bool
+    ) -> None:
+        """Remember the step that the target has just computed, and the drafts (by request) that it verifies."""
+        slots_T = None
+        if self.head is not None and self.head.has_attention:
+            slots_T = slot_mappings[self._names[0]]
+        num_tokens = int(bounds[-1])
+        self._step = _Step(
+            num_tokens=num_tokens, positions_T=positions_T, slots_T=slots_T, request_ids=list(request_ids), num_rows=num_tokens, is_decode=is_decode,
+            num_drafts=[len(drafts.get(i, ())) for i in request_ids],
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def propose(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, slot_mappings: Any = None) -> list[list[int]]:
+        """Return draft tokens for each row of the batch; none for rows that still read their prompt or may not speculate."""
+        step, self._step = self._step, None
+        drafts: list[list[int]] = [[] for _ in sampled_token_ids]
+        if step is None:
+            return drafts
+        if step.slots_T is not None:
+            assert self.head is not None and self.stream_TD is not None
+            num = step.num_tokens
+            self.head.write_cache(step.positions_T[:num], self.stream_TD[:num], step.slots_T[:num])
+        generated = [(drafted, len(ids) - 1) for drafted, ids in zip(step.num_drafts, sampled_token_ids, strict=True) if ids]
+        self.totals.count_verified(generated)
+        self._learn(step, sampled_token_ids)
+        began = time.perf_counter()
+        self._num_passes = 0
+        rows, lengths, limits = self._choose(sampled_token_ids, num_tokens_no_spec)
+        if rows:
+            self._draft(drafts, rows, lengths, limits, num_tokens_no_spec, token_ids_cpu)
+        ended = time.perf_counter()
+        self._draft_seconds = ended - began if rows else 0.0
+        self.totals.count_drafting(self._num_passes, self._draft_seconds)
+        self._ended = ended
+        return drafts
+
+    def _learn(self, step: _Step, sampled_token_ids: list[list[int]]) -> None:
+        """Hand what the last step took to the controller; gaps in which no request went on are no step."""
+        counts = [len(ids) for ids in sampled_token_ids]
+        seconds = time.perf_counter() - self._ended + self._draft_seconds
+        goes_on = self._ended > 0 and any(i in self._last_ids for i in step.request_ids)
+        if goes_on:
+            self.totals.count_step(seconds)
+        if goes_on and step.is_decode and len(step.request_ids) == len(self._last_ids):
+            self.controller.learn(
+                num_sequences=len(counts),
+                num_rows=step.num_rows,
+                num_tokens=sum(counts),
+                seconds=seconds,
+                draft_seconds=self._draft_seconds,
+                num_passes=self._num_passes,
+            )
+        self._last_ids = step.request_ids
+
+    def _choose(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any) -> tuple[list[int], list[int], Limits]:
+        """Return the rows that draft, how many tokens each may, and the stopping rules."""
+        runner, batch = self.runner, self.runner.input_batch
+        knobs: list[tuple[int, int, Speculation]] = []
+        for row, request_id in enumerate(batch.req_ids):
+            if not sampled_token_ids[row]:
+                continue
+            speculation = self.requests.get_speculation(request_id)
+            if speculation is None:
+                continue
+            state = runner.requests[request_id]
+            params = state.sampling_params
+            room = min(
+                self.max_model_len - int(num_tokens_no_spec[row]),
+                (params.max_tokens or self.max_model_len) - len(state.output_token_ids) - 1,
+                speculation.max_tokens or min(self.manifest.max_tokens, self.max_tokens),
+                self.max_tokens,
+            )
+            if room > 0:
+                knobs.append((row, room, speculation))
+        if not knobs:
+            return [], [], Limits(max_tokens=0, min_confidence=1.0)
+        first = knobs[0][2]
+        own = self.manifest.min_confidence if first.min_confidence is None else first.min_confidence
+        limits = self.controller.choose(batch.num_reqs, max_tokens=self.max_tokens, min_confidence=own, adaptive=first.adaptive)
+        if limits.max_tokens == 0:
+            return [], [], limits
+        return [row for row, _, _ in knobs], [min(room, limits.max_tokens) for _, room, _ in knobs], limits
+
+    def _draft(
+        self, drafts: list[list[int]], rows: list[int], lengths: list[int], limits: Limits, num_tokens_no_spec: Any, token_ids_cpu: Any
+    ) -> None:
+        """Run draft passes until every sequence has stopped; fills `drafts`."""
+        runner, batch, device = self.runner, self.runner.input_batch, self.runner.device
+        attention = self._attention
+        if attention is None:
+            attention = self._attention = DraftAttention(runner, self._names)
+        last = num_tokens_no_spec[rows].astype(np.int64) - 1
+        ids_N = torch.from_numpy(token_ids_cpu[rows, last].astype(np.int32)).to(device)
+        positions_N = torch.from_numpy(last).to(device)
+        max_position = int(last.max())
+        attention.begin(None if len(rows) == batch.num_reqs else rows)
+        sampling = draws.Draws.from_batch(batch.sampling_metadata, rows, batch.num_reqs, self._get_generators(rows))
+        probs_BKV: Tensor | None = None
+        live = list(range(len(rows)))
+        joint_N = torch.ones(len(rows), device=device)
+        confidence, num_drafted = 0.0, 0
+        restore = self._state.begin_draft(self._level, len(rows)) if self._level else None
+        for position in range(max(lengths)):
+            metadata, slots = attention.build(positions_N, max_position)
+            with set_forward_context(metadata, self.vllm_config, num_tokens=len(live), slot_mapping=slots):
+                hidden_ND = self.draft(ids_N, positions_N)
+            logits_NV = self.target.compute_logits(hidden_ND)
+            tokens_N, confidence_N, probs_NV = draws.draw(logits_NV, sampling)
+            self._num_passes += 1
+            if probs_NV is not None:
+                if probs_BKV is None:
+                    probs_BKV = torch.zeros(len(rows), max(lengths), logits_NV.shape[-1], device=device)
+                probs_BKV[live, position] = probs_NV
+            joint_N = joint_N * confidence_N
+            sure = joint_N.tolist()
+            for number, token, value in zip(live, tokens_N.tolist(), confidence_N.tolist(), strict=True):
+                drafts[rows[number]].append(token)
+                confidence += value
+                num_drafted += 1
+            kept = [i for i, number in enumerate(live) if sure[i] >= limits.min_confidence and position + 1 < lengths[number]]
+            if not kept or sum(sure[i] for i in kept) < limits.min_sum:
+                break
+            if len(kept) < len(live):
+                index_N = torch.tensor(kept, device=device)
+                tokens_N, positions_N, joint_N = tokens_N[index_N], positions_N[index_N], joint_N[index_N]
+                attention.keep(index_N)
+                sampling = sampling.keep(kept) if sampling else None
+                live = [live[i] for i in kept]
+            ids_N, positions_N, max_position = tokens_N.int(), positions_N + 1, max_position + 1
+        if restore is not None:
+            restore()
+        if probs_BKV is not None:
+            runner._draft_probs = probs_BKV
+            runner._draft_prob_req_ids = [batch.req_ids[row] for row in rows]
+        self.controller.learn_confidence(batch.num_reqs, confidence / num_drafted)
+
+    def _get_generators(self, rows: list[int]) -> dict[int, torch.Generator]:
+        """Return the generators of the rows whose requests have a seed, by number."""
+        batch = self.runner.input_batch
+        found = {}
+        for number, row in enumerate(rows):
+            if row in batch.generators:
+                request_id = batch.req_ids[row]
+                if request_id not in self._generators:
+                    seed = self.runner.requests[request_id].sampling_params.seed or 0
+                    self._generators[request_id] = draws.make_generator(seed, self.runner.device)
+                found[number] = self._generators[request_id]
+        return found
+
+    def forget(self, request_ids: Any) -> None:
+        """Drop what was kept of finished requests."""
+        for request_id in request_ids:
+            self._generators.pop(request_id, None)
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions that a sequence may have."""
+        return int(self.runner.max_model_len)
+
+    def get_stats(self) -> DraftingStats:
+        """Return the totals and the controller's state."""
+        return self.totals.get_stats(self.manifest.kind, self.controller.get_stats())

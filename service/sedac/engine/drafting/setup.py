@@ -1,0 +1,67 @@
+"""What vLLM 0.32 must know of SEDAC's drafts and has no setting for; called by the plugin in every process, changes nothing for other methods.
+
+- Drafts of `custom_class` get no slots of their own (`VllmConfig.num_lookahead_tokens` is 0): those past a block's edge would be written
+  elsewhere. They get as many as a draft model's.
+- Requests with min_p or logit_bias are refused, and custom logits processors too, because the rejection sampler does not apply them. SEDAC
+  drafts nothing for such requests, so that the usual sampler serves them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+DRAFTER = "sedac.engine.drafting.drafter.Drafter"
+"""`model` of the speculative configuration"""
+
+
+def is_ours(speculative: Any) -> bool:
+    """Whether a speculative configuration (None: there is none) names SEDAC's drafts."""
+    return speculative is not None and speculative.method == "custom_class" and speculative.model == DRAFTER
+
+
+def prepare() -> None:
+    """Put all of it in place, once per process."""
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+
+    if getattr(VllmConfig.num_lookahead_tokens.fget, "sedac", False):
+        return
+    count_slots: Any = VllmConfig.num_lookahead_tokens.fget
+    check: Any = SamplingParams._validate_spec_decode
+
+    @functools.wraps(count_slots)
+    def count(self: Any) -> int:
+        return int(self.num_speculative_tokens if is_ours(self.speculative_config) else count_slots(self))
+
+    @functools.wraps(check)
+    def validate(self: Any, speculative_config: Any) -> None:
+        if not is_ours(speculative_config):
+            check(self, speculative_config)
+
+    count.sedac = True  # type: ignore[attr-defined]
+    VllmConfig.num_lookahead_tokens = property(count)  # type: ignore[method-assign,assignment]
+    SamplingParams._validate_spec_decode = validate  # type: ignore[method-assign]
+
+
+def restore_processors() -> None:
+    """Let the runner build all logits processors, not only those that the rejection sampler knows; before the runner is made."""
+    from vllm.v1.worker import gpu_model_runner
+
+    build = gpu_model_runner.build_logitsprocs
+    if getattr(build, "sedac", False):
+        return
+
+    @functools.wraps(build)
+    def build_all(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        custom = args[3] if len(args) > 3 else kwargs.get("custom_logitsprocs")
+        if custom or not is_ours(vllm_config.speculative_config):  # vLLM refuses custom ones by name: nobody knows whom they concern
+            return build(vllm_config, *args, **kwargs)
+        speculative, vllm_config.speculative_config = vllm_config.speculative_config, None
+        try:
+            return build(vllm_config, *args, **kwargs)
+        finally:
+            vllm_config.speculative_config = speculative
+
+    build_all.sedac = True  # type: ignore[attr-defined]
+    gpu_model_runner.build_logitsprocs = build_all
