@@ -27,6 +27,8 @@ MAX_CHECKPOINTS = 256
 MAX_TIERS = 31
 MAX_LEVELS = 16
 MAX_GENERATION = 2**31 - 1
+MAX_DRAFT_TOKENS = 16
+"""of a sequence per step"""
 FULL, SKIP = "full", "skip"
 """the levels that every engine has, in this order; a probe set may add others after them"""
 EXACT = "exact"

@@ -1,20 +1,14 @@
 """The draft artifact: how a part of the model proposes tokens that the whole of it verifies. manifest.json + head.safetensors.
 
-Read by serving and training. Three kinds, one form: the model's own layers 0..depth-1 (some without attention or MLP, their MLPs at a
-level), then a small head of its own, then the model's own lm_head:
-- `adapter` (Kangaroo): a decoder layer with its own KV cache after a shallow part of the model;
-- `exit-head` (CascadeExit): a SwiGLU block after a deeper part, without attention;
-- `reduced`: the whole model with parts left out, without a head.
-T tokens, D hidden size, F neurons of the head.
+Read by serving and training; draft_manifest.py says what kinds there are. T tokens, D hidden size, F neurons of the head.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -22,52 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sedac.errors import ArtifactError
-
-FORMAT = "sedac-draft/1"
-ADAPTER, EXIT_HEAD, REDUCED = "adapter", "exit-head", "reduced"
-KINDS = (ADAPTER, EXIT_HEAD, REDUCED)
-MAX_DRAFT_TOKENS = 16
-_MAX_MANIFEST_BYTES = 512 * 1024
-_REMEDY = "write it with `sedac-probes distill`"
-
-Kind = Literal["adapter", "exit-head", "reduced"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftManifest:
-    """How to draft, and for which model."""
-
-    name: str
-    kind: str
-    model: str
-    hidden_size: int
-    num_layers: int
-    depth: int
-    """layers of the model that a draft runs, from the first one on; all of them where kind is `reduced`"""
-    skip_attention: tuple[int, ...] = ()
-    """layers, 0-based, whose attention a draft leaves out"""
-    skip_mlp: tuple[int, ...] = ()
-    """layers, 0-based, whose MLP a draft leaves out"""
-    level: str = "full"
-    """of the other MLPs, as in the probe set"""
-    intermediate_size: int = 0
-    """neurons of the head's own MLP; 0: it has none"""
-    num_heads: int = 0
-    """of the head's attention; 0: it has none"""
-    num_kv_heads: int = 0
-    head_size: int = 0
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    max_tokens: int = 4
-    """proposed draft tokens per step at most"""
-    min_confidence: float = 0.4
-    """proposed: a sequence stops drafting when the product of its drafts' confidences falls below it"""
-    sha256: str = ""
-    """of head.safetensors; empty: there is none"""
-    acceptance: tuple[float, ...] = ()
-    """on held-out text, by position: share of the drafts there that the model accepts when those before were accepted"""
-    training: dict[str, Any] = field(default_factory=dict)
-    format: str = FORMAT
+from sedac.policy import MAX_DRAFT_TOKENS as MAX_DRAFT_TOKENS
+from sedac.probe.draft_manifest import ADAPTER as ADAPTER
+from sedac.probe.draft_manifest import EXIT_HEAD as EXIT_HEAD
+from sedac.probe.draft_manifest import FORMAT as FORMAT
+from sedac.probe.draft_manifest import KINDS as KINDS
+from sedac.probe.draft_manifest import REDUCED as REDUCED
+from sedac.probe.draft_manifest import REMEDY as REMEDY
+from sedac.probe.draft_manifest import DraftManifest as DraftManifest
+from sedac.probe.draft_manifest import Kind as Kind
+from sedac.probe.draft_manifest import read_draft_manifest as read_draft_manifest
 
 
 class DraftHead(nn.Module):
@@ -132,57 +90,6 @@ def rotate(x: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
     return torch.cat([first * cos_TH - second * sin_TH, second * cos_TH + first * sin_TH], dim=-1).to(x.dtype)
 
 
-def read_draft_manifest(directory: Path) -> DraftManifest:
-    """Read and check manifest.json of a draft.
-
-    Raises:
-        ArtifactError: it is missing, malformed, or a field is out of range.
-    """
-    path = directory / "manifest.json"
-    if not path.is_file():
-        raise ArtifactError(f"draft missing: {path}; {_REMEDY}, or leave SEDAC_DRAFT_DIR out")
-    try:
-        data = path.read_bytes()
-        if len(data) > _MAX_MANIFEST_BYTES:
-            raise ValueError(f"over {_MAX_MANIFEST_BYTES} bytes")
-        fields = json.loads(data.decode("utf-8"))
-        tuples = {name: tuple(fields.get(name, ())) for name in ("skip_attention", "skip_mlp", "acceptance")}
-        manifest = DraftManifest(**{**fields, **tuples})
-        fault = _find_fault(manifest)
-    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise ArtifactError(f"{path} is not a draft's manifest ({str(error)[:200]}); {_REMEDY}") from error
-    if fault:
-        raise ArtifactError(f"{path}: field {fault}; {_REMEDY}")
-    return manifest
-
-
-def _find_fault(m: DraftManifest) -> str:
-    if m.format != FORMAT:
-        return f"format is {m.format!r}; only {FORMAT} is known"
-    if m.kind not in KINDS:
-        return f"kind is {m.kind!r}; use {', '.join(KINDS)}"
-    limits = [
-        ("hidden_size", 1, 1 << 20), ("num_layers", 1, 4096), ("depth", 1, m.num_layers), ("intermediate_size", 0, 1 << 22),
-        ("num_heads", 0, 4096), ("num_kv_heads", 0, 4096), ("head_size", 0, 4096), ("max_tokens", 1, MAX_DRAFT_TOKENS),
-    ]  # fmt: skip
-    for name, least, most in limits:
-        value = getattr(m, name)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            return f"{name} is {value!r}; give an integer from {least} to {most}"
-    if not 0 <= m.min_confidence <= 1:
-        return f"min_confidence is {m.min_confidence!r}; give a number from 0 to 1"
-    for name in ("skip_attention", "skip_mlp"):
-        if any(not isinstance(i, int) or not 0 <= i < m.depth for i in getattr(m, name)):
-            return f"{name} is {getattr(m, name)!r}; give layers from 0 to {m.depth - 1}"
-    if m.kind == ADAPTER and not (m.num_heads and m.num_kv_heads and m.head_size and m.num_heads % m.num_kv_heads == 0):
-        return f"num_heads is {m.num_heads}, num_kv_heads {m.num_kv_heads}, head_size {m.head_size}; an adapter needs attention"
-    if m.kind == EXIT_HEAD and (m.num_heads or not m.intermediate_size):
-        return f"num_heads is {m.num_heads}, intermediate_size {m.intermediate_size}; an exit head is an MLP without attention"
-    if m.kind == REDUCED and (m.num_heads or m.intermediate_size or m.sha256):
-        return "kind is reduced, which has no head of its own; leave num_heads, intermediate_size and sha256 out"
-    return ""
-
-
 def load_head(directory: Path, manifest: DraftManifest) -> dict[str, Tensor]:
     """Read the head's weights, checked against the manifest: its digest, names, shapes, and that all are finite; fp32.
 
@@ -203,10 +110,10 @@ def load_head(directory: Path, manifest: DraftManifest) -> dict[str, Tensor]:
     found = {name: tuple(t.shape) for name, t in weights.items()}
     if found != wanted:
         odd = sorted(set(found.items()) ^ set(wanted.items()))[:3]
-        raise ArtifactError(f"{path} does not hold the tensors of its manifest ({odd}); {_REMEDY}")
+        raise ArtifactError(f"{path} does not hold the tensors of its manifest ({odd}); {REMEDY}")
     for name, tensor in weights.items():
         if not torch.isfinite(tensor.float()).all():
-            raise ArtifactError(f"{path}: {name} holds numbers that are not finite; {_REMEDY}")
+            raise ArtifactError(f"{path}: {name} holds numbers that are not finite; {REMEDY}")
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
