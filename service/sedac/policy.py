@@ -222,6 +222,10 @@ class Layout:
     """of probes that can be loaded without a restart; 0: none can"""
     levels_sha256: str = ""
     """of the reduced levels attached, see sedac.probe.verify; empty: none"""
+    draft: str = ""
+    """kind of its own draft, see sedac.probe.draft_manifest; empty: none"""
+    max_draft_tokens: int = 0
+    """of a sequence per step, fixed at the start; 0: no draft"""
 
 
 def validate(policy: Policy, layout: Layout | None = None, available: Mapping[str, ProbeSetSummary] = MappingProxyType({})) -> None:
@@ -256,6 +260,7 @@ def validate(policy: Policy, layout: Layout | None = None, available: Mapping[st
     bad += _validate_tiers(policy, layout)
     bad += _validate_adaptation(policy)
     bad += _validate_audit(policy.audit)
+    bad += _validate_speculation(policy, layout)
     named = available.get(policy.probe_set) if layout else None
     if policy.certificate:
         bad += _validate_certificate(policy, policy.certificate, layout, named)
@@ -360,6 +365,28 @@ def _validate_audit(audit: Audit) -> list[FieldViolation]:
         bad.append(FieldViolation("audit.confidence", f"{audit.confidence} is outside 0.5 to below 1; 0.99 is usual"))
     if audit.action not in ("rollback", "exact"):
         bad.append(FieldViolation("audit.action", f"{audit.action!r} is unknown; use rollback or exact"))
+    return bad
+
+
+def _validate_speculation(policy: Policy, layout: Layout | None) -> list[FieldViolation]:
+    """Check the knobs; without a draft they have no effect, so that one policy serves engines with and without."""
+    knobs = policy.speculation
+    bad: list[FieldViolation] = []
+    if not 0 <= knobs.max_tokens <= MAX_DRAFT_TOKENS:
+        remedy = "0 drafts as many as the engine's draft proposes"
+        bad.append(FieldViolation("speculation.max_tokens", f"{knobs.max_tokens} is outside 0..{MAX_DRAFT_TOKENS}; {remedy}"))
+    elif layout and layout.draft and knobs.max_tokens > layout.max_draft_tokens:
+        room = f"{knobs.max_tokens} is over {layout.max_draft_tokens}, for which this engine was started"
+        bad.append(FieldViolation("speculation.max_tokens", f"{room}; give less, or restart it with a larger SEDAC_DRAFT_TOKENS"))
+    if knobs.min_confidence is not None and not 0 <= knobs.min_confidence <= 1:
+        bad.append(FieldViolation("speculation.min_confidence", f"{knobs.min_confidence} is outside 0..1; leave it out for the draft's own"))
+    known = [EXACT, *(tier.name for tier in policy.get_tiers()[:MAX_TIERS])]
+    if len(knobs.tiers) > MAX_TIERS + 1:
+        return [*bad, FieldViolation("speculation.tiers", f"{len(knobs.tiers)} tiers; name each once, or none for all")]
+    for i, name in enumerate(knobs.tiers):
+        if name not in known:
+            has = f"it has {', '.join(known)}; name one of them, or none for all"
+            bad.append(FieldViolation(f"speculation.tiers[{i}]", f"{name[:80]!r} is no tier of this policy, {has}"))
     return bad
 
 

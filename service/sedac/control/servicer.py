@@ -27,12 +27,12 @@ from sedac.control.store import POLICY_NAME, Revision, Store
 from sedac.control.v1 import control_pb2
 from sedac.control.watches import WatchServicer, check_name, get_limit
 from sedac.errors import RevisionNotFound, SedacError, StaleEtag
-from sedac.policy import Adaptation, Audit, Policy
+from sedac.policy import Adaptation, Audit, Policy, Speculation
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _FIELDS = tuple(f.name for f in dataclasses.fields(Policy))
-_PARTS = {"adaptation": Adaptation, "audit": Audit}
+_PARTS = {"adaptation": Adaptation, "audit": Audit, "speculation": Speculation}
 """fields of the policy whose own fields a mask may name"""
 _PART_FIELDS = tuple(f"{name}.{f.name}" for name, kind in _PARTS.items() for f in dataclasses.fields(kind))
 _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
@@ -175,9 +175,7 @@ def _merge(current: Policy, request: control_pb2.UpdatePolicyRequest) -> Policy:
     unknown = [path for path in paths if path not in (*_FIELDS, *_PART_FIELDS, "comment")]
     if unknown:
         names = ", ".join(_FIELDS)
-        raise refuse(
-            "update_mask", f"{unknown[0][:80]!r} can't be set; fields: {names}, comment; of adaptation and audit single ones too, as audit.share"
-        )
+        raise refuse("update_mask", f"{unknown[0][:80]!r} can't be set; fields: {names}, comment; also single ones of parts, as audit.share")
     changes = {path: getattr(sent, path) for path in paths if path in _FIELDS}
     for name in _PARTS:
         parts = {path.partition(".")[2] for path in paths if path in _PART_FIELDS and path.startswith(f"{name}.")}

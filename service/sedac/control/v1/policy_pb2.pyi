@@ -144,8 +144,22 @@ class Audit(_message.Message):
     action: GuardAction
     def __init__(self, share: _Optional[float] = ..., max_mismatch: _Optional[float] = ..., max_nll_difference: _Optional[float] = ..., confidence: _Optional[float] = ..., action: _Optional[_Union[GuardAction, str]] = ...) -> None: ...
 
+class Speculation(_message.Message):
+    __slots__ = ("enabled", "max_tokens", "min_confidence", "adaptive", "tiers")
+    ENABLED_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTIVE_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
+    enabled: bool
+    max_tokens: int
+    min_confidence: float
+    adaptive: bool
+    tiers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, enabled: _Optional[bool] = ..., max_tokens: _Optional[int] = ..., min_confidence: _Optional[float] = ..., adaptive: _Optional[bool] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Policy(_message.Message):
-    __slots__ = ("name", "etag", "revision", "revision_create_time", "author", "comment", "enabled", "probe_set", "checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "default_tier", "allow_overrides", "adaptation", "certificate", "audit")
+    __slots__ = ("name", "etag", "revision", "revision_create_time", "author", "comment", "enabled", "probe_set", "checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "default_tier", "allow_overrides", "adaptation", "certificate", "audit", "speculation")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ETAG_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
@@ -166,6 +180,7 @@ class Policy(_message.Message):
     ADAPTATION_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     AUDIT_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     etag: str
     revision: int
@@ -186,4 +201,5 @@ class Policy(_message.Message):
     adaptation: Adaptation
     certificate: Certificate
     audit: Audit
-    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., revision: _Optional[int] = ..., revision_create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., author: _Optional[str] = ..., comment: _Optional[str] = ..., enabled: _Optional[bool] = ..., probe_set: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., rule: _Optional[_Union[Rule, str]] = ..., decay: _Optional[float] = ..., sensitivity: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., default_tier: _Optional[str] = ..., allow_overrides: _Optional[bool] = ..., adaptation: _Optional[_Union[Adaptation, _Mapping]] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ...) -> None: ...
+    speculation: Speculation
+    def __init__(self, name: _Optional[str] = ..., etag: _Optional[str] = ..., revision: _Optional[int] = ..., revision_create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., author: _Optional[str] = ..., comment: _Optional[str] = ..., enabled: _Optional[bool] = ..., probe_set: _Optional[str] = ..., checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., phase: _Optional[_Union[Phase, str]] = ..., scope: _Optional[_Union[Scope, str]] = ..., rule: _Optional[_Union[Rule, str]] = ..., decay: _Optional[float] = ..., sensitivity: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[Tier, _Mapping]]] = ..., default_tier: _Optional[str] = ..., allow_overrides: _Optional[bool] = ..., adaptation: _Optional[_Union[Adaptation, _Mapping]] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., audit: _Optional[_Union[Audit, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
