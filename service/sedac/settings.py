@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sedac import logs
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import FULL, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Tier, validate
+from sedac.policy import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Speculation, Tier, validate
 from sedac.probe.manifest import Manifest
 
 _PREFIX = "SEDAC_"
@@ -48,6 +48,9 @@ _VARIABLES = {
     "audit.share": "SEDAC_AUDIT_SHARE",
     "audit.max_mismatch": "SEDAC_AUDIT_MAX_MISMATCH",
     "audit.max_nll_difference": "SEDAC_AUDIT_MAX_NLL_DIFFERENCE",
+    "speculation.max_tokens": "SEDAC_DRAFT_TOKENS",
+    "speculation.min_confidence": "SEDAC_DRAFT_MIN_CONFIDENCE",
+    "speculation.tiers": "SEDAC_DRAFT_TIERS",
 }
 """parts of a policy's field names, and the variables that set them"""
 
@@ -105,6 +108,18 @@ class EngineSettings(BaseSettings):
     """the guard's bound on the share of greedy tokens that the full model would not choose, 0 to 1; unset: not guarded"""
     audit_max_nll_difference: float | None = None
     """the guard's bound on what tokens lose in log-probability, mean in nats, 0 to 1; unset: not guarded"""
+    draft_dir: Path = Path()
+    """directory of the draft (manifest.json, head.safetensors); empty: none, or with the demo model its own; `none`: none"""
+    draft_tokens: int | None = Field(default=None, ge=1, le=MAX_DRAFT_TOKENS)
+    """draft tokens of a sequence per step at most: what the engine keeps room for, and at first the policy's own limit; unset: the draft's"""
+    speculation: bool = True
+    """whether the draft is used at first"""
+    draft_min_confidence: float | None = None
+    """a sequence stops drafting when the product of its drafts' confidences falls below it, 0 to 1; unset: the draft's own"""
+    draft_adaptive: bool = True
+    """whether lengths and stopping rules follow measured costs and acceptance at first, down to no drafting"""
+    draft_tiers: Annotated[tuple[str, ...], NoDecode] = ()
+    """tiers whose requests speculate at first, comma-separated, `exact` among them; empty: all"""
     log_every: int = Field(default=0, ge=0)
     """steps between two log lines of exit rates; 0: never"""
     levels: bool = True
@@ -120,10 +135,10 @@ class EngineSettings(BaseSettings):
     probe_cache: Path | None = None
     """directory for probe sets fetched from the control service; unset: `sedac/probe-sets` in the user's cache, or a temporary one"""
 
-    @field_validator("probe_layers", "thresholds", "layer_weights", "targets", "exit_rates", mode="before")
+    @field_validator("probe_layers", "thresholds", "layer_weights", "targets", "exit_rates", "draft_tiers", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     def to_env(self) -> dict[str, str]:
         """Return the settings as environment variables for a child process."""
@@ -180,6 +195,13 @@ class EngineSettings(BaseSettings):
                 enabled=self.adaptive, target_exit_rates=self.exit_rates, warmup_steps=self.calibration_steps, alpha=self._find_alpha()
             ),
             audit=Audit(share=self.audit_share, max_mismatch=self.audit_max_mismatch, max_nll_difference=self.audit_max_nll_difference),
+            speculation=Speculation(
+                enabled=self.speculation,
+                max_tokens=self.draft_tokens or Speculation.max_tokens,
+                min_confidence=self.draft_min_confidence,
+                adaptive=self.draft_adaptive,
+                tiers=self.draft_tiers,
+            ),
         )
         levels = (FULL, SKIP, *(level.name for level in manifest.levels if self.levels))
         layout = Layout(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 from sedac.evidence import Moments
 
+CONTROLLER_STATES = ("measuring", "trying", "drafting", "paused")
 _TIER_TOTALS = ("num_tokens", "num_exited", "num_mlp_blocks_computed")
+_DRAFT_TOTALS = ("num_drafted", "num_accepted", "num_verified_steps", "num_passes", "draft_seconds", "step_seconds")
+_DRAFT_COUNTS = ("lengths", "accepted_at")
 _TOTALS = ("num_steps", "num_torn_steps", "num_tokens", "num_decode_tokens", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "num_adaptations")
 
 
@@ -55,7 +61,7 @@ class ControllerStats:
     num_sequences: int
     """the size, up to which from half of it"""
     state: str
-    """measuring (plain steps), trying, drafting or paused"""
+    """one of CONTROLLER_STATES; measuring: plain steps"""
     gain: float
     """rate of tokens with drafting to the rate without; 0: unknown"""
     plain_seconds: float
@@ -92,8 +98,62 @@ class DraftingStats:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> DraftingStats:
         """Build from `dataclasses.asdict`'s form."""
-        parts = {name: tuple(data.get(name, ())) for name in ("lengths", "accepted_at")}
+        parts = {name: tuple(data.get(name, ())) for name in _DRAFT_COUNTS}
         return cls(**{**data, **parts, "controller": tuple(ControllerStats(**c) for c in data.get("controller", ()))})
+
+    @property
+    def acceptance_rate(self) -> float:
+        """AR; NaN before the first draft token."""
+        return _divide(self.num_accepted, self.num_drafted)
+
+    @property
+    def token_ratio(self) -> float:
+        """TRR, of all output tokens of the engine; NaN before the first."""
+        return _divide(self.num_accepted, sum(self.lengths) + self.num_accepted)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Output tokens of a sequence in a step, with drafts verified or without; NaN before the first."""
+        return _divide(sum(self.lengths) + self.num_accepted, sum(self.lengths))
+
+    @property
+    def mean_length(self) -> float:
+        """Draft tokens of a sequence in a step that verified some; NaN before the first."""
+        return _divide(self.num_drafted, self.num_verified_steps)
+
+    @property
+    def draft_share(self) -> float:
+        """Share of the time of steps that was spent drafting; NaN before the first."""
+        return _divide(self.draft_seconds, self.step_seconds)
+
+    @property
+    def drafted_at(self) -> tuple[int, ...]:
+        """Draft tokens that were verified, by position."""
+        return tuple(sum(self.lengths[position:]) for position in range(1, len(self.lengths)))
+
+    def since(self, before: DraftingStats | None) -> DraftingStats:
+        """Return what came since `before`, with the state now; everything where totals have begun anew in between."""
+        if before is None or any(now < old for now, old in zip(self._get_totals(), before._get_totals(), strict=True)):
+            return self
+        return self._combine(before, lambda now, old: now - old)
+
+    def plus(self, other: DraftingStats) -> DraftingStats:
+        """Return the totals of two ranks; of a size of batch that both know this one's state."""
+        known = {c.num_sequences for c in self.controller}
+        controller = [*self.controller, *(c for c in other.controller if c.num_sequences not in known)]
+        summed = self._combine(other, lambda one, two: one + two)
+        return replace(summed, controller=tuple(sorted(controller, key=lambda c: c.num_sequences)))
+
+    def _get_totals(self) -> tuple[float, ...]:
+        return tuple(getattr(self, name) for name in _DRAFT_TOTALS)
+
+    def _combine(self, other: DraftingStats, operate: Callable[[Any, Any], Any]) -> DraftingStats:
+        totals = {name: operate(getattr(self, name), getattr(other, name)) for name in _DRAFT_TOTALS}
+        counts = {
+            name: tuple(operate(one, two) for one, two in zip_longest(getattr(self, name), getattr(other, name), fillvalue=0))
+            for name in _DRAFT_COUNTS
+        }
+        return replace(self, **totals, **counts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +234,16 @@ def add_up(parts: Sequence[Stats]) -> Stats:
         known = tiers.get(tier.name)
         sums = {name: getattr(tier, name) + getattr(known, name) for name in _TIER_TOTALS} if known else {}
         tiers[tier.name] = replace(tier, **sums)
+    drafting = [part.drafting for part in parts if part.drafting]
     return replace(
         first,
         **{name: sum(getattr(part, name) for part in parts) for name in _TOTALS},
         checkpoints=tuple(checkpoints),
         tiers=tuple(tiers.values()),
         ranks=tuple(RankStats(rank=i, active_revision=p.active_revision, num_steps=p.num_steps) for i, p in enumerate(parts)),
+        drafting=functools.reduce(DraftingStats.plus, drafting) if drafting else None,
     )
+
+
+def _divide(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

@@ -14,10 +14,27 @@ from google.rpc import error_details_pb2, status_pb2
 
 from sedac import errors
 from sedac.certificate import Certificate
-from sedac.control.v1 import control_pb2, evidence_pb2
+from sedac.control.v1 import control_pb2, drafting_pb2, evidence_pb2
 from sedac.errors import FieldViolation, PolicyInvalid, SedacError
-from sedac.policy import CANARY, FULL, SKIP, STABLE, Adaptation, Audit, Canary, Checkpoint, GuardAction, Layout, Phase, Policy, Rule, Scope, Tier
-from sedac.stats import Evidence, Stats
+from sedac.policy import (
+    CANARY,
+    FULL,
+    SKIP,
+    STABLE,
+    Adaptation,
+    Audit,
+    Canary,
+    Checkpoint,
+    GuardAction,
+    Layout,
+    Phase,
+    Policy,
+    Rule,
+    Scope,
+    Speculation,
+    Tier,
+)
+from sedac.stats import CONTROLLER_STATES, ControllerStats, DraftingStats, Evidence, Stats
 
 AUTHOR_METADATA = "sedac-author"
 """request metadata: who asks for a change, in percent-encoded UTF-8"""
@@ -30,9 +47,12 @@ _ACTIONS: dict[control_pb2.GuardAction, GuardAction] = {control_pb2.GUARD_ACTION
 _PHASE_NUMBERS, _SCOPE_NUMBERS = {word: number for number, word in _PHASES.items()}, {word: number for number, word in _SCOPES.items()}
 _RULE_NUMBERS = {word: number for number, word in _RULES.items()}
 _ACTION_NUMBERS = {word: number for number, word in _ACTIONS.items()}
+_CONTROLLER_STATES = {word: getattr(drafting_pb2, f"CONTROLLER_STATE_{word.upper()}") for word in CONTROLLER_STATES}
+_CONTROLLER_WORDS = {number: word for word, number in _CONTROLLER_STATES.items()}
 _ARM_NUMBERS = {STABLE: evidence_pb2.ARM_STABLE, CANARY: evidence_pb2.ARM_CANARY}
 _N = TypeVar("_N", bound=int)
 _T = TypeVar("_T")
+_D = TypeVar("_D", Certificate, ControllerStats, DraftingStats)
 
 
 def policy_from_proto(message: control_pb2.Policy) -> Policy:
@@ -63,6 +83,7 @@ def policy_from_proto(message: control_pb2.Policy) -> Policy:
             action=_read_word(bad, message.audit, "action", _ACTIONS, control_pb2.GuardAction, path="audit."),
             **_read(message.audit, "max_mismatch", "max_nll_difference", "confidence"),
         ),
+        speculation=speculation_from_proto(message.speculation),
         **_read(message, "decay"),
     )
     if bad:
@@ -72,7 +93,12 @@ def policy_from_proto(message: control_pb2.Policy) -> Policy:
 
 def certificate_from_proto(message: control_pb2.Certificate) -> Certificate:
     """Read a certificate; values are not validated."""
-    return Certificate(**{field.name: getattr(message, field.name) for field in dataclasses.fields(Certificate)})
+    return _read_all(Certificate, message)
+
+
+def speculation_from_proto(message: control_pb2.Speculation) -> Speculation:
+    """Read the knobs of self-speculation; values are not validated."""
+    return Speculation(max_tokens=message.max_tokens, tiers=tuple(message.tiers), **_read(message, "enabled", "min_confidence", "adaptive"))
 
 
 def _read_adaptation(message: control_pb2.Adaptation) -> Adaptation:
@@ -84,6 +110,12 @@ def _read_adaptation(message: control_pb2.Adaptation) -> Adaptation:
         generation=message.generation,
         **_read(message, "alpha", "warmup_steps", "window_tokens", "max_threshold"),
     )
+
+
+def _read_all(kind: type[_D], message: Message, **read: Any) -> _D:
+    """Return a dataclass with the fields that were `read` and those of the message."""
+    found = {field.name: getattr(message, field.name) for field in dataclasses.fields(kind) if field.name not in read}
+    return kind(**found, **read)
 
 
 def _read(message: Message, *names: str) -> dict[str, Any]:
@@ -129,6 +161,7 @@ def policy_to_proto(
         adaptation=control_pb2.Adaptation(**vars(policy.adaptation)),
         certificate=control_pb2.Certificate(**vars(policy.certificate)) if policy.certificate else None,
         audit=control_pb2.Audit(**{**vars(policy.audit), "action": _ACTION_NUMBERS[policy.audit.action]}),
+        speculation=control_pb2.Speculation(**vars(policy.speculation)),
     )
     if create_time is not None:
         message.revision_create_time.FromDatetime(create_time)
@@ -147,6 +180,8 @@ def layout_from_hello(hello: control_pb2.EngineHello) -> Layout:
         probe_set_sha256=hello.probe_set_sha256,
         max_rank=hello.max_rank,
         levels_sha256=hello.levels_sha256,
+        draft=hello.draft,
+        max_draft_tokens=hello.max_draft_tokens,
     )
 
 
@@ -156,8 +191,21 @@ def stats_to_report(stats: Stats) -> control_pb2.EngineReport:
         "checkpoints": [control_pb2.CheckpointReport(**vars(c)) for c in stats.checkpoints],
         "tiers": [control_pb2.TierReport(**vars(t)) for t in stats.tiers],
         "ranks": [control_pb2.RankReport(**vars(r)) for r in stats.ranks],
+        "drafting": drafting_to_proto(stats.drafting) if stats.drafting else None,
     }
     return control_pb2.EngineReport(**{**vars(stats), **parts})
+
+
+def drafting_to_proto(drafting: DraftingStats) -> drafting_pb2.Drafting:
+    """Write the totals of self-speculation and the controller's state."""
+    controller = [drafting_pb2.DraftingController(**{**vars(c), "state": _CONTROLLER_STATES[c.state]}) for c in drafting.controller]
+    return drafting_pb2.Drafting(**{**vars(drafting), "controller": controller})
+
+
+def drafting_from_proto(message: drafting_pb2.Drafting) -> DraftingStats:
+    """Read the totals of self-speculation and the controller's state; a state that this version does not know reads `unknown`."""
+    controller = tuple(_read_all(ControllerStats, c, state=_CONTROLLER_WORDS.get(c.state, "unknown")) for c in message.controller)
+    return _read_all(DraftingStats, message, lengths=tuple(message.lengths), accepted_at=tuple(message.accepted_at), controller=controller)
 
 
 def evidence_to_proto(evidence: Evidence) -> evidence_pb2.Evidence:

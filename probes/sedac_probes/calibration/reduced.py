@@ -1,6 +1,6 @@
-"""A Llama-like causal model whose MLPs can be given another form, and what that form costs and saves.
+"""A Llama-like causal model whose MLPs can be given another form or lose their attention, and what that costs and saves.
 
-Used by `calibrate` and `compare`: transformers on the CPU in fp32, teacher-forced, every token subject to the form. It shows what a
+Used by `calibrate`, `compare` and `distill`: transformers on the CPU in fp32, teacher-forced, every token subject to the form. It shows what a
 level means for quality, with the naive reductions of sedac.probe.levels; it says nothing about time, and it never serves.
 
 T tokens (B sequences of S, padded at the right), D hidden size, F neurons, V vocabulary.
@@ -34,7 +34,7 @@ class Batch:
 
 
 class Form(Protocol):
-    """How the MLPs of one forward pass are computed."""
+    """How the layers of one forward pass are computed."""
 
     def begin(self, batch: Batch) -> None:
         """Forget the pass before."""
@@ -42,18 +42,25 @@ class Form(Protocol):
     def watch(self, layer: int, stream_TD: Tensor) -> None:
         """See the residual stream after a layer."""
 
+    def attends(self, layer: int) -> bool:
+        """Tell whether a layer's attention runs; one that does not adds nothing to the stream and nothing to the cache."""
+
     def compute(self, layer: int, x_TD: Tensor, mlp: Any) -> tuple[Tensor, Tensor]:
         """Return the MLP's output (T, D) and the share of its FLOPs that each token takes (T,); called once per layer, in order."""
 
 
 class Plain:
-    """The model's own MLPs; other forms start from it."""
+    """The model's own layers; other forms start from it."""
 
     def begin(self, batch: Batch) -> None:
         """Remember nothing."""
 
     def watch(self, layer: int, stream_TD: Tensor) -> None:
         """Watch nothing."""
+
+    def attends(self, layer: int) -> bool:
+        """Let attention run everywhere."""
+        return True
 
     def compute(self, layer: int, x_TD: Tensor, mlp: Any) -> tuple[Tensor, Tensor]:
         """Compute all of it."""
@@ -80,7 +87,7 @@ class ReducedModel:
     """The model, its tokenizer and its MLPs' shapes.
 
     Raises:
-        ConfigError: the model's MLPs are not of the gate, up and down kind.
+        ConfigError: the model's MLPs are not of the gate, up and down kind, or its attention is not called `self_attn`.
     """
 
     def __init__(self, directory: str) -> None:
@@ -93,6 +100,8 @@ class ReducedModel:
         remedy = "calibration knows models whose every layer has an MLP of gate_proj, up_proj, down_proj and act_fn (Llama, Qwen2, Mistral)"
         if layers is None or not all(hasattr(getattr(layer, "mlp", None), name) for layer in layers for name in _PROJECTIONS):
             raise ConfigError(f"{directory} is a {kind}, whose MLPs are of another kind; {remedy}")
+        if not all(hasattr(layer, "self_attn") for layer in layers):
+            raise ConfigError(f"{directory} is a {kind} with layers without `self_attn`; {remedy}, and their attention under that name")
         if any(getattr(layer.mlp, name).bias is not None for layer in layers for name in _PROJECTIONS[:3]):
             raise ConfigError(f"{directory} is a {kind} whose MLPs have biases; {remedy}, all three without bias")
         named = getattr(self.model.config, "hidden_act", None) or getattr(self.model.config, "hidden_activation", None)
@@ -111,6 +120,7 @@ class ReducedModel:
         self._resumed_BSD: Tensor | None = None
         for index, layer in enumerate(layers):
             layer.mlp.forward = self._make_mlp(index, layer.mlp)
+            layer.self_attn.forward = self._make_attention(index, layer.self_attn.forward)
             layer.forward = self._make_layer(index, layer.forward)
 
     def _make_mlp(self, index: int, mlp: Any) -> Callable[[Tensor], Tensor]:
@@ -118,6 +128,14 @@ class ReducedModel:
             y_TD, computed_T = self._form.compute(index, x_BSD.flatten(0, 1), mlp)
             self._computed_T = self._computed_T + computed_T
             return y_TD.view_as(x_BSD)
+
+        return forward
+
+    def _make_attention(self, index: int, plain: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+            if self._form.attends(index):
+                return plain(hidden_states, *args, **kwargs)
+            return torch.zeros_like(hidden_states), None
 
         return forward
 

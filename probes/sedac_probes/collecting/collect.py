@@ -143,14 +143,15 @@ def _tokenise(llm: LLM, documents: Sequence[corpus.Document], max_length: int) -
     return prompts
 
 
-def record(llm: LLM, prompts: Sequence[list[int]], first: int = 0) -> tuple[dict[str, Tensor], dict[int, str]]:
+def record(llm: LLM, prompts: Sequence[list[int]], first: int = 0, params: Any = None) -> tuple[dict[str, Tensor], dict[int, str]]:
     """Run token ids through a recording engine that is idle: (tensors of a shard, why layers have no statistics).
 
-    Documents are numbered from `first`; rows are ordered by document and position.
+    Documents are numbered from `first`; rows are ordered by document and position. `params`, vLLM's, of each prompt or all, say how the
+    model goes on; what it adds is recorded too, but for the last token.
     """
     from vllm import SamplingParams
 
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params or SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
     # The engine's request ids end in "-<suffix>" since 0.32; outputs carry the part before it, in the order of the prompts.
     numbers = {output.request_id: first + i for i, output in enumerate(outputs)}
     parts: dict[str, list[Tensor]] = {}
@@ -166,6 +167,10 @@ def record(llm: LLM, prompts: Sequence[list[int]], first: int = 0) -> tuple[dict
     tensors = {name: torch.cat(pieces).cpu() for name, pieces in parts.items()}
     order = torch.argsort(tensors["document"] * 1_000_000 + tensors["position"])
     shard = {name: t[order] for name, t in tensors.items()}
+    if "final" in shard:
+        own = [list(output.outputs[0].token_ids) for output in outputs]
+        shard["next_token"] = torch.tensor([token for ids, added in zip(prompts, own, strict=True) for token in [*ids[1:], *added]], dtype=torch.int32)
+        shard["is_own"] = torch.tensor([i >= len(ids) - 1 for ids, added in zip(prompts, own, strict=True) for i in range(len(ids) + len(added) - 1)])
     ranks = llm.collective_rpc("sedac_take_statistics")
     for kind in ("up", "hidden"):
         for layer in sorted(ranks[0][kind]):  # a rank has the neurons that follow those of the rank before

@@ -3,6 +3,8 @@
 A shard holds `document` and `position` (N,) int64, `stream.<layer>` (N, D) fp32, `entropy` (N,) in nats, and, where the engine recorded it,
 `top_logprob` and `top_token` (N, K), `next_logprob` (N,) of the text's own next token (NaN where the engine saw none), and by layer
 `statistics.up.<layer>` and `statistics.hidden.<layer>` (F,), float64 sums over the shard's tokens of abs(up) and abs(act(gate) * up).
+A shard for distillation holds streams and `final` (N, D), the state that the lm_head reads, in bf16, `next_token` (N,) int32 and `is_own` (N,),
+whether the model itself chose that token, in place of all that comes from logits and neurons.
 Nothing in it is code; reading executes nothing. N tokens, D hidden size, K most likely tokens, F neurons.
 """
 
@@ -81,7 +83,7 @@ def check_same(directory: Path, wanted: Collection) -> None:
     if not (directory / DESCRIPTION).exists():
         return
     found, asked = read_description(directory), wanted.to_json()
-    names = [f.name for f in fields(Collection)]
+    names = [f.name for f in fields(wanted)]
     differing = [f"{name} {found.get(name)!r}, asked for {asked[name]!r}" for name in names if found.get(name) != asked[name]]
     if differing:
         raise ConfigError(f"{directory} holds a collection made with other settings ({'; '.join(differing)}); name another directory or remove it")
@@ -115,7 +117,7 @@ def is_whole(path: Path) -> bool:
     """Whether a shard is there and its size is what its header says."""
     try:
         with safetensors.safe_open(path, framework="pt") as shard:
-            return "entropy" in shard.keys()  # noqa: SIM118  safe_open is no mapping
+            return not {"entropy", "final"}.isdisjoint(shard.keys())  # safe_open is no mapping
     except (OSError, SafetensorError):
         return False
 
@@ -149,7 +151,7 @@ def read_collection(directory: Path, layer: int) -> tuple[Tensor, Tensor, Tensor
     targets: list[Tensor] = []
     documents: list[Tensor] = []
     name = f"stream.{layer}"
-    for path, shard in _read_shards(directory):
+    for path, shard in read_shards(directory):
         if name not in shard:
             raise ConfigError(f"{path} has no stream of layer {layer}; collect again with --layers naming it")
         if missing := {"entropy", "document"} - set(shard):
@@ -186,7 +188,7 @@ def read_statistics(directory: Path) -> Statistics:
     described = read_description(directory)
     sums: dict[str, dict[int, Tensor]] = {"up": {}, "hidden": {}}
     num_tokens = 0
-    for path, shard in _read_shards(directory):
+    for path, shard in read_shards(directory):
         num_tokens += len(shard["document"]())
         found = [layer for layer in range(described["num_layers"]) if f"statistics.up.{layer}" in shard and f"statistics.hidden.{layer}" in shard]
         if len(found) < described["num_layers"]:
@@ -206,7 +208,7 @@ def read_statistics(directory: Path) -> Statistics:
     return Statistics(up=sums["up"], hidden=sums["hidden"], num_tokens=num_tokens)
 
 
-def _read_shards(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def read_shards(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield each shard's path and, by name, how to load a tensor of it."""
     paths = sorted(directory.glob("shard-*.safetensors"))
     if not paths:

@@ -25,8 +25,15 @@ def start_engine(
     max_length: int = 512,
     top_k: int = 8,
     tensor_parallel_size: int = 1,
+    keeps_final: bool = False,
+    num_sequences: int = 16,
+    draft: Path | None = None,
+    num_draft_tokens: int = 4,
+    is_eager: bool = True,
 ) -> LLM:
-    """Start vLLM in this process: recording at `layers` with the `top_k` most likely tokens, or with `probe_set` attached.
+    """Start vLLM in this process: recording at `layers` with the `top_k` most likely tokens, or with `probe_set` or `draft` attached.
+
+    `keeps_final` records the final states in place of what the lm_head says of them; see `Recorder`.
 
     Prefix caching is off, so that every token of every text is computed and seen.
 
@@ -50,18 +57,23 @@ def start_engine(
     from vllm import LLM
 
     entry: dict[str, Any] = {"checkpoint_layers": list(layers)}
-    entry |= {"probe_set": str(probe_set)} if probe_set else {"record": True, "record_top_k": top_k}
+    if probe_set or draft:
+        entry |= {"probe_set": str(probe_set or ""), "draft": str(draft or "")}
+    else:
+        entry |= {"record": True, "record_top_k": top_k} | ({"record_final": True} if keeps_final else {})
+    speculative = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": num_draft_tokens}
     return LLM(
         model=model,
         dtype=dtype,
-        enforce_eager=True,
+        enforce_eager=is_eager,
         enable_prefix_caching=False,
         max_model_len=max_length,
         max_num_batched_tokens=max(2048, max_length),
-        max_num_seqs=16,
+        max_num_seqs=num_sequences,
         worker_cls="sedac.engine.worker.SedacWorker",
         additional_config={"sedac": entry},
         **({"tensor_parallel_size": tensor_parallel_size} if tensor_parallel_size > 1 else {}),
+        **({"speculative_config": speculative} if draft else {}),
     )
 
 

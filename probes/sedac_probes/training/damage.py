@@ -60,6 +60,10 @@ class Watched(Plain):
             self.streams[layer] = stream_TD.view(*self._batch.ids_BS.shape, -1)
         self._form.watch(layer, stream_TD)
 
+    def attends(self, layer: int) -> bool:
+        """Attend where the other form does."""
+        return self._form.attends(layer)
+
     def compute(self, layer: int, x_TD: Tensor, mlp: Any) -> tuple[Tensor, Tensor]:
         """Compute as the other form does."""
         return self._form.compute(layer, x_TD, mlp)

@@ -13,6 +13,7 @@ import os
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from sedac.agent.drafting_metrics import DraftingMetrics
 from sedac.agent.evidence_metrics import EvidenceMetrics
 from sedac.policy import EXACT, Layout, Policy
 from sedac.stats import Stats, TierStats
@@ -67,6 +68,7 @@ class EngineMetrics:
     def __init__(self, *, model_name: str, layout: Layout, engine: str = "0", is_speculating: bool = False) -> None:
         self.is_speculating = is_speculating
         self.evidence = EvidenceMetrics(model_name=model_name, engine=engine)
+        self._drafting = DraftingMetrics(model_name=model_name, engine=engine)
         self._labels = (model_name, engine)
         self._last = Stats()
         self._tiers: set[str] = set()
@@ -125,6 +127,8 @@ class EngineMetrics:
             if self._is_adapting and stats.active_revision == self._revision:
                 _THRESHOLD.labels(*labels).set(now.threshold)
         self._add_tiers(stats.tiers)
+        if stats.drafting:
+            self._drafting.add(stats.drafting)
         done, known = stats.num_adaptations, self._last.num_adaptations
         _ADAPTATIONS.labels(*self._labels).inc(done - known if done >= known else done)  # fewer: adaptation was reset in between
         self._last = stats

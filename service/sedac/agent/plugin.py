@@ -140,6 +140,8 @@ def _make_hello(settings: EngineSettings, engine: AttachedEngine, layout: Layout
         max_rank=layout.max_rank,
         levels_sha256=layout.levels_sha256,
         data_parallel_size=engine.num_ranks,
+        draft=layout.draft,
+        max_draft_tokens=layout.max_draft_tokens,
     )
 
 

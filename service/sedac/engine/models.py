@@ -22,6 +22,7 @@ from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
 from sedac.engine import checkpoint, mlp
 from sedac.engine.drafting import tap
+from sedac.engine.drafting.setup import is_ours
 from sedac.engine.levels import LevelTable
 from sedac.engine.record import Recorder
 from sedac.engine.state import State
@@ -29,7 +30,7 @@ from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
 from sedac.policy import FULL, SKIP, Layout
 from sedac.probe import artifact
 from sedac.probe.artifact import ProbeSet
-from sedac.probe.draft import read_draft_manifest
+from sedac.probe.draft_manifest import DraftManifest, read_draft_manifest
 
 CONFIG_KEY = "sedac"
 """the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
@@ -41,7 +42,7 @@ class StaticConfig:
     """What can't change while the engine runs."""
 
     probe_set: str = ""
-    """directory of the probe set; may be empty only with `record`"""
+    """directory of the probe set; may be empty only with `record` or `draft`"""
     checkpoint_layers: tuple[int, ...] = ()
     """decoder layers, 0-based; empty: all that the probe set has"""
     levels: bool = True
@@ -55,6 +56,8 @@ class StaticConfig:
     """record streams at the checkpoints instead of serving decisions"""
     record_top_k: int = 8
     """how many of the most likely next tokens to record with each token"""
+    record_final: bool = False
+    """record the normed states that the lm_head reads, in place of what it says of them"""
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> StaticConfig | None:
@@ -144,7 +147,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
             f"checkpoint layers {outside} are outside 0..{num_layers - 2} (the model has {num_layers} layers); change SEDAC_PROBE_LAYERS"
         )
     probe_set = None
-    if not static.record or static.probe_set:
+    if static.probe_set or not (static.record or static.draft):
         probe_set = artifact.load(Path(static.probe_set), wanted or None)
         manifest = probe_set.manifest
         if (manifest.hidden_size, manifest.num_layers) != (hidden_size, num_layers):
@@ -159,6 +162,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
     if levels:
         _refuse_levels(list_name, layers, lora)
     assert probe_set is not None or not levels
+    draft, max_draft_tokens = _read_draft(static, vllm_config)
     layout = Layout(
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -168,6 +172,8 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         probe_set_sha256=probe_set.manifest.sha256 if probe_set else "",
         levels_sha256=probe_set.levels_sha256 if levels and probe_set else "",
         levels=(FULL, SKIP, *(level.name for level in levels)),
+        draft=draft.kind if draft else "",
+        max_draft_tokens=max_draft_tokens,
     )
     shares = [record.saved for record in probe_set.manifest.levels] if levels and probe_set else []
     table = LevelTable(num_layers, levels, shares, probe_set.manifest.intermediate_size if probe_set else 0, device)
@@ -180,24 +186,38 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         allow_native=vllm_config.model_config.dtype in (torch.float32, torch.bfloat16),
     )
     if static.record:
-        state.recorder = Recorder(static.record_top_k)
+        state.recorder = Recorder(static.record_top_k, keeps_final=static.record_final)
         for i, layer in enumerate(layers):
             is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
             state.recorder.attach(i, layer.mlp, lambda: state.num_tokens, is_eager=is_eager)
     for i in layout.checkpoint_layers:
         checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
-    if static.draft:
-        draft = read_draft_manifest(Path(static.draft))
-        if draft.num_heads and draft.depth <= num_layers:
-            model.sedac_stream_TD = tap.attach(
-                layers[draft.depth - 1], _max_num_tokens(vllm_config), hidden_size, vllm_config.model_config.dtype, device
-            )
+    if draft and draft.num_heads and draft.depth <= num_layers:
+        model.sedac_stream_TD = tap.attach(layers[draft.depth - 1], _max_num_tokens(vllm_config), hidden_size, vllm_config.model_config.dtype, device)
     first = 0 if levels else min(layout.checkpoint_layers, default=num_layers) + 1  # without levels nothing below a checkpoint changes
     scores_activation = probe_set is not None and probe_set.manifest.score == "activation"
     for i in range(first, num_layers):
         neurons = probe_set.neurons[i] if levels and probe_set else None
         mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", i, state, neurons, scores_activation=scores_activation, lora=lora)
     return state
+
+
+def _read_draft(static: StaticConfig, vllm_config: VllmConfig) -> tuple[DraftManifest | None, int]:
+    """Return the draft that proposes, and how many tokens of a sequence per step at most; None and 0 where SEDAC does not draft.
+
+    Raises:
+        ConfigError: a draft is named that nothing would ask for its tokens.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or not is_ours(speculative):
+        if static.draft:
+            method = f"drafts by {speculative.method}" if speculative else "does not speculate"
+            raise ConfigError(
+                f"--additional-config {CONFIG_KEY}: draft is {static.draft}, but the engine {method}; start it with `sedac serve --draft`, "
+                "or leave the draft out"
+            )
+        return None, 0
+    return read_draft_manifest(Path(static.draft)), speculative.num_speculative_tokens
 
 
 def _find_max_rank(static: StaticConfig, probe_set: ProbeSet | None) -> int:

@@ -19,8 +19,9 @@ def register() -> None:
     """
     find_vllm_version()
     _share_vllm_log()
-    from sedac.engine.drafting.setup import prepare
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS, ModelRegistry
+
+    from sedac.engine.drafting.setup import prepare
 
     for architecture in _TEXT_GENERATION_MODELS:
         ModelRegistry.register_model(architecture, f"sedac.engine.models:Sedac{architecture}")

@@ -1,4 +1,5 @@
 """Recording for the workshop: streams at checkpoints, what the model then said, and how much each neuron did, on the numerics that serve.
+For the distillation of drafts it keeps the final states instead: all that the model can say, and smaller than its distribution.
 
 Only active when the engine was started with `record` in its layout; read through the worker's `sedac_take_records` and
 `sedac_take_statistics`. It watches and changes nothing: every token is computed in full by the layers that serve.
@@ -21,8 +22,9 @@ NO_TOKEN = -1
 class Recorder:
     """Collects one entry per forward pass, and sums per neuron, until taken."""
 
-    def __init__(self, top_k: int) -> None:
-        self.top_k = top_k
+    def __init__(self, top_k: int, *, keeps_final: bool = False) -> None:
+        """`keeps_final`: entries hold streams and final states in bf16, and nothing of logits or neurons."""
+        self.top_k, self.keeps_final = top_k, keeps_final
         self.layers: frozenset[int] | None = None
         """whose streams are kept; None: those of all checkpoints"""
         self.left_out: dict[int, str] = {}
@@ -35,10 +37,12 @@ class Recorder:
     def add_stream(self, layer: int, stream_TD: Tensor) -> None:
         """Keep the residual stream after `layer` (T, D), fp32, of the running pass."""
         if self.layers is None or layer in self.layers:
-            self._streams[layer] = stream_TD.detach().clone()
+            self._streams[layer] = stream_TD.detach().to(torch.bfloat16 if self.keeps_final else torch.float32, copy=True)
 
     def attach(self, layer: int, mlp: Any, count_rows: Callable[[], int], *, is_eager: bool) -> None:
         """Watch the MLP of decoder layer `layer` from now on; `count_rows` gives the running step's real rows, 0 outside of a step."""
+        if self.keeps_final:
+            return
         gate_up, down = getattr(mlp, "gate_up_proj", None), getattr(mlp, "down_proj", None)
         if not isinstance(gate_up, nn.Module) or not isinstance(down, nn.Module) or getattr(mlp, "act_fn", None) is None:
             self.left_out[layer] = f"{type(mlp).__name__} is no MLP of gate, up and down projection"
@@ -66,6 +70,11 @@ class Recorder:
 
         `next_T` (int64) are the tokens that follow in the requests, or NO_TOKEN.
         """
+        if self.keeps_final:
+            final = final_TD[: len(next_T)].detach().to(torch.bfloat16, copy=True)
+            self._entries.append({"requests": requests, "streams": self._streams, "final": final})
+            self._streams = {}
+            return
         pieces: dict[str, list[Tensor]] = {name: [] for name in ("entropy", "top_logprob", "top_token", "next_logprob")}
         for rows_ND, next_N in zip(final_TD[: len(next_T)].split(_LOGIT_ROWS), next_T.to(final_TD.device).split(_LOGIT_ROWS), strict=True):
             logits_NV = compute_logits(rows_ND)

@@ -17,7 +17,20 @@ import numpy as np
 from sedac.engine.arms import ARMS, Arm
 from sedac.engine.state import State
 from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy import ARM_KEY, CANARY, CERTIFICATE_KEY, EXACT, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, SPECULATION_KEY, TIER_KEY, Policy, Speculation, Tier
+from sedac.policy import (
+    ARM_KEY,
+    CANARY,
+    CERTIFICATE_KEY,
+    EXACT,
+    LEVEL_KEY,
+    ROLLOUT_KEY,
+    SCALE_KEY,
+    SPECULATION_KEY,
+    TIER_KEY,
+    Policy,
+    Speculation,
+    Tier,
+)
 
 _MAX_FINISHED = 1000
 

@@ -132,7 +132,9 @@ class SedacWorker(_Worker):
         self._sedac_requests.count_step(batch.req_ids, bounds, saved_T)
         if self.sedac_drafter is not None:
             is_decode = bool((starts >= batch.num_prompt_tokens[: batch.num_reqs]).all())
-            self.sedac_drafter.begin_step(batch.req_ids, bounds, inputs["positions"], get_forward_context().slot_mapping, self._sedac_drafts, is_decode)
+            self.sedac_drafter.begin_step(
+                batch.req_ids, bounds, inputs["positions"], get_forward_context().slot_mapping, self._sedac_drafts, is_decode
+            )
         if state.recorder is not None:
             counts = np.diff(bounds)
             requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.req_ids)]

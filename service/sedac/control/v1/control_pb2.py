@@ -25,75 +25,76 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
+from sedac.control.v1 import drafting_pb2 as sedac_dot_control_dot_v1_dot_drafting__pb2
 from sedac.control.v1 import evidence_pb2 as sedac_dot_control_dot_v1_dot_evidence__pb2
 from sedac.control.v1 import policy_pb2 as sedac_dot_control_dot_v1_dot_policy__pb2
 from sedac.control.v1 import rollouts_pb2 as sedac_dot_control_dot_v1_dot_rollouts__pb2
 
 from sedac.control.v1.policy_pb2 import *
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esedac/control/v1/control.proto\x12\x10sedac.control.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fsedac/control/v1/evidence.proto\x1a\x1dsedac/control/v1/policy.proto\x1a\x1fsedac/control/v1/rollouts.proto\"2\n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"\x9b\x01\n\x13UpdatePolicyRequest\x12(\n\x06policy\x18\x01 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x1aListPolicyRevisionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"b\n\x1bListPolicyRevisionsResponse\x12*\n\x08policies\x18\x01 \x03(\x0b\x32\x18.sedac.control.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"j\n\x15RollbackPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"9\n\x12WatchPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfrom_revision\x18\x02 \x01(\x03\"\x12\n\x10GetStatusRequest\".\n\x12WatchStatusRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"\xa1\x02\n\x06Status\x12(\n\x06policy\x18\x01 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12/\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x1e.sedac.control.v1.EngineStatus\x12\x36\n\rcertification\x18\x03 \x01(\x0e\x32\x1f.sedac.control.v1.Certification\x12*\n\x07rollout\x18\x04 \x01(\x0b\x32\x19.sedac.control.v1.Rollout\x12\x30\n\x08\x65vidence\x18\x05 \x03(\x0b\x32\x1e.sedac.control.v1.TierEvidence\x12&\n\x05guard\x18\x06 \x01(\x0b\x32\x17.sedac.control.v1.Guard\"q\n\x05Guard\x12,\n\x08\x61\x63t_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10refused_revision\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"_\n\x13ListEnginesResponse\x12/\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1e.sedac.control.v1.EngineStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x15\n\x13WatchEnginesRequest\"e\n\x14WatchEnginesResponse\x12/\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1e.sedac.control.v1.EngineStatus\x12\x1c\n\x14\x66orgotten_engine_ids\x18\x02 \x03(\t\"\xbd\x02\n\x0c\x45ngineStatus\x12-\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1d.sedac.control.v1.EngineHello\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.sedac.control.v1.EngineState\x12\x18\n\x10\x64\x65sired_revision\x18\x03 \x01(\x03\x12\x17\n\x0f\x61\x63tive_revision\x18\x04 \x01(\x03\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x32\n\x0elast_seen_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x06report\x18\x07 \x01(\x0b\x32\x1e.sedac.control.v1.EngineReport\x12\x16\n\x0e\x61\x63tive_rollout\x18\x08 \x01(\x03\"\xab\x01\n\rEngineMessage\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.sedac.control.v1.EngineHelloH\x00\x12\x30\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1e.sedac.control.v1.PolicyAnswerH\x00\x12\x30\n\x06report\x18\x03 \x01(\x0b\x32\x1e.sedac.control.v1.EngineReportH\x00\x42\x06\n\x04kind\"\x9a\x03\n\x0b\x45ngineHello\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cvllm_version\x18\x03 \x01(\t\x12\x15\n\rsedac_version\x18\x04 \x01(\t\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x19\n\x11\x63heckpoint_layers\x18\x07 \x03(\x05\x12\x11\n\tprobe_set\x18\x08 \x01(\t\x12\x18\n\x10probe_set_sha256\x18\t \x01(\t\x12\x13\n\x0bnum_workers\x18\n \x01(\x05\x12\x17\n\x0f\x61\x63tive_revision\x18\x0b \x01(\x03\x12\x30\n\x0einitial_policy\x18\x0c \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12\x0e\n\x06levels\x18\r \x03(\t\x12\x16\n\x0eweights_sha256\x18\x0e \x01(\t\x12\x10\n\x08max_rank\x18\x0f \x01(\x05\x12\x15\n\rlevels_sha256\x18\x10 \x01(\t\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x11 \x01(\x05\"z\n\x0cPolicyAnswer\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x15\n\rapply_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07rollout\x18\x05 \x01(\x03\"\xc0\x03\n\x0c\x45ngineReport\x12\x17\n\x0f\x61\x63tive_revision\x18\x01 \x01(\x03\x12\x11\n\tnum_steps\x18\x02 \x01(\x03\x12\x12\n\nnum_tokens\x18\x03 \x01(\x03\x12\x19\n\x11num_decode_tokens\x18\x04 \x01(\x03\x12\x37\n\x0b\x63heckpoints\x18\x07 \x03(\x0b\x32\".sedac.control.v1.CheckpointReport\x12\x16\n\x0enum_torn_steps\x18\x08 \x01(\x03\x12\x1f\n\x17num_mlp_blocks_computed\x18\t \x01(\x01\x12\x1e\n\x16num_mlp_blocks_skipped\x18\n \x01(\x01\x12+\n\x05tiers\x18\x0b \x03(\x0b\x32\x1c.sedac.control.v1.TierReport\x12\x17\n\x0fnum_adaptations\x18\x0c \x01(\x03\x12,\n\x08\x65vidence\x18\r \x03(\x0b\x32\x1a.sedac.control.v1.Evidence\x12\x16\n\x0e\x61\x63tive_rollout\x18\x0e \x01(\x03\x12+\n\x05ranks\x18\x0f \x03(\x0b\x32\x1c.sedac.control.v1.RankReportJ\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07\"F\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x17\n\x0f\x61\x63tive_revision\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\"r\n\x10\x43heckpointReport\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x15\n\rnum_evaluated\x18\x02 \x01(\x03\x12\x12\n\nnum_exited\x18\x03 \x01(\x03\x12\x11\n\tthreshold\x18\x04 \x01(\x01\x12\x11\n\texit_rate\x18\x05 \x01(\x01\"c\n\nTierReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\x03\x12\x12\n\nnum_exited\x18\x03 \x01(\x03\x12\x1f\n\x17num_mlp_blocks_computed\x18\x04 \x01(\x01\"\xa8\x01\n\nPolicyPush\x12\r\n\x05nonce\x18\x01 \x01(\t\x12(\n\x06policy\x18\x02 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12(\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x18.sedac.control.v1.Canary\x12\x37\n\nprobe_sets\x18\x04 \x03(\x0b\x32#.sedac.control.v1.ProbeSetReference\"R\n\x06\x43\x61nary\x12\x0f\n\x07rollout\x18\x01 \x01(\x03\x12(\n\x06policy\x18\x02 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12\r\n\x05share\x18\x03 \x01(\x01\"E\n\x11ProbeSetReference\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03*j\n\rCertification\x12\x1d\n\x19\x43\x45RTIFICATION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x45RTIFICATION_UNCERTIFIED\x10\x01\x12\x1b\n\x17\x43\x45RTIFICATION_CERTIFIED\x10\x02*\x8f\x01\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_STATE_PENDING\x10\x01\x12\x17\n\x13\x45NGINE_STATE_SYNCED\x10\x02\x12\x17\n\x13\x45NGINE_STATE_NACKED\x10\x03\x12\x16\n\x12\x45NGINE_STATE_STALE\x10\x04\x32\x98\x06\n\x07\x43ontrol\x12I\n\tGetPolicy\x12\".sedac.control.v1.GetPolicyRequest\x1a\x18.sedac.control.v1.Policy\x12O\n\x0cUpdatePolicy\x12%.sedac.control.v1.UpdatePolicyRequest\x1a\x18.sedac.control.v1.Policy\x12r\n\x13ListPolicyRevisions\x12,.sedac.control.v1.ListPolicyRevisionsRequest\x1a-.sedac.control.v1.ListPolicyRevisionsResponse\x12S\n\x0eRollbackPolicy\x12\'.sedac.control.v1.RollbackPolicyRequest\x1a\x18.sedac.control.v1.Policy\x12O\n\x0bWatchPolicy\x12$.sedac.control.v1.WatchPolicyRequest\x1a\x18.sedac.control.v1.Policy0\x01\x12I\n\tGetStatus\x12\".sedac.control.v1.GetStatusRequest\x1a\x18.sedac.control.v1.Status\x12O\n\x0bWatchStatus\x12$.sedac.control.v1.WatchStatusRequest\x1a\x18.sedac.control.v1.Status0\x01\x12Z\n\x0bListEngines\x12$.sedac.control.v1.ListEnginesRequest\x1a%.sedac.control.v1.ListEnginesResponse\x12_\n\x0cWatchEngines\x12%.sedac.control.v1.WatchEnginesRequest\x1a&.sedac.control.v1.WatchEnginesResponse0\x01\x32X\n\tDiscovery\x12K\n\x06\x46ollow\x12\x1f.sedac.control.v1.EngineMessage\x1a\x1c.sedac.control.v1.PolicyPush(\x01\x30\x01P\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1esedac/control/v1/control.proto\x12\x10sedac.control.v1\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a\x1fsedac/control/v1/drafting.proto\x1a\x1fsedac/control/v1/evidence.proto\x1a\x1dsedac/control/v1/policy.proto\x1a\x1fsedac/control/v1/rollouts.proto\"2\n\x10GetPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\"\x9b\x01\n\x13UpdatePolicyRequest\x12(\n\x06policy\x18\x01 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x15\n\rvalidate_only\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"Q\n\x1aListPolicyRevisionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"b\n\x1bListPolicyRevisionsResponse\x12*\n\x08policies\x18\x01 \x03(\x0b\x32\x18.sedac.control.v1.Policy\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"j\n\x15RollbackPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07\x63omment\x18\x03 \x01(\t\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"9\n\x12WatchPolicyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rfrom_revision\x18\x02 \x01(\x03\"\x12\n\x10GetStatusRequest\".\n\x12WatchStatusRequest\x12\x18\n\x10interval_seconds\x18\x01 \x01(\x01\"\xa1\x02\n\x06Status\x12(\n\x06policy\x18\x01 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12/\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x1e.sedac.control.v1.EngineStatus\x12\x36\n\rcertification\x18\x03 \x01(\x0e\x32\x1f.sedac.control.v1.Certification\x12*\n\x07rollout\x18\x04 \x01(\x0b\x32\x19.sedac.control.v1.Rollout\x12\x30\n\x08\x65vidence\x18\x05 \x03(\x0b\x32\x1e.sedac.control.v1.TierEvidence\x12&\n\x05guard\x18\x06 \x01(\x0b\x32\x17.sedac.control.v1.Guard\"q\n\x05Guard\x12,\n\x08\x61\x63t_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x18\n\x10refused_revision\x18\x02 \x01(\x03\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\";\n\x12ListEnginesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"_\n\x13ListEnginesResponse\x12/\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1e.sedac.control.v1.EngineStatus\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x15\n\x13WatchEnginesRequest\"e\n\x14WatchEnginesResponse\x12/\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x1e.sedac.control.v1.EngineStatus\x12\x1c\n\x14\x66orgotten_engine_ids\x18\x02 \x03(\t\"\xbd\x02\n\x0c\x45ngineStatus\x12-\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1d.sedac.control.v1.EngineHello\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.sedac.control.v1.EngineState\x12\x18\n\x10\x64\x65sired_revision\x18\x03 \x01(\x03\x12\x17\n\x0f\x61\x63tive_revision\x18\x04 \x01(\x03\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12\x32\n\x0elast_seen_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x06report\x18\x07 \x01(\x0b\x32\x1e.sedac.control.v1.EngineReport\x12\x16\n\x0e\x61\x63tive_rollout\x18\x08 \x01(\x03\"\xab\x01\n\rEngineMessage\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.sedac.control.v1.EngineHelloH\x00\x12\x30\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1e.sedac.control.v1.PolicyAnswerH\x00\x12\x30\n\x06report\x18\x03 \x01(\x0b\x32\x1e.sedac.control.v1.EngineReportH\x00\x42\x06\n\x04kind\"\xc3\x03\n\x0b\x45ngineHello\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0cvllm_version\x18\x03 \x01(\t\x12\x15\n\rsedac_version\x18\x04 \x01(\t\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x19\n\x11\x63heckpoint_layers\x18\x07 \x03(\x05\x12\x11\n\tprobe_set\x18\x08 \x01(\t\x12\x18\n\x10probe_set_sha256\x18\t \x01(\t\x12\x13\n\x0bnum_workers\x18\n \x01(\x05\x12\x17\n\x0f\x61\x63tive_revision\x18\x0b \x01(\x03\x12\x30\n\x0einitial_policy\x18\x0c \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12\x0e\n\x06levels\x18\r \x03(\t\x12\x16\n\x0eweights_sha256\x18\x0e \x01(\t\x12\x10\n\x08max_rank\x18\x0f \x01(\x05\x12\x15\n\rlevels_sha256\x18\x10 \x01(\t\x12\x1a\n\x12\x64\x61ta_parallel_size\x18\x11 \x01(\x05\x12\r\n\x05\x64raft\x18\x12 \x01(\t\x12\x18\n\x10max_draft_tokens\x18\x13 \x01(\x05\"z\n\x0cPolicyAnswer\x12\r\n\x05nonce\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.Status\x12\x15\n\rapply_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07rollout\x18\x05 \x01(\x03\"\xee\x03\n\x0c\x45ngineReport\x12\x17\n\x0f\x61\x63tive_revision\x18\x01 \x01(\x03\x12\x11\n\tnum_steps\x18\x02 \x01(\x03\x12\x12\n\nnum_tokens\x18\x03 \x01(\x03\x12\x19\n\x11num_decode_tokens\x18\x04 \x01(\x03\x12\x37\n\x0b\x63heckpoints\x18\x07 \x03(\x0b\x32\".sedac.control.v1.CheckpointReport\x12\x16\n\x0enum_torn_steps\x18\x08 \x01(\x03\x12\x1f\n\x17num_mlp_blocks_computed\x18\t \x01(\x01\x12\x1e\n\x16num_mlp_blocks_skipped\x18\n \x01(\x01\x12+\n\x05tiers\x18\x0b \x03(\x0b\x32\x1c.sedac.control.v1.TierReport\x12\x17\n\x0fnum_adaptations\x18\x0c \x01(\x03\x12,\n\x08\x65vidence\x18\r \x03(\x0b\x32\x1a.sedac.control.v1.Evidence\x12\x16\n\x0e\x61\x63tive_rollout\x18\x0e \x01(\x03\x12+\n\x05ranks\x18\x0f \x03(\x0b\x32\x1c.sedac.control.v1.RankReport\x12,\n\x08\x64rafting\x18\x10 \x01(\x0b\x32\x1a.sedac.control.v1.DraftingJ\x04\x08\x05\x10\x06J\x04\x08\x06\x10\x07\"F\n\nRankReport\x12\x0c\n\x04rank\x18\x01 \x01(\x05\x12\x17\n\x0f\x61\x63tive_revision\x18\x02 \x01(\x03\x12\x11\n\tnum_steps\x18\x03 \x01(\x03\"r\n\x10\x43heckpointReport\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x15\n\rnum_evaluated\x18\x02 \x01(\x03\x12\x12\n\nnum_exited\x18\x03 \x01(\x03\x12\x11\n\tthreshold\x18\x04 \x01(\x01\x12\x11\n\texit_rate\x18\x05 \x01(\x01\"c\n\nTierReport\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\x03\x12\x12\n\nnum_exited\x18\x03 \x01(\x03\x12\x1f\n\x17num_mlp_blocks_computed\x18\x04 \x01(\x01\"\xa8\x01\n\nPolicyPush\x12\r\n\x05nonce\x18\x01 \x01(\t\x12(\n\x06policy\x18\x02 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12(\n\x06\x63\x61nary\x18\x03 \x01(\x0b\x32\x18.sedac.control.v1.Canary\x12\x37\n\nprobe_sets\x18\x04 \x03(\x0b\x32#.sedac.control.v1.ProbeSetReference\"R\n\x06\x43\x61nary\x12\x0f\n\x07rollout\x18\x01 \x01(\x03\x12(\n\x06policy\x18\x02 \x01(\x0b\x32\x18.sedac.control.v1.Policy\x12\r\n\x05share\x18\x03 \x01(\x01\"E\n\x11ProbeSetReference\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03*j\n\rCertification\x12\x1d\n\x19\x43\x45RTIFICATION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x45RTIFICATION_UNCERTIFIED\x10\x01\x12\x1b\n\x17\x43\x45RTIFICATION_CERTIFIED\x10\x02*\x8f\x01\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45NGINE_STATE_PENDING\x10\x01\x12\x17\n\x13\x45NGINE_STATE_SYNCED\x10\x02\x12\x17\n\x13\x45NGINE_STATE_NACKED\x10\x03\x12\x16\n\x12\x45NGINE_STATE_STALE\x10\x04\x32\x98\x06\n\x07\x43ontrol\x12I\n\tGetPolicy\x12\".sedac.control.v1.GetPolicyRequest\x1a\x18.sedac.control.v1.Policy\x12O\n\x0cUpdatePolicy\x12%.sedac.control.v1.UpdatePolicyRequest\x1a\x18.sedac.control.v1.Policy\x12r\n\x13ListPolicyRevisions\x12,.sedac.control.v1.ListPolicyRevisionsRequest\x1a-.sedac.control.v1.ListPolicyRevisionsResponse\x12S\n\x0eRollbackPolicy\x12\'.sedac.control.v1.RollbackPolicyRequest\x1a\x18.sedac.control.v1.Policy\x12O\n\x0bWatchPolicy\x12$.sedac.control.v1.WatchPolicyRequest\x1a\x18.sedac.control.v1.Policy0\x01\x12I\n\tGetStatus\x12\".sedac.control.v1.GetStatusRequest\x1a\x18.sedac.control.v1.Status\x12O\n\x0bWatchStatus\x12$.sedac.control.v1.WatchStatusRequest\x1a\x18.sedac.control.v1.Status0\x01\x12Z\n\x0bListEngines\x12$.sedac.control.v1.ListEnginesRequest\x1a%.sedac.control.v1.ListEnginesResponse\x12_\n\x0cWatchEngines\x12%.sedac.control.v1.WatchEnginesRequest\x1a&.sedac.control.v1.WatchEnginesResponse0\x01\x32X\n\tDiscovery\x12K\n\x06\x46ollow\x12\x1f.sedac.control.v1.EngineMessage\x1a\x1c.sedac.control.v1.PolicyPush(\x01\x30\x01P\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sedac.control.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CERTIFICATION']._serialized_start=3657
-  _globals['_CERTIFICATION']._serialized_end=3763
-  _globals['_ENGINESTATE']._serialized_start=3766
-  _globals['_ENGINESTATE']._serialized_end=3909
-  _globals['_GETPOLICYREQUEST']._serialized_start=241
-  _globals['_GETPOLICYREQUEST']._serialized_end=291
-  _globals['_UPDATEPOLICYREQUEST']._serialized_start=294
-  _globals['_UPDATEPOLICYREQUEST']._serialized_end=449
-  _globals['_LISTPOLICYREVISIONSREQUEST']._serialized_start=451
-  _globals['_LISTPOLICYREVISIONSREQUEST']._serialized_end=532
-  _globals['_LISTPOLICYREVISIONSRESPONSE']._serialized_start=534
-  _globals['_LISTPOLICYREVISIONSRESPONSE']._serialized_end=632
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=634
-  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=740
-  _globals['_WATCHPOLICYREQUEST']._serialized_start=742
-  _globals['_WATCHPOLICYREQUEST']._serialized_end=799
-  _globals['_GETSTATUSREQUEST']._serialized_start=801
-  _globals['_GETSTATUSREQUEST']._serialized_end=819
-  _globals['_WATCHSTATUSREQUEST']._serialized_start=821
-  _globals['_WATCHSTATUSREQUEST']._serialized_end=867
-  _globals['_STATUS']._serialized_start=870
-  _globals['_STATUS']._serialized_end=1159
-  _globals['_GUARD']._serialized_start=1161
-  _globals['_GUARD']._serialized_end=1274
-  _globals['_LISTENGINESREQUEST']._serialized_start=1276
-  _globals['_LISTENGINESREQUEST']._serialized_end=1335
-  _globals['_LISTENGINESRESPONSE']._serialized_start=1337
-  _globals['_LISTENGINESRESPONSE']._serialized_end=1432
-  _globals['_WATCHENGINESREQUEST']._serialized_start=1434
-  _globals['_WATCHENGINESREQUEST']._serialized_end=1455
-  _globals['_WATCHENGINESRESPONSE']._serialized_start=1457
-  _globals['_WATCHENGINESRESPONSE']._serialized_end=1558
-  _globals['_ENGINESTATUS']._serialized_start=1561
-  _globals['_ENGINESTATUS']._serialized_end=1878
-  _globals['_ENGINEMESSAGE']._serialized_start=1881
-  _globals['_ENGINEMESSAGE']._serialized_end=2052
-  _globals['_ENGINEHELLO']._serialized_start=2055
-  _globals['_ENGINEHELLO']._serialized_end=2465
-  _globals['_POLICYANSWER']._serialized_start=2467
-  _globals['_POLICYANSWER']._serialized_end=2589
-  _globals['_ENGINEREPORT']._serialized_start=2592
-  _globals['_ENGINEREPORT']._serialized_end=3040
-  _globals['_RANKREPORT']._serialized_start=3042
-  _globals['_RANKREPORT']._serialized_end=3112
-  _globals['_CHECKPOINTREPORT']._serialized_start=3114
-  _globals['_CHECKPOINTREPORT']._serialized_end=3228
-  _globals['_TIERREPORT']._serialized_start=3230
-  _globals['_TIERREPORT']._serialized_end=3329
-  _globals['_POLICYPUSH']._serialized_start=3332
-  _globals['_POLICYPUSH']._serialized_end=3500
-  _globals['_CANARY']._serialized_start=3502
-  _globals['_CANARY']._serialized_end=3584
-  _globals['_PROBESETREFERENCE']._serialized_start=3586
-  _globals['_PROBESETREFERENCE']._serialized_end=3655
-  _globals['_CONTROL']._serialized_start=3912
-  _globals['_CONTROL']._serialized_end=4704
-  _globals['_DISCOVERY']._serialized_start=4706
-  _globals['_DISCOVERY']._serialized_end=4794
+  _globals['_CERTIFICATION']._serialized_start=3777
+  _globals['_CERTIFICATION']._serialized_end=3883
+  _globals['_ENGINESTATE']._serialized_start=3886
+  _globals['_ENGINESTATE']._serialized_end=4029
+  _globals['_GETPOLICYREQUEST']._serialized_start=274
+  _globals['_GETPOLICYREQUEST']._serialized_end=324
+  _globals['_UPDATEPOLICYREQUEST']._serialized_start=327
+  _globals['_UPDATEPOLICYREQUEST']._serialized_end=482
+  _globals['_LISTPOLICYREVISIONSREQUEST']._serialized_start=484
+  _globals['_LISTPOLICYREVISIONSREQUEST']._serialized_end=565
+  _globals['_LISTPOLICYREVISIONSRESPONSE']._serialized_start=567
+  _globals['_LISTPOLICYREVISIONSRESPONSE']._serialized_end=665
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_start=667
+  _globals['_ROLLBACKPOLICYREQUEST']._serialized_end=773
+  _globals['_WATCHPOLICYREQUEST']._serialized_start=775
+  _globals['_WATCHPOLICYREQUEST']._serialized_end=832
+  _globals['_GETSTATUSREQUEST']._serialized_start=834
+  _globals['_GETSTATUSREQUEST']._serialized_end=852
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=854
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=900
+  _globals['_STATUS']._serialized_start=903
+  _globals['_STATUS']._serialized_end=1192
+  _globals['_GUARD']._serialized_start=1194
+  _globals['_GUARD']._serialized_end=1307
+  _globals['_LISTENGINESREQUEST']._serialized_start=1309
+  _globals['_LISTENGINESREQUEST']._serialized_end=1368
+  _globals['_LISTENGINESRESPONSE']._serialized_start=1370
+  _globals['_LISTENGINESRESPONSE']._serialized_end=1465
+  _globals['_WATCHENGINESREQUEST']._serialized_start=1467
+  _globals['_WATCHENGINESREQUEST']._serialized_end=1488
+  _globals['_WATCHENGINESRESPONSE']._serialized_start=1490
+  _globals['_WATCHENGINESRESPONSE']._serialized_end=1591
+  _globals['_ENGINESTATUS']._serialized_start=1594
+  _globals['_ENGINESTATUS']._serialized_end=1911
+  _globals['_ENGINEMESSAGE']._serialized_start=1914
+  _globals['_ENGINEMESSAGE']._serialized_end=2085
+  _globals['_ENGINEHELLO']._serialized_start=2088
+  _globals['_ENGINEHELLO']._serialized_end=2539
+  _globals['_POLICYANSWER']._serialized_start=2541
+  _globals['_POLICYANSWER']._serialized_end=2663
+  _globals['_ENGINEREPORT']._serialized_start=2666
+  _globals['_ENGINEREPORT']._serialized_end=3160
+  _globals['_RANKREPORT']._serialized_start=3162
+  _globals['_RANKREPORT']._serialized_end=3232
+  _globals['_CHECKPOINTREPORT']._serialized_start=3234
+  _globals['_CHECKPOINTREPORT']._serialized_end=3348
+  _globals['_TIERREPORT']._serialized_start=3350
+  _globals['_TIERREPORT']._serialized_end=3449
+  _globals['_POLICYPUSH']._serialized_start=3452
+  _globals['_POLICYPUSH']._serialized_end=3620
+  _globals['_CANARY']._serialized_start=3622
+  _globals['_CANARY']._serialized_end=3704
+  _globals['_PROBESETREFERENCE']._serialized_start=3706
+  _globals['_PROBESETREFERENCE']._serialized_end=3775
+  _globals['_CONTROL']._serialized_start=4032
+  _globals['_CONTROL']._serialized_end=4824
+  _globals['_DISCOVERY']._serialized_start=4826
+  _globals['_DISCOVERY']._serialized_end=4914
 # @@protoc_insertion_point(module_scope)

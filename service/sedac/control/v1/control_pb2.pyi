@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.rpc import status_pb2 as _status_pb2
+from sedac.control.v1 import drafting_pb2 as _drafting_pb2
 from sedac.control.v1 import evidence_pb2 as _evidence_pb2
 from sedac.control.v1 import policy_pb2 as _policy_pb2
 from sedac.control.v1 import rollouts_pb2 as _rollouts_pb2
@@ -17,6 +18,7 @@ from sedac.control.v1.policy_pb2 import Tier as Tier
 from sedac.control.v1.policy_pb2 import Adaptation as Adaptation
 from sedac.control.v1.policy_pb2 import Certificate as Certificate
 from sedac.control.v1.policy_pb2 import Audit as Audit
+from sedac.control.v1.policy_pb2 import Speculation as Speculation
 from sedac.control.v1.policy_pb2 import Policy as Policy
 from sedac.control.v1.policy_pb2 import Phase as Phase
 from sedac.control.v1.policy_pb2 import Scope as Scope
@@ -217,7 +219,7 @@ class EngineMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., answer: _Optional[_Union[PolicyAnswer, _Mapping]] = ..., report: _Optional[_Union[EngineReport, _Mapping]] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy", "levels", "weights_sha256", "max_rank", "levels_sha256", "data_parallel_size")
+    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy", "levels", "weights_sha256", "max_rank", "levels_sha256", "data_parallel_size", "draft", "max_draft_tokens")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VLLM_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +237,8 @@ class EngineHello(_message.Message):
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     LEVELS_SHA256_FIELD_NUMBER: _ClassVar[int]
     DATA_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     model: str
     vllm_version: str
@@ -252,7 +256,9 @@ class EngineHello(_message.Message):
     max_rank: int
     levels_sha256: str
     data_parallel_size: int
-    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ..., weights_sha256: _Optional[str] = ..., max_rank: _Optional[int] = ..., levels_sha256: _Optional[str] = ..., data_parallel_size: _Optional[int] = ...) -> None: ...
+    draft: str
+    max_draft_tokens: int
+    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ..., weights_sha256: _Optional[str] = ..., max_rank: _Optional[int] = ..., levels_sha256: _Optional[str] = ..., data_parallel_size: _Optional[int] = ..., draft: _Optional[str] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
 
 class PolicyAnswer(_message.Message):
     __slots__ = ("nonce", "revision", "error", "apply_seconds", "rollout")
@@ -269,7 +275,7 @@ class PolicyAnswer(_message.Message):
     def __init__(self, nonce: _Optional[str] = ..., revision: _Optional[int] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., apply_seconds: _Optional[float] = ..., rollout: _Optional[int] = ...) -> None: ...
 
 class EngineReport(_message.Message):
-    __slots__ = ("active_revision", "num_steps", "num_tokens", "num_decode_tokens", "checkpoints", "num_torn_steps", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "tiers", "num_adaptations", "evidence", "active_rollout", "ranks")
+    __slots__ = ("active_revision", "num_steps", "num_tokens", "num_decode_tokens", "checkpoints", "num_torn_steps", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "tiers", "num_adaptations", "evidence", "active_rollout", "ranks", "drafting")
     ACTIVE_REVISION_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -283,6 +289,7 @@ class EngineReport(_message.Message):
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     ACTIVE_ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    DRAFTING_FIELD_NUMBER: _ClassVar[int]
     active_revision: int
     num_steps: int
     num_tokens: int
@@ -296,7 +303,8 @@ class EngineReport(_message.Message):
     evidence: _containers.RepeatedCompositeFieldContainer[_evidence_pb2.Evidence]
     active_rollout: int
     ranks: _containers.RepeatedCompositeFieldContainer[RankReport]
-    def __init__(self, active_revision: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointReport, _Mapping]]] = ..., num_torn_steps: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[float] = ..., num_mlp_blocks_skipped: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierReport, _Mapping]]] = ..., num_adaptations: _Optional[int] = ..., evidence: _Optional[_Iterable[_Union[_evidence_pb2.Evidence, _Mapping]]] = ..., active_rollout: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ...) -> None: ...
+    drafting: _drafting_pb2.Drafting
+    def __init__(self, active_revision: _Optional[int] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[CheckpointReport, _Mapping]]] = ..., num_torn_steps: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[float] = ..., num_mlp_blocks_skipped: _Optional[float] = ..., tiers: _Optional[_Iterable[_Union[TierReport, _Mapping]]] = ..., num_adaptations: _Optional[int] = ..., evidence: _Optional[_Iterable[_Union[_evidence_pb2.Evidence, _Mapping]]] = ..., active_rollout: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., drafting: _Optional[_Union[_drafting_pb2.Drafting, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
     __slots__ = ("rank", "active_revision", "num_steps")

@@ -26,12 +26,13 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from sedac.engine.drafting import draws
 from sedac.engine.drafting.attention import DraftAttention
 from sedac.engine.drafting.controller import Controller, Limits
-from sedac.engine.drafting.heads import HeadLayer
+from sedac.engine.drafting.heads import HeadCache, HeadLayer
 from sedac.engine.drafting.model import DraftModel, make_layers, make_norm
 from sedac.engine.drafting.totals import Totals
-from sedac.errors import ArtifactError, UnsupportedModel
+from sedac.errors import UnsupportedModel
 from sedac.policy import FULL, Speculation
 from sedac.probe.draft import REDUCED, load_head, read_draft_manifest
+from sedac.probe.draft_manifest import check_fit
 from sedac.stats import DraftingStats
 
 _log = logging.getLogger(__name__)
@@ -72,8 +73,12 @@ class Drafter:
         self.vllm_config = vllm_config
         self.directory = Path(vllm_config.additional_config["sedac"]["draft"])
         self.manifest = read_draft_manifest(self.directory)
-        assert vllm_config.speculative_config is not None
-        self.max_tokens: int = vllm_config.speculative_config.num_speculative_tokens
+        speculative = vllm_config.speculative_config
+        assert speculative is not None
+        self.max_tokens: int = speculative.num_speculative_tokens
+        # Lengths differ by step, so a sequence that joins must not get draft tokens that nobody proposed, as the scheduler would give it for
+        # the sake of CUDA graphs of one shape (v1/core/sched/scheduler.py, 0.32); it is made after this, from the same configuration.
+        speculative.num_speculative_tokens_per_batch_size = [(1, 1, self.max_tokens)]
         self.controller = Controller()
         self.totals = Totals(self.max_tokens)
         self.head: HeadLayer | None = None
@@ -81,7 +86,7 @@ class Drafter:
         self._step: _Step | None = None
         self._generators: dict[str, torch.Generator] = {}
         self._ended = 0.0
-        self._last_ids: list[str] = []
+        self._last_ids: set[str] = set()
         self._draft_seconds, self._num_passes = 0.0, 0
 
     def load_model(self, target: Any) -> None:
@@ -92,18 +97,12 @@ class Drafter:
         """
         m, config = self.manifest, self.vllm_config.model_config
         text = config.hf_text_config
-        if (m.hidden_size, m.num_layers) != (text.hidden_size, text.num_hidden_layers):
-            raise ArtifactError(
-                f"draft {m.name!r} was made for hidden size {m.hidden_size} and {m.num_layers} layers, the model has {text.hidden_size} and "
-                f"{text.num_hidden_layers}; make one for this model with `sedac-probes distill`"
-            )
         self.target = target
         self.stream_TD: Tensor | None = getattr(target, "sedac_stream_TD", None)
         self._state = target.sedac_state
         self._level = 0
+        check_fit(m, hidden_size=text.hidden_size, num_layers=text.num_hidden_layers, levels=self._state.table.names)
         if m.level != FULL:
-            if m.level not in self._state.table.names:
-                raise ArtifactError(f"draft {m.name!r} runs MLPs at level {m.level!r}, which the probe set does not have; it has {', '.join(self._state.table.names)}")
             self._level = self._state.table.get_index(m.level)
         list_name, layers = target.sedac_layers
         inner = target.get_submodule(list_name.rpartition(".")[0])
@@ -116,6 +115,9 @@ class Drafter:
                 self.head.load(weights)
                 norm = make_norm(m, weights["norm.weight"])
                 process_weights_after_loading(self.head, config, device)
+            if self.head is not None and self.head.has_attention:
+                with set_model_tag("sedac_draft_cache"):
+                    self.head_cache = HeadCache(vllm_config=self.vllm_config, head=self.head)
             self.draft = DraftModel(vllm_config=self.vllm_config, inner=inner, layers=make_layers(layers, m, self.head), norm=norm)
         self._names = [f"{_HEAD_PREFIX}.{text.num_hidden_layers}.attn"] if self.head and self.head.has_attention else []
         prefix = f"{list_name}."
@@ -135,6 +137,8 @@ class Drafter:
             ids_N = torch.zeros(num, dtype=torch.int32, device=device)
             with torch.inference_mode(), set_forward_context(None, self.vllm_config, num_tokens=num):
                 self.draft(ids_N, ids_N.long())
+                if self.stream_TD is not None:
+                    self.head_cache(ids_N.long(), self.stream_TD[:num])
 
     def begin_step(
         self, request_ids: list[str], bounds: Any, positions_T: Tensor, slot_mappings: Any, drafts: dict[str, list[int]], is_decode: bool
@@ -157,9 +161,11 @@ class Drafter:
         if step is None:
             return drafts
         if step.slots_T is not None:
-            assert self.head is not None and self.stream_TD is not None
+            assert self.head is not None
+            assert self.stream_TD is not None
             num = step.num_tokens
-            self.head.write_cache(step.positions_T[:num], self.stream_TD[:num], step.slots_T[:num])
+            keys, values = self.head_cache(step.positions_T[:num], self.stream_TD[:num])
+            self.head.write_cache(keys, values, step.slots_T[:num])
         generated = [(drafted, len(ids) - 1) for drafted, ids in zip(step.num_drafts, sampled_token_ids, strict=True) if ids]
         self.totals.count_verified(generated)
         self._learn(step, sampled_token_ids)
@@ -178,7 +184,8 @@ class Drafter:
         """Hand what the last step took to the controller; gaps in which no request went on are no step."""
         counts = [len(ids) for ids in sampled_token_ids]
         seconds = time.perf_counter() - self._ended + self._draft_seconds
-        goes_on = self._ended > 0 and any(i in self._last_ids for i in step.request_ids)
+        ids = set(step.request_ids)
+        goes_on = self._ended > 0 and not ids.isdisjoint(self._last_ids)
         if goes_on:
             self.totals.count_step(seconds)
         if goes_on and step.is_decode and len(step.request_ids) == len(self._last_ids):
@@ -190,7 +197,7 @@ class Drafter:
                 draft_seconds=self._draft_seconds,
                 num_passes=self._num_passes,
             )
-        self._last_ids = step.request_ids
+        self._last_ids = ids
 
     def _choose(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any) -> tuple[list[int], list[int], Limits]:
         """Return the rows that draft, how many tokens each may, and the stopping rules."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.attention import Attention
@@ -66,15 +67,11 @@ class HeadLayer(nn.Module):
             hidden_states, _ = self.down_proj(self.act_fn(gate_up))
         return hidden_states, residual
 
-    def write_cache(self, positions_T: Tensor, stream_TD: Tensor, slots_T: Tensor) -> None:
-        """Write keys and values of tokens that the target has computed into the layer's own cache; `stream_TD` is what it reads."""
-        normed_TD = self.input_layernorm(stream_TD)
-        qkv, _ = self.qkv_proj(normed_TD)
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        _, k = self.rotary_emb(positions_T, q, k)
+    def write_cache(self, keys: Tensor, values: Tensor, slots_T: Tensor) -> None:
+        """Write what `HeadCache` made of tokens that the target has computed into the layer's own cache."""
         attn: Any = self.attn
         shape = (-1, attn.num_kv_heads, attn.head_size)
-        attn.impl.do_kv_cache_update(attn, k.reshape(shape), v.reshape(shape), attn.kv_cache, slots_T)
+        attn.impl.do_kv_cache_update(attn, keys.view(shape), values.view(shape), attn.kv_cache, slots_T)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Copy the weights of the artifact, whose names are `DraftHead`'s."""
@@ -88,6 +85,22 @@ class HeadLayer(nn.Module):
                 self.gate_up_proj.weight_loader(self.gate_up_proj.weight, weights[f"{part}_proj.weight"], i)
             self.down_proj.weight_loader(self.down_proj.weight, weights["down_proj.weight"])
             self.post_attention_layernorm.weight.data.copy_(weights["post_attention_layernorm.weight"])
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "stream": 0})
+class HeadCache(nn.Module):
+    """The head layer's keys and values, compiled on their own: (T,) positions and the stream (T, D) to two (T, kv heads x head size)."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", head: HeadLayer) -> None:
+        super().__init__()
+        self.input_layernorm, self.qkv_proj, self.rotary_emb, self.sizes = head.input_layernorm, head.qkv_proj, head.rotary_emb, head.sizes
+
+    def forward(self, positions: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys, rotated, and values."""
+        qkv, _ = self.qkv_proj(self.input_layernorm(stream))
+        _, keys, values = qkv.split(self.sizes, dim=-1)
+        keys, _ = self.rotary_emb(positions, keys)
+        return keys.contiguous(), values.contiguous()
 
 
 class Nothing(nn.Module):
