@@ -13,16 +13,30 @@ from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 from sedac import wire
-from sedac.control.v1 import control_pb2
+from sedac.control.v1 import control_pb2, drafting_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
-from sedac.stats import CheckpointStats, RankStats, Stats, TierStats
+from sedac.stats import CONTROLLER_STATES, CheckpointStats, ControllerStats, DraftingStats, RankStats, Stats, TierStats
 
 from tests.strategies import any_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 _LISTS = ("checkpoints", "tiers", "ranks")
 _counts, _amounts = st.integers(0, 2**62), st.floats(0, 1e30)
+_controllers = st.builds(
+    ControllerStats,
+    num_sequences=st.integers(1, 2**20),
+    state=st.sampled_from(CONTROLLER_STATES),
+    **dict.fromkeys(("gain", "plain_seconds", "step_seconds", "draft_pass_seconds", "tokens_per_step"), _amounts),
+)
+_drafting = st.builds(
+    DraftingStats,
+    kind=st.sampled_from(["adapter", "exit-head", "reduced"]),
+    **dict.fromkeys(("num_drafted", "num_accepted", "num_verified_steps", "num_passes"), _counts),
+    **dict.fromkeys(("draft_seconds", "step_seconds"), _amounts),
+    **dict.fromkeys(("lengths", "accepted_at"), st.lists(_counts, max_size=17).map(tuple)),
+    controller=st.lists(_controllers, max_size=3).map(tuple),
+)
 
 
 def test_generated_code_is_up_to_date(tmp_path):
@@ -97,7 +111,8 @@ def test_foreign_statuses_are_not_taken_for_ours():
 @given(
     st.builds(
         Stats,
-        **{f.name: _amounts if "mlp_blocks" in f.name else _counts for f in dataclasses.fields(Stats) if f.name not in _LISTS},
+        **{f.name: _amounts if "mlp_blocks" in f.name else _counts for f in dataclasses.fields(Stats) if f.name not in (*_LISTS, "drafting")},
+        drafting=st.none() | _drafting,
         checkpoints=st.lists(
             st.builds(
                 CheckpointStats, layer=st.integers(0, 4096), num_evaluated=_counts, num_exited=_counts, threshold=_amounts, exit_rate=st.floats(0, 1)
@@ -116,11 +131,18 @@ def test_foreign_statuses_are_not_taken_for_ours():
 def test_counters_survive_the_wire(stats):
     report = control_pb2.EngineReport.FromString(wire.stats_to_report(stats).SerializeToString())
     for field in dataclasses.fields(Stats):
-        if field.name not in _LISTS:
+        if field.name not in (*_LISTS, "drafting"):
             assert getattr(report, field.name) == getattr(stats, field.name)
     for entries, read in ((getattr(stats, name), getattr(report, name)) for name in _LISTS):
         assert [vars(e) for e in entries] == [{f.name: getattr(r, f.name) for f in r.DESCRIPTOR.fields} for r in read]
+    assert (wire.drafting_from_proto(report.drafting) if report.HasField("drafting") else None) == stats.drafting
     assert Stats.from_dict(json.loads(json.dumps(dataclasses.asdict(stats)))) == stats
+
+
+def test_a_controller_state_of_a_newer_contract_is_unknown():
+    message = drafting_pb2.Drafting(controller=[drafting_pb2.DraftingController(num_sequences=4, state=99)])
+    (size,) = wire.drafting_from_proto(message).controller
+    assert (size.num_sequences, size.state) == (4, "unknown")
 
 
 def test_layouts_survive_the_hello():

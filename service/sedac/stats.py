@@ -15,6 +15,7 @@ from sedac.evidence import Moments
 CONTROLLER_STATES = ("measuring", "trying", "drafting", "paused")
 _TIER_TOTALS = ("num_tokens", "num_exited", "num_mlp_blocks_computed")
 _DRAFT_TOTALS = ("num_drafted", "num_accepted", "num_verified_steps", "num_passes", "draft_seconds", "step_seconds")
+_DRAFT_RATIOS = ("acceptance_rate", "token_ratio", "tokens_per_step", "mean_length", "draft_share")
 _DRAFT_COUNTS = ("lengths", "accepted_at")
 _TOTALS = ("num_steps", "num_torn_steps", "num_tokens", "num_decode_tokens", "num_mlp_blocks_computed", "num_mlp_blocks_skipped", "num_adaptations")
 
@@ -130,6 +131,11 @@ class DraftingStats:
     def drafted_at(self) -> tuple[int, ...]:
         """Draft tokens that were verified, by position."""
         return tuple(sum(self.lengths[position:]) for position in range(1, len(self.lengths)))
+
+    def get_rates(self) -> dict[str, float | None]:
+        """Return the ratios above; None where there is none yet."""
+        ratios = {name: getattr(self, name) for name in _DRAFT_RATIOS}
+        return {name: None if math.isnan(ratio) else ratio for name, ratio in ratios.items()}
 
     def since(self, before: DraftingStats | None) -> DraftingStats:
         """Return what came since `before`, with the state now; everything where totals have begun anew in between."""

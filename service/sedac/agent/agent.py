@@ -150,6 +150,7 @@ class Agent:
             "default_tier": self.policy.default_tier if self.policy.enabled else EXACT,
             "adaptation": self._describe_adaptation(),
             "stats": asdict(self.stats),
+            "drafting": self.stats.drafting.get_rates() if self.stats.drafting else None,
             "evidence": [page for book in self._books.values() for page in book.to_dicts()],
             "num_audits_waiting": self.auditor.get_num_waiting() if self.auditor else 0,
         }
@@ -243,7 +244,9 @@ class Agent:
             if self.settings.log_every and self.stats.num_steps - logged_steps >= self.settings.log_every:
                 logged_steps = self.stats.num_steps
                 rates = ", ".join(f"{c.layer}: {c.num_exited / max(1, self.stats.num_decode_tokens):.1%}" for c in self.stats.checkpoints)
-                _log.info("step %d, revision %d, exit rate by checkpoint %s", self.stats.num_steps, self.revision, rates)
+                ratios = self.stats.drafting.get_rates() if self.stats.drafting else {}
+                drafting = "".join(f", {name.replace('_', ' ')} {ratio:.3f}" for name, ratio in ratios.items() if ratio is not None)
+                _log.info("step %d, revision %d, exit rate by checkpoint %s%s", self.stats.num_steps, self.revision, rates, drafting)
 
     async def _follow(self) -> None:
         await self._identify_weights()

@@ -1,4 +1,4 @@
-"""What a cell of a table says: names of enums, times, sizes, estimates."""
+"""What a cell of a table says: names of enums, times, sizes, shares, estimates."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def format_time(message: Message, field: str, missing: str = "-") -> str:
 def format_bytes(size: int) -> str:
     """Return a size for people."""
     return f"{size} B" if size < 1 << 10 else f"{size / (1 << 10):.1f} KiB" if size < 1 << 20 else f"{size / (1 << 20):.1f} MiB"
+
+
+def format_share(share: float) -> str:
+    """Return a share in per cent; - where there is none."""
+    return "-" if math.isnan(share) else f"{share:.1%}"
 
 
 def format_estimate(estimate: evidence_pb2.Estimate) -> str:

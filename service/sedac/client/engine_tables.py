@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 from rich.console import Group, RenderableType
@@ -9,9 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sedac.client.cells import format_time, name_enum
+from sedac import wire
+from sedac.client.cells import format_share, format_time, name_enum
 from sedac.client.policy_tables import describe_adaptation
 from sedac.control.v1 import control_pb2
+from sedac.stats import ControllerStats, DraftingStats
 
 _STATE_STYLES = {"SYNCED": "green", "PENDING": "yellow", "NACKED": "red", "STALE": "red"}
 
@@ -53,17 +56,62 @@ def _make_rates(now: control_pb2.EngineReport, last: control_pb2.EngineReport) -
 
 
 def make_fleet_table(engines: Iterable[control_pb2.EngineStatus]) -> Table:
-    """Show every engine: state, revisions, what it runs, its data-parallel ranks, when it was last heard of."""
-    table = Table("engine", "state", "revision", "roll-out", "model", "probe set", "vLLM", "SEDAC", "ranks", "last seen", box=None)
+    """Show every engine: state, revisions, what it runs, how it drafts, its data-parallel ranks, when it was last heard of."""
+    table = Table("engine", "state", "revision", "roll-out", "model", "probe set", "draft", "vLLM", "SEDAC", "ranks", "last seen", box=None)
     for e in engines:
         hello, state = e.engine, get_state(e)
         ranks = " ".join(f"{r.rank}:{r.active_revision}" for r in e.report.ranks) or str(hello.data_parallel_size or 1)
         revision = str(e.active_revision) if e.active_revision == e.desired_revision else f"{e.active_revision} (wanted {e.desired_revision})"
-        words = (revision, str(e.active_rollout or "-"), hello.model, hello.probe_set, hello.vllm_version, hello.sedac_version, ranks)
+        draft = _describe_draft(e.report)
+        words = (revision, str(e.active_rollout or "-"), hello.model, hello.probe_set, draft, hello.vllm_version, hello.sedac_version, ranks)
         table.add_row(escape(hello.engine_id), make_state(state), *map(escape, words), format_time(e, "last_seen_time"))
         if e.error.message:
             table.add_row("", Text(e.error.message, style="red"))
     return table
+
+
+def _describe_draft(report: control_pb2.EngineReport) -> str:
+    if not report.HasField("drafting"):
+        return "-"
+    drafting = wire.drafting_from_proto(report.drafting)
+    if not drafting.num_drafted:
+        return drafting.kind
+    return f"{drafting.kind}: AR {format_share(drafting.acceptance_rate)}, {drafting.tokens_per_step:.2f} tokens/step"
+
+
+def make_drafting_table(engines: Iterable[control_pb2.EngineStatus], before: control_pb2.Status | None = None) -> Table:
+    """Show how every engine with a draft of its own speculates, since the start or since `before`; the controller's state is that of now.
+
+    AR: accepted / verified draft tokens; TRR: accepted draft tokens / output tokens. Tokens per step are a sequence's, in all steps.
+    """
+    titles = ("AR", "TRR", "tokens/step", "draft length", "accepted by position", "time drafting", "controller by batch size: state, gain")
+    table = Table("engine", "draft", *titles, box=None)
+    for e, last in _pair(engines, before):
+        if not e.report.HasField("drafting"):
+            continue
+        now = wire.drafting_from_proto(e.report.drafting)
+        new = now.since(wire.drafting_from_proto(last.drafting) if last.HasField("drafting") else None)
+        numbers = ("-" if math.isnan(n) else f"{n:.2f}" for n in (new.tokens_per_step, new.mean_length))
+        table.add_row(
+            escape(e.engine.engine_id),
+            escape(now.kind),
+            format_share(new.acceptance_rate),
+            format_share(new.token_ratio),
+            *numbers,
+            _describe_positions(new),
+            format_share(new.draft_share),
+            "\n".join(map(_describe_controller, now.controller)) or "-",
+        )
+    return table
+
+
+def _describe_positions(drafting: DraftingStats) -> str:
+    pairs = zip(drafting.accepted_at, drafting.drafted_at, strict=False)
+    return " ".join(f"{accepted / drafted:.0%}" for accepted, drafted in pairs if drafted) or "-"
+
+
+def _describe_controller(size: ControllerStats) -> str:
+    return f"{size.num_sequences}: {size.state}" + (f" {size.gain:.2f}x" if size.gain else "")
 
 
 def get_state(engine: control_pb2.EngineStatus) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from sedac.client.engine_tables import make_checkpoints_table, make_engines_table, make_tier_work_table
+from sedac.client.engine_tables import make_checkpoints_table, make_drafting_table, make_engines_table, make_tier_work_table
 from sedac.client.policy_tables import make_policy_table
 from sedac.client.rollout_tables import make_evidence_table, make_guard, make_rollout_table
 from sedac.control.v1 import control_pb2
@@ -26,4 +26,6 @@ def make_status(status: control_pb2.Status, before: control_pb2.Status | None = 
         parts += [Text(), make_checkpoints_table(status)]
     if any(e.report.tiers for e in status.engines):
         parts += [Text(), make_tier_work_table(status.engines, before)]
+    if any(e.report.HasField("drafting") for e in status.engines):
+        parts += [Text(), make_drafting_table(status.engines, before)]
     return Group(*parts)
