@@ -38,6 +38,9 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model directory or name; default: the demo model.")] = "",
     probe_set: Annotated[Path | None, typer.Option(help="Directory of the probe set (SEDAC_PROBE_DIR).")] = None,
+    draft: Annotated[
+        Path | None, typer.Option(help="Directory of a draft for self-speculation (SEDAC_DRAFT_DIR); `none`: without. Default: the demo model's own.")
+    ] = None,
     control: Annotated[
         str | None, typer.Option(help="host:port of a control service elsewhere; `none`: serve without one. Default: run one here.")
     ] = None,
@@ -52,6 +55,7 @@ def serve(
         sedac serve                                            the demo model on port 8000
         sedac serve Qwen/Qwen2.5-3B --probe-set ./probes --port 9000 --max-model-len 4096
         sedac serve --control control.internal:50051           follow a control service elsewhere
+        sedac serve --draft none                               no self-speculation
     """
     from sedac import launch
     from sedac.probe.manifest import read_manifest
@@ -60,7 +64,7 @@ def serve(
     arguments = list(context.args)
     if model.startswith("-"):  # an unknown flag first: click took it for the argument
         arguments, model = [model, *arguments], ""
-    settings = read_settings(model=model or None, probe_dir=probe_set, engine_id=engine_id)
+    settings = read_settings(model=model or None, probe_dir=probe_set, draft_dir=draft, engine_id=engine_id)
     if sedac_layer is not None:
         settings = settings.model_copy(update={"probe_layers": (sedac_layer,), "scope": "batch"})
     if sedac_threshold is not None:
@@ -107,13 +111,14 @@ def token(
 def doctor(
     model: Annotated[str, typer.Argument(help="Model directory; default: the demo model.")] = "",
     probe_set: Annotated[Path | None, typer.Option(help="Directory of the probe set (SEDAC_PROBE_DIR).")] = None,
+    draft: Annotated[Path | None, typer.Option(help="Directory of the draft (SEDAC_DRAFT_DIR); `none`: without.")] = None,
     url: Annotated[str, typer.Option(help="A running engine to ask what is attached.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what is attached, to which vLLM, and why not if not. Exit code 1 when something that serving needs is missing."""
     from sedac.doctor import examine, show
 
-    findings = examine(model, probe_set, url)
+    findings = examine(model, probe_set, url, draft=draft)
     show(findings, as_json=as_json)
     raise typer.Exit(int(any(finding.state == "bad" for finding in findings)))
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from sedac.errors import SedacError
-from sedac.launch import with_demo_defaults
+from sedac.launch import read_draft, with_demo_defaults, with_draft
+from sedac.policy import Speculation
+from sedac.probe.manifest import Manifest, read_manifest
 from sedac.settings import EngineSettings, read_settings
 from sedac.versions import find_vllm_version
 
@@ -28,11 +30,11 @@ class Finding:
     detail: str
 
 
-def examine(model: str, probe_set: Path | None, url: str) -> list[Finding]:
-    """Look at the installation, the model, the probe set and a running engine; nothing is started or changed."""
+def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None = None) -> list[Finding]:
+    """Look at the installation, the model, the probe set, the draft and a running engine; nothing is started or changed."""
     findings = list(_examine_installation())
     try:
-        settings = with_demo_defaults(read_settings(model=model or None, probe_dir=probe_set))
+        settings = with_draft(with_demo_defaults(read_settings(model=model or None, probe_dir=probe_set, draft_dir=draft)))
     except SedacError as error:
         return [*findings, Finding("settings", "bad", str(error))]
     findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
@@ -57,8 +59,6 @@ def _examine_installation() -> Iterator[Finding]:
 
 
 def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
-    from sedac.probe.manifest import read_manifest
-
     path = Path(settings.model) / "config.json"
     if not path.is_file():
         yield Finding("model", "absent", f"{settings.model} is not a local directory: its architecture is checked when the engine starts")
@@ -85,6 +85,19 @@ def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
         yield Finding("levels", "ok" if levels else "absent", levels or "full and skip alone: the probe set has no reduced ones")
         tiers = ", ".join(tier.name for tier in policy.get_tiers())
         yield Finding("tiers", "ok", f"exact, {tiers}; requests that name none get {policy.default_tier if policy.enabled else 'exact'}")
+        yield _examine_draft(settings, manifest, policy.speculation)
+
+
+def _examine_draft(settings: EngineSettings, manifest: Manifest, knobs: Speculation) -> Finding:
+    try:
+        draft = read_draft(settings, manifest)
+    except SedacError as error:
+        return Finding("draft", "bad", str(error))
+    if draft is None:
+        return Finding("draft", "absent", "none, so nothing is drafted; name one with --draft or SEDAC_DRAFT_DIR")
+    room = settings.draft_tokens or draft.max_tokens
+    use = f"up to {room} tokens per step" if knobs.enabled else f"room for {room} tokens per step, off at first (SEDAC_SPECULATION=0)"
+    return Finding("draft", "ok", f"{draft.name}: {draft.kind}, {draft.depth} of {draft.num_layers} layers, {use}")
 
 
 def _examine_architecture(architecture: str) -> Finding:
@@ -113,7 +126,8 @@ def _examine_engine(url: str) -> Finding:
     if not layout:
         return Finding("running engine", "bad", f"{url}: {status.get('state')}")
     layers = ", ".join(map(str, layout["checkpoint_layers"]))
-    return Finding("running engine", "ok", f"{url}: {status['state']}, revision {status['revision']}, checkpoints after layers {layers}")
+    draft = f"draft {layout['draft']}, up to {layout['max_draft_tokens']} tokens" if layout.get("draft") else "no draft"
+    return Finding("running engine", "ok", f"{url}: {status['state']}, revision {status['revision']}, checkpoints after layers {layers}, {draft}")
 
 
 def show(findings: list[Finding], *, as_json: bool) -> None:

@@ -21,13 +21,19 @@ from typing import Any
 
 from sedac.control.settings import ControlSettings
 from sedac.control.tls import check_exposure
+from sedac.engine.drafting.setup import DRAFTER
 from sedac.errors import ConfigError
-from sedac.probe.manifest import read_manifest
+from sedac.policy import FULL, SKIP
+from sedac.probe.draft_manifest import DraftManifest, check_fit, read_draft_manifest
+from sedac.probe.manifest import Manifest, read_manifest
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
 _SHIPPED = Path(__file__).resolve().parents[2] / "probes" / "demo"
 _PLUGINS = ("sedac", "sedac_agent")
+_NO_DRAFT = Path("none")
+_SPECULATION_FLAGS = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
+"""vLLM's own, 0.32; --speculative-config.KEY too"""
 _MAX_BACKOFF_SECONDS = 30.0
 _STOP_SECONDS = 30.0
 
@@ -47,8 +53,48 @@ def with_demo_defaults(settings: EngineSettings) -> EngineSettings:
     return settings.model_copy(update={"model": model, "probe_dir": probe_dir.resolve()})
 
 
-def make_engine_command(settings: EngineSettings, vllm_args: Sequence[str]) -> list[str]:
-    """Build the command line of vLLM's OpenAI server with SEDAC attached.
+def with_draft(settings: EngineSettings, vllm_args: Sequence[str] = ()) -> EngineSettings:
+    """Fill in the demo model's draft where that model is served and no draft was named, and make an explicit `none` empty.
+
+    A user's own speculation takes the place of the demo's draft, never of one that was named.
+
+    Raises:
+        ConfigError: a draft was named beside the user's own speculation, or room for the tokens of none.
+    """
+    draft_dir, own = settings.draft_dir, _find_speculation(vllm_args)
+    if draft_dir == Path() and not own and settings.model == str(_SHIPPED / "model") and (_SHIPPED / "draft").is_dir():
+        draft_dir = _SHIPPED / "draft"
+    if draft_dir in (Path(), _NO_DRAFT):
+        if settings.draft_tokens is not None:
+            raise ConfigError(f"SEDAC_DRAFT_TOKENS is {settings.draft_tokens}, but there is no draft; name one with --draft or SEDAC_DRAFT_DIR")
+        return settings.model_copy(update={"draft_dir": Path()})
+    if own:
+        raise ConfigError(f"{own} and --draft {draft_dir} (SEDAC_DRAFT_DIR) are two ways to speculate; leave one out, `--draft none` keeps vLLM's")
+    return settings.model_copy(update={"draft_dir": draft_dir.resolve()})
+
+
+def read_draft(settings: EngineSettings, manifest: Manifest) -> DraftManifest | None:
+    """Read the manifest of the draft and hold it against the probe set, which is of the same model; None where there is no draft.
+
+    Raises:
+        ArtifactError: it is missing, broken, or made for another model or other levels.
+    """
+    if settings.draft_dir == Path():
+        return None
+    draft = read_draft_manifest(settings.draft_dir)
+    levels = (FULL, SKIP, *(level.name for level in manifest.levels if settings.levels))
+    check_fit(draft, hidden_size=manifest.hidden_size, num_layers=manifest.num_layers, levels=levels)
+    return draft
+
+
+def _find_speculation(vllm_args: Sequence[str]) -> str:
+    """Return the first flag of vLLM's own speculation; empty: none."""
+    names = (arg.split("=")[0].split(".")[0] for arg in vllm_args)
+    return next((name for name in names if name.replace("_", "-") in _SPECULATION_FLAGS), "")
+
+
+def make_engine_command(settings: EngineSettings, vllm_args: Sequence[str], draft: DraftManifest | None = None) -> list[str]:
+    """Build the command line of vLLM's OpenAI server with SEDAC attached, and speculating with the `draft` in the settings' directory.
 
     A user's own --additional-config is kept and gets SEDAC's entry.
 
@@ -60,8 +106,13 @@ def make_engine_command(settings: EngineSettings, vllm_args: Sequence[str]) -> l
     if taken:
         raise ConfigError(f"{taken[0]} is set by `sedac serve` itself; name the model as its argument and leave the flag out")
     additional["sedac"] = {"probe_set": str(settings.probe_dir), "checkpoint_layers": list(settings.probe_layers), "levels": settings.levels}
+    if draft:
+        additional["sedac"]["draft"] = str(settings.draft_dir)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model]
     command += ["--worker-cls", "sedac.engine.worker.SedacWorker", "--additional-config", json.dumps(additional)]
+    if draft:
+        speculative = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": settings.draft_tokens or draft.max_tokens}
+        command += ["--speculative-config", json.dumps(speculative)]
     named = {arg.split("=")[0].replace("_", "-") for arg in rest}
     if "--served-model-name" not in named and Path(settings.model) == _SHIPPED / "model":
         command += ["--served-model-name", "sedac-demo"]
@@ -149,8 +200,10 @@ def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | 
     Raises:
         ConfigError, ArtifactError: found before anything is started.
     """
-    settings = with_demo_defaults(settings)
-    settings.make_policy(read_manifest(settings.probe_dir))
+    settings = with_draft(with_demo_defaults(settings), vllm_args)
+    manifest = read_manifest(settings.probe_dir)
+    settings.make_policy(manifest)
+    draft = read_draft(settings, manifest)
     control_command = None
     if control is None:
         check_exposure(ControlSettings())
@@ -161,11 +214,12 @@ def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | 
         address = "" if control == "none" else control
     settings = settings.model_copy(update={"control_address": address})
     launch = Launch(
-        engine_command=make_engine_command(settings, vllm_args),
+        engine_command=make_engine_command(settings, vllm_args, draft),
         engine_env=make_engine_env(settings),
         control_command=control_command,
         control_env=dict(os.environ),
     )
     place = f"{address}, {'started here' if control_command else 'elsewhere'}" if address else "none"
-    _log.info("model %s, probe set %s, control service %s", settings.model, settings.probe_dir, place)
+    drafts = f"{settings.draft_dir} ({draft.kind})" if draft else "none"
+    _log.info("model %s, probe set %s, draft %s, control service %s", settings.model, settings.probe_dir, drafts, place)
     return launch.run()

@@ -29,6 +29,7 @@ from sedac.policy import (
     REQUEST_KEY,
     ROLLOUT_KEY,
     SCALE_KEY,
+    SPECULATION_KEY,
     TIER_KEY,
     Canary,
     Policy,
@@ -37,7 +38,9 @@ from sedac.policy import (
 BOUNDED_SALT = "sedac-bounded:"
 ASKED, KEPT = "asked", "kept"
 """values of AUDIT_KEY: log-probabilities were asked for by the user as well, or are kept for the audit alone"""
-_TAKEN = (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY, REQUEST_KEY, ARM_KEY, ROLLOUT_KEY, AUDIT_KEY)
+_TAKEN = (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY, REQUEST_KEY, ARM_KEY, ROLLOUT_KEY, AUDIT_KEY, SPECULATION_KEY)
+_YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+"""what a flag of a request may be, in any case; JSON's true and false arrive as numbers (entrypoints/openai, 0.32: `vllm_xargs`)"""
 _MAX_KEY_CHARS = 1024
 
 
@@ -71,7 +74,10 @@ def stamp(request: Any, terms: Terms, draw: Callable[[], float] = random.random)
     policy = canary.policy if canary else terms.policy
     tier = _find_tier(extra, policy)
     overrides = _read_overrides(extra, policy, terms.levels, tier)
+    speculates = _read_flag(extra, SPECULATION_KEY)
     extra = {key: value for key, value in extra.items() if key not in _TAKEN}
+    if not speculates:
+        extra[SPECULATION_KEY] = False  # in no salt: drafts change no answer, and what they write is written again before it is read
     if canary:
         extra |= {ARM_KEY: CANARY, ROLLOUT_KEY: canary.rollout}
     if tier == EXACT or not policy.enabled:
@@ -136,6 +142,15 @@ def _read_overrides(extra: dict[str, Any], policy: Policy, levels: tuple[str, ..
     if level is not None and level not in levels:
         raise VLLMValidationError(f"{LEVEL_KEY} is unknown; levels: {', '.join(map(repr, levels))}", parameter=LEVEL_KEY, value=level)
     return found
+
+
+def _read_flag(extra: dict[str, Any], key: str) -> bool:
+    """Return what a flag says; true where it is left out."""
+    value = extra.get(key)
+    word = str(value).lower() if isinstance(value, bool | int | str) else f"{value:g}" if isinstance(value, float) else ""
+    if value is not None and word not in (*_YES, *_NO):
+        raise VLLMValidationError(f"{key} is neither true nor false; leave it out for true", parameter=key, value=value)
+    return word not in _NO
 
 
 def install(input_processor: Any, find_terms: Callable[[], Terms]) -> None:

@@ -54,6 +54,14 @@ def merge_by_layer(option: str, values: dict[int, float], given: Sequence[str]) 
     return merged
 
 
+def parse_number_or(word: str, option: str, text: str) -> float | None:
+    """Return an option's number; None where it is the word."""
+    try:
+        return None if text == word else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: give a number from 0 to 1, or {word}") from None
+
+
 def read_policy_file(file: Path) -> control_pb2.Policy:
     """Read a policy as JSON; - is standard input."""
     try:

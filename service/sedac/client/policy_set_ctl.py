@@ -24,8 +24,10 @@ from sedac.client.options import (
     WarmupSteps,
     WindowTokens,
     merge_by_layer,
+    parse_number_or,
 )
 from sedac.client.session import change, connected, read_in_force
+from sedac.client.speculation_options import DraftAdaptive, DraftConfidence, DraftTiers, DraftTokens, Speculate, change_speculation
 from sedac.policy import Checkpoint, Policy
 
 _CHECKPOINTS, _DECISION, _TIERS = "Checkpoints: after which layers a probe reads the stream", "Decision", "Tiers"
@@ -121,6 +123,11 @@ def set_policy(
         Literal["rollback", "exact"] | None,
         typer.Option(help="On a breach: rollback to the last good revision, or exact, the same policy disabled.", rich_help_panel=_AUDIT),
     ] = None,
+    speculation: Speculate = None,
+    draft_tokens: DraftTokens = None,
+    draft_confidence: DraftConfidence = None,
+    draft_adaptive: DraftAdaptive = None,
+    draft_tier: DraftTiers = None,
     comment: Comment = "",
     validate_only: DryRun = False,
     wait: Wait = 0.0,
@@ -141,6 +148,8 @@ def set_policy(
         sedac ctl policy set --adaptive --exit-rate all=0.3 --wait 5
 
         sedac ctl policy set --audit-share 0.01 --max-mismatch 0.05 --guard rollback
+
+        sedac ctl policy set --draft-tokens 3 --draft-fixed --draft-tier exact
 
         sedac ctl policy set --default-tier exact
 
@@ -177,7 +186,10 @@ def set_policy(
     changed, audit_fields = _change_audit(
         changed, share=audit_share, confidence=audit_confidence, action=guard, max_mismatch=max_mismatch, max_nll_difference=max_nll_difference
     )
-    fields = [*sorted(changes), *fields, *audit_fields]
+    changed, draft_fields = change_speculation(
+        changed, draft_tier, draft_confidence, enabled=speculation, max_tokens=draft_tokens, adaptive=draft_adaptive
+    )
+    fields = [*sorted(changes), *fields, *audit_fields, *draft_fields]
     if not fields:
         raise typer.BadParameter("nothing to change: give at least one knob, such as --threshold 5=0.4")
     change(client, changed, fields, etag=etag, comment=comment, validate_only=validate_only, wait=wait, as_json=as_json)
@@ -200,8 +212,5 @@ def _change_audit(policy: Policy, max_mismatch: str | None, max_nll_difference: 
     changes: dict[str, Any] = {name: value for name, value in knobs.items() if value is not None}
     for name, text in (("max_mismatch", max_mismatch), ("max_nll_difference", max_nll_difference)):
         if text is not None:
-            try:
-                changes[name] = None if text == "none" else float(text)
-            except ValueError:
-                raise typer.BadParameter(f"--{name.replace('_', '-')} {text!r}: give a number from 0 to 1, or none") from None
+            changes[name] = parse_number_or("none", f"--{name.replace('_', '-')}", text)
     return dataclasses.replace(policy, audit=dataclasses.replace(policy.audit, **changes)), [f"audit.{name}" for name in sorted(changes)]

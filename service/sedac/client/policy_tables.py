@@ -13,6 +13,7 @@ from sedac import wire
 from sedac.client.cells import format_time, name_enum
 from sedac.client.diff import Change
 from sedac.control.v1 import control_pb2
+from sedac.policy import Speculation
 
 _AUDIT_BOUNDS = (("max_mismatch", "mismatch"), ("max_nll_difference", "NLL difference"))
 
@@ -43,6 +44,7 @@ def make_policy_table(policy: control_pb2.Policy) -> Table:
     table.add_row("adaptation", describe_adaptation(policy))
     table.add_row("certificate", _describe_certificate(policy))
     table.add_row("audit", _describe_audit(policy.audit))
+    table.add_row("speculation", escape(_describe_speculation(wire.speculation_from_proto(policy.speculation))))
     return table
 
 
@@ -60,6 +62,14 @@ def _describe_audit(audit: control_pb2.Audit) -> str:
         return f"{audit.share:.1%} of the bounded requests; not guarded"
     act = "to exact" if audit.action == control_pb2.GUARD_ACTION_EXACT else "back to the last good revision"
     return f"{audit.share:.1%} of the bounded requests; guard: {', '.join(bounds)} at {audit.confidence:g}, else {act}"
+
+
+def _describe_speculation(knobs: Speculation) -> str:
+    if not knobs.enabled:
+        return "off: nothing is drafted"
+    length = f"up to {knobs.max_tokens} tokens" if knobs.max_tokens else "as many tokens as the draft proposes"
+    stop = "the draft's own confidence" if knobs.min_confidence is None else f"confidence {knobs.min_confidence:g}"
+    return f"on, {'adaptive' if knobs.adaptive else 'fixed'}: {length}, down to {stop}, for {', '.join(knobs.tiers) or 'every tier'}"
 
 
 def _describe_tier(tier: control_pb2.Tier) -> str:
