@@ -23,6 +23,7 @@ from tests.agent.test_metrics import get_metric
 from tests.agent.workers import LAYOUT, Workers
 from tests.control.conftest import FIRST, RunningServer, settings  # noqa: F401  fixture
 from tests.strategies import certify
+from tests.test_stats import make_controller, make_drafting
 
 
 def _refuse_weights() -> str:
@@ -99,6 +100,7 @@ def test_what_the_workers_count_reaches_the_service(settings):  # noqa: F811
             num_adaptations=3,
             checkpoints=(CheckpointStats(layer=2, num_evaluated=9, num_exited=4, threshold=0.375, exit_rate=0.5),),
             tiers=(TierStats(name="balanced", num_tokens=11, num_exited=4, num_mlp_blocks_computed=100.5),),
+            drafting=make_drafting((3, 1), (0, 0), controller=(make_controller(1),)),
         )
         agent.engine.client.stats = stats
         await agent.start(FIRST)
@@ -115,6 +117,9 @@ def test_what_the_workers_count_reaches_the_service(settings):  # noqa: F811
         assert {(e.arm, e.tier) for e in report.evidence} == {(evidence_pb2.ARM_STABLE, "exact"), (evidence_pb2.ARM_STABLE, "balanced")}
         del report.evidence[:]
         assert report == wire.stats_to_report(replace(stats, active_revision=report.active_revision))
+        assert wire.drafting_from_proto(report.drafting) == stats.drafting
+        assert get_metric("sedac_draft_accepted_tokens_total", "counter", kind="adapter") == 1
+        assert json.loads(json.dumps(agent.describe(), allow_nan=False))["drafting"]["tokens_per_step"] == 1.5
         await agent.stop()
         await asyncio.to_thread(server.stop)
 

@@ -59,13 +59,8 @@ def test_the_controller_is_in_one_state_and_what_is_unknown_is_no_zero():
     metrics = EngineMetrics(model_name="controlled", layout=LAYOUT)
     new = replace(make_controller(16, "measuring", 0.0), tokens_per_step=0.0)
     _add(metrics, make_drafting((1, 1), controller=(make_controller(1), new)))
-    assert (
-        _get("draft_controller_gain", "controlled", sequences="1"),
-        _get("draft_controller_seconds", "controlled", sequences="1", part="plain"),
-    ) == (
-        1.25,
-        0.02,
-    )
+    assert _get("draft_controller_gain", "controlled", sequences="1") == 1.25
+    assert _get("draft_controller_seconds", "controlled", sequences="1", part="plain") == 0.02
     assert _get("draft_controller_seconds", "controlled", sequences="1", part="verify") == 0.025
     assert _get("draft_controller_tokens_per_step", "controlled", sequences="1") == 2.5
     for name, labels in (("gain", {}), ("tokens_per_step", {}), ("seconds", {"part": "draft"})):

@@ -14,6 +14,7 @@ from sedac.policy import Canary, Checkpoint, Policy
 from sedac.stats import CheckpointStats, Stats, TierStats
 
 from tests.agent.workers import LAYOUT, Workers
+from tests.test_stats import make_controller, make_drafting
 
 POLICY = Policy(enabled=True, checkpoints=(Checkpoint(layer=2, threshold=0.5),))
 BAD = Policy(enabled=True, checkpoints=(Checkpoint(layer=3, threshold=0.5),))
@@ -113,6 +114,7 @@ def _make_stats(factor: int, revision: int = 4) -> Stats:
         checkpoints=(CheckpointStats(layer=2, num_evaluated=4 * factor, num_exited=factor, threshold=0.5, exit_rate=0.1 * factor),),
         tiers=(TierStats(name="balanced", num_tokens=factor, num_exited=factor, num_mlp_blocks_computed=1.5 * factor),)
         + ((TierStats(name="new", num_tokens=7, num_exited=0, num_mlp_blocks_computed=7.0),) if factor == 2 else ()),
+        drafting=make_drafting(*(((3, 1),) if factor == 1 else ((2, 2), (2, 2))), controller=(make_controller(factor),)),
     )
 
 
@@ -131,4 +133,5 @@ def test_counters_of_ranks_add_up_and_each_rank_is_reported():
         {"rank": 1, "active_revision": 5, "num_steps": 2},
     ]
     assert [rank.active_revision for rank in wire.stats_to_report(found).ranks] == [4, 5]
+    assert found.drafting == make_drafting((3, 1), (2, 2), (2, 2), controller=(make_controller(1), make_controller(2)))
     assert Stats.from_dict(asdict(found)) == found

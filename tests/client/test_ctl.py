@@ -7,6 +7,8 @@ import io
 import json
 import re
 import threading
+import time
+from typing import Any
 
 from google.protobuf import json_format
 from rich.console import Console
@@ -19,6 +21,7 @@ from typer.testing import CliRunner
 
 from tests.control.conftest import FIRST, RunningServer
 from tests.strategies import certify
+from tests.test_stats import make_controller, make_drafting
 
 
 def test_status_shows_policy_and_engines(ctl, make_engine):
@@ -336,3 +339,42 @@ def test_status_shows_what_tiers_cost_and_thresholds_in_force():
     assert re.search(r"e1 +night +100 +65.0% +50.0%", _render(now, before))
     assert re.search(r"e1 +2 +0.375 +0.5 +25.0% +20.0% +9 +4", _render(now))
     assert re.search(r"e1 +night +0 +- +-", _render(now, now))
+
+
+def _make_drafting_status(steps: int, *generated: tuple[int, int], **state: Any) -> control_pb2.Status:
+    drafting = wire.drafting_to_proto(make_drafting(*generated, controller=(make_controller(1, **state), make_controller(4, "measuring", 0.0))))
+    engine = control_pb2.EngineStatus(
+        engine=control_pb2.EngineHello(engine_id="e1"), report=control_pb2.EngineReport(num_steps=steps, drafting=drafting)
+    )
+    alone = control_pb2.EngineStatus(engine=control_pb2.EngineHello(engine_id="e2"), report=control_pb2.EngineReport(num_steps=1))
+    return control_pb2.Status(engines=[engine, alone])
+
+
+def test_status_shows_how_engines_draft_since_the_start_and_of_late():
+    before = _make_drafting_status(2, (3, 3), (3, 3))
+    now = _make_drafting_status(6, (3, 3), (3, 3), (0, 0), (2, 0), (3, 1), (3, 1), state="paused", gain=0.91)
+    title, first, second = _render(now).split("tokens/step")[1].splitlines()[:3]
+    assert re.search(r"e1 +adapter +57.1% +57.1% +2.33 +2.80 +80% 40% 50% +29.2% +1: paused 0.91x", first)
+    assert second.strip() == "4: measuring", "no gain is known yet"
+    assert "controller by batch size" in title
+    assert "e2" not in second
+    late = _render(now, before)
+    assert re.search(r"e1 +adapter +25.0% +33.3% +1.50 +2.67 +67% 0% 0% +25.0% +1: paused 0.91x", late)
+    assert re.search(r"e1 +adapter +25.0% ", _render(_make_drafting_status(1, (2, 0), (2, 1)), now)), "an engine that started again counts from 0"
+    assert re.search(r"e1 +adapter +- +- +- +- +- +- +1: drafting 1.25x", _render(_make_drafting_status(1)))
+    assert "tokens/step" not in _render(control_pb2.Status(engines=[now.engines[1]])), "no draft, no table"
+
+
+def test_engine_list_and_json_tell_how_an_engine_drafts(ctl, client, make_engine):
+    engine = make_engine()
+    engine.pushes.get(timeout=5)
+    assert re.search(r"e1 .* demo +- +1 ", ctl("engine", "list").output)
+    for drafting, shown in ((make_drafting(), r"adapter "), (make_drafting((3, 1), (1, 1)), r"adapter: AR 50.0%, 2.00 tokens/step")):
+        report = control_pb2.EngineReport(num_steps=len(shown), drafting=wire.drafting_to_proto(drafting))
+        engine.send(control_pb2.EngineMessage(report=report))
+        deadline = time.monotonic() + 5
+        while client.get_status().engines[0].report != report and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert re.search(shown, ctl("engine", "list").output)
+    (listed,) = json.loads(ctl("status", "--json").output)["engines"]
+    assert (listed["report"]["drafting"]["kind"], listed["report"]["drafting"]["num_accepted"]) == ("adapter", "2")

@@ -6,12 +6,14 @@ import time
 
 import grpc
 import pytest
+from sedac import wire
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import NotSynced
 from sedac.policy import Policy
 
 from tests.control.conftest import FIRST, FakeEngine, RunningServer
+from tests.test_stats import make_controller, make_drafting
 
 
 def _get_engine(client, engine_id="e1", *, state=None, timeout=5.0):
@@ -163,11 +165,13 @@ def test_a_stopping_service_tells_its_engines(settings):
 def test_reports_are_shown(client, make_engine):
     engine = make_engine()
     engine.pushes.get(timeout=5)
-    engine.send(control_pb2.EngineMessage(report=control_pb2.EngineReport(num_steps=7)))
+    drafting = wire.drafting_to_proto(make_drafting((3, 2), controller=(make_controller(4),)))
+    engine.send(control_pb2.EngineMessage(report=control_pb2.EngineReport(num_steps=7, drafting=drafting)))
     deadline = time.monotonic() + 5
     while _get_engine(client).report.num_steps != 7 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert _get_engine(client).report.num_steps == 7
+    assert _get_engine(client).report.drafting == drafting
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def make_fleet_table(engines: Iterable[control_pb2.EngineStatus]) -> Table:
         hello, state = e.engine, get_state(e)
         ranks = " ".join(f"{r.rank}:{r.active_revision}" for r in e.report.ranks) or str(hello.data_parallel_size or 1)
         revision = str(e.active_revision) if e.active_revision == e.desired_revision else f"{e.active_revision} (wanted {e.desired_revision})"
-        draft = _describe_draft(e.report)
+        draft = _describe_draft(e)
         words = (revision, str(e.active_rollout or "-"), hello.model, hello.probe_set, draft, hello.vllm_version, hello.sedac_version, ranks)
         table.add_row(escape(hello.engine_id), make_state(state), *map(escape, words), format_time(e, "last_seen_time"))
         if e.error.message:
@@ -70,12 +70,10 @@ def make_fleet_table(engines: Iterable[control_pb2.EngineStatus]) -> Table:
     return table
 
 
-def _describe_draft(report: control_pb2.EngineReport) -> str:
-    if not report.HasField("drafting"):
-        return "-"
-    drafting = wire.drafting_from_proto(report.drafting)
+def _describe_draft(engine: control_pb2.EngineStatus) -> str:
+    drafting = wire.drafting_from_proto(engine.report.drafting)
     if not drafting.num_drafted:
-        return drafting.kind
+        return drafting.kind or engine.engine.draft or "-"
     return f"{drafting.kind}: AR {format_share(drafting.acceptance_rate)}, {drafting.tokens_per_step:.2f} tokens/step"
 
 
