@@ -6,7 +6,7 @@ import dataclasses
 
 from hypothesis import strategies as st
 from sedac.certificate import Certificate, get_knobs_digest
-from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
+from sedac.policy import EXACT, MAX_DRAFT_TOKENS, Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 
 _numbers = st.floats(allow_nan=False)
 _int32 = st.integers(-(2**31), 2**31 - 1)
@@ -34,6 +34,14 @@ audits = st.builds(
     confidence=_numbers,
     action=st.sampled_from(["rollback", "exact"]),
 )
+speculations = st.builds(
+    Speculation,
+    enabled=st.booleans(),
+    max_tokens=_int32,
+    min_confidence=st.none() | _numbers,
+    adaptive=st.booleans(),
+    tiers=st.lists(_names, max_size=4).map(tuple),
+)
 _by_type = {"float": _numbers, "int": st.integers(-(2**63), 2**63 - 1), "str": st.text(st.characters(codec="utf-8"), max_size=20)}
 certificates = st.builds(Certificate, **{field.name: _by_type[field.type] for field in dataclasses.fields(Certificate)})
 any_policies = st.builds(
@@ -52,13 +60,16 @@ any_policies = st.builds(
     adaptation=adaptations,
     certificate=st.none() | certificates,
     audit=audits,
+    speculation=speculations,
 )
 """valid or not; what is given to `validate` should be refused without harm"""
 
 
 @st.composite
-def valid_policies(draw: st.DrawFn, layers: tuple[int, ...] = (2, 5, 8), levels: tuple[str, ...] = ("full", "skip")) -> Policy:
-    """Draw a policy that `validate` accepts for an engine with these checkpoint layers and levels."""
+def valid_policies(
+    draw: st.DrawFn, layers: tuple[int, ...] = (2, 5, 8), levels: tuple[str, ...] = ("full", "skip"), max_draft_tokens: int = MAX_DRAFT_TOKENS
+) -> Policy:
+    """Draw a policy that `validate` accepts for an engine with these checkpoint layers and levels, and room for these draft tokens."""
     rule = draw(st.sampled_from(["first", "accumulate", "single"]))
     chosen = sorted(draw(st.sets(st.sampled_from(layers), max_size=1 if rule == "single" else len(layers))))
     positive = st.floats(0, 1e9)
@@ -101,6 +112,13 @@ def valid_policies(draw: st.DrawFn, layers: tuple[int, ...] = (2, 5, 8), levels:
             max_nll_difference=draw(st.none() | st.floats(0, 1)),
             confidence=draw(st.floats(0.5, 0.999)),
             action=draw(st.sampled_from(["rollback", "exact"])),
+        ),
+        speculation=Speculation(
+            enabled=draw(st.booleans()),
+            max_tokens=draw(st.integers(0, max_draft_tokens)),
+            min_confidence=draw(st.none() | st.floats(0, 1)),
+            adaptive=draw(st.booleans()),
+            tiers=tuple(draw(st.lists(st.sampled_from([EXACT, *(names or ["balanced"])]), unique=True))),
         ),
     )
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac.certificate import get_knobs_digest
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import Adaptation, Audit, Checkpoint, Layout, Policy, Tier, validate
+from sedac.policy import Adaptation, Audit, Checkpoint, Layout, Policy, Speculation, Tier, validate
 from sedac.weights import get_weights_digest
 
 from tests.strategies import certify, valid_policies
@@ -70,6 +70,7 @@ def test_every_knob_that_decides_changes_the_digest(name, changed):
         {"tiers": (Tier(name="other", level="full"), POLICY.tiers[0])},
         {"certificate": certify(POLICY).certificate},
         {"audit": Audit(share=0.5, max_mismatch=0.1)},
+        {"speculation": Speculation(enabled=False, max_tokens=3, min_confidence=0.9, adaptive=False, tiers=("exact",))},
     ],
 )
 def test_nothing_else_changes_it(change):
@@ -78,7 +79,8 @@ def test_nothing_else_changes_it(change):
 
 def test_every_field_of_the_policy_is_in_one_of_the_two_tests():
     decides = {"checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "adaptation"}
-    assert decides | {"enabled", "default_tier", "allow_overrides", "probe_set", "certificate", "audit"} == set(Policy.__dataclass_fields__)
+    others = {"enabled", "default_tier", "allow_overrides", "probe_set", "certificate", "audit", "speculation"}
+    assert decides | others == set(Policy.__dataclass_fields__)
 
 
 def test_whole_numbers_digest_as_the_contract_carries_them():

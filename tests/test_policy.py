@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sedac.errors import FieldViolation, PolicyInvalid
-from sedac.policy import MAX_CHECKPOINTS, MAX_TIERS, Adaptation, Checkpoint, Layout, Policy, Tier, validate
+from sedac.policy import MAX_CHECKPOINTS, MAX_DRAFT_TOKENS, MAX_TIERS, Adaptation, Checkpoint, Layout, Policy, Speculation, Tier, validate
 
 from tests.strategies import any_policies, valid_policies
 
 LAYOUT = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5, 8), probe_set="demo", levels=("full", "skip", "width-25"))
+DRAFTING = replace(LAYOUT, draft="adapter", max_draft_tokens=4)
 _layers = st.one_of(st.integers(-3, 12), st.sampled_from(LAYOUT.checkpoint_layers))
 _thresholds = st.one_of(st.floats(), st.floats(0, 10), st.just(-0.0))
 _policies = st.builds(
@@ -55,7 +57,7 @@ def test_exactly_the_fields_at_fault_are_named(policy, layout, random):
     assert {v.field for v in refused.value.violations} == bad
 
 
-@given(any_policies, st.sampled_from([None, LAYOUT]))
+@given(any_policies, st.sampled_from([None, LAYOUT, DRAFTING]))
 def test_any_policy_is_accepted_or_refused_by_name(policy, layout):
     violations: tuple[FieldViolation, ...] = ()
     try:
@@ -69,6 +71,20 @@ def test_any_policy_is_accepted_or_refused_by_name(policy, layout):
 def test_valid_policies_are_accepted_with_every_knob(policy):
     validate(policy)
     validate(policy, LAYOUT)
+
+
+@given(valid_policies(levels=LAYOUT.levels))
+def test_what_an_engine_has_no_room_to_draft_is_refused_by_that_engine_alone(policy):
+    knobs, room = policy.speculation, DRAFTING.max_draft_tokens
+    if knobs.max_tokens <= room:
+        validate(policy, DRAFTING)
+        return
+    with pytest.raises(PolicyInvalid) as refused:
+        validate(policy, DRAFTING)
+    (violation,) = refused.value.violations
+    assert violation.field == "speculation.max_tokens"
+    assert f"{knobs.max_tokens} is over {room}, for which this engine was started" in violation.description
+    assert "SEDAC_DRAFT_TOKENS" in violation.description
 
 
 _TWO = (Checkpoint(layer=2, threshold=1), Checkpoint(layer=5, threshold=1))
@@ -102,6 +118,14 @@ _TWO = (Checkpoint(layer=2, threshold=1), Checkpoint(layer=5, threshold=1))
         ({"adaptation": Adaptation(window_tokens=10)}, "adaptation.window_tokens", "64..65536"),
         ({"adaptation": Adaptation(min_threshold=2, max_threshold=1)}, "adaptation.min_threshold", "min_threshold <= max_threshold"),
         ({"adaptation": Adaptation(generation=2**31)}, "adaptation.generation", "outside 0.."),
+        ({"speculation": Speculation(max_tokens=-1)}, "speculation.max_tokens", "-1 is outside 0..16; 0 drafts as many"),
+        ({"speculation": Speculation(max_tokens=MAX_DRAFT_TOKENS + 1)}, "speculation.max_tokens", "17 is outside 0..16"),
+        ({"speculation": Speculation(min_confidence=1.1)}, "speculation.min_confidence", "1.1 is outside 0..1; leave it out"),
+        ({"speculation": Speculation(min_confidence=-0.1)}, "speculation.min_confidence", "outside 0..1"),
+        ({"speculation": Speculation(min_confidence=math.nan)}, "speculation.min_confidence", "nan is outside 0..1"),
+        ({"speculation": Speculation(min_confidence=math.inf)}, "speculation.min_confidence", "inf is outside 0..1"),
+        ({"speculation": Speculation(tiers=("exact", "night"))}, "speculation.tiers[1]", "'night' is no tier of this policy, it has exact, balanced"),
+        ({"speculation": Speculation(tiers=("exact",) * 1_000_000)}, "speculation.tiers", "1000000 tiers; name each once"),
     ],
 )
 def test_each_knob_has_its_limit_and_its_remedy(knobs, field, words):
@@ -127,6 +151,16 @@ def test_too_many_checkpoints_are_refused_without_being_looked_at():
     validate(Policy(checkpoints=tuple(Checkpoint(layer=i, threshold=0) for i in range(MAX_CHECKPOINTS))))
     with pytest.raises(PolicyInvalid, match=f"1000000 checkpoints; at most {MAX_CHECKPOINTS}"):
         validate(Policy(checkpoints=(Checkpoint(layer=0, threshold=0),) * 1_000_000))
+
+
+def test_policies_of_before_speculation_are_read_and_speculate():
+    known = Policy(enabled=True, checkpoints=_TWO).to_dict()
+    del known["speculation"]
+    assert Policy.from_dict(known) == Policy(enabled=True, checkpoints=_TWO)
+    assert Policy.from_dict(known).speculation.enabled
+    assert Policy.from_dict({"speculation": {"enabled": False}}).speculation == Speculation(enabled=False)
+    with pytest.raises(TypeError, match="speed"):
+        Policy.from_dict({"speculation": {"speed": 1}})
 
 
 def test_from_dict_refuses_what_it_does_not_know():

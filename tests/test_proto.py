@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sedac import wire
 from sedac.control.v1 import control_pb2, drafting_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
-from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
+from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
 from sedac.stats import CONTROLLER_STATES, CheckpointStats, ControllerStats, DraftingStats, RankStats, Stats, TierStats
 
 from tests.strategies import any_policies
@@ -69,8 +69,17 @@ def test_unset_fields_mean_the_defaults_of_the_policy():
     assert wire.policy_from_proto(control_pb2.Policy()) == Policy()
     sparse = control_pb2.Policy(checkpoints=[control_pb2.Checkpoint(layer=3, threshold=1)], tiers=[control_pb2.Tier(name="a")])
     sparse.adaptation.frozen = True
-    expected = Policy(checkpoints=(Checkpoint(layer=3, threshold=1),), tiers=(Tier(name="a"),), adaptation=Adaptation(frozen=True))
+    sparse.speculation.max_tokens = 3
+    expected = Policy(
+        checkpoints=(Checkpoint(layer=3, threshold=1),),
+        tiers=(Tier(name="a"),),
+        adaptation=Adaptation(frozen=True),
+        speculation=Speculation(enabled=True, max_tokens=3, min_confidence=None, adaptive=True),
+    )
     assert wire.policy_from_proto(sparse) == expected
+    of_before = json.loads((ROOT / "probes" / "demo" / "policy.json").read_text())
+    of_before.pop("speculation", None)
+    assert wire.policy_from_proto(json_format.ParseDict(of_before, control_pb2.Policy())).speculation == Speculation()
 
 
 def test_zero_is_not_unset():
@@ -79,6 +88,7 @@ def test_zero_is_not_unset():
         tiers=(Tier(name="a", threshold_scale=0),),
         decay=0,
         adaptation=Adaptation(alpha=0, warmup_steps=0, window_tokens=0, max_threshold=0),
+        speculation=Speculation(enabled=False, min_confidence=0, adaptive=False),
     )
     assert wire.policy_from_proto(control_pb2.Policy.FromString(wire.policy_to_proto(policy).SerializeToString())) == policy
 
@@ -147,6 +157,6 @@ def test_a_controller_state_of_a_newer_contract_is_unknown():
 
 def test_layouts_survive_the_hello():
     layout = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5), probe_set="demo", levels=("full", "skip", "width-25"))
-    layout = dataclasses.replace(layout, weights_sha256="1" * 64, probe_set_sha256="2" * 64)
+    layout = dataclasses.replace(layout, weights_sha256="1" * 64, probe_set_sha256="2" * 64, draft="adapter", max_draft_tokens=4)
     assert wire.layout_from_hello(control_pb2.EngineHello(**vars(layout))) == layout
     assert wire.layout_from_hello(control_pb2.EngineHello()).levels == ("full", "skip"), "an engine that names none has what every engine has"

@@ -75,6 +75,8 @@ class FakeEngine:
         weights: str = "1" * 64,
         max_rank: int = 4,
         levels_sha256: str = "",
+        draft: str = "",
+        max_draft_tokens: int = 0,
     ) -> None:
         self._outbox: queue.Queue[control_pb2.EngineMessage | None] = queue.Queue()
         self.pushes: queue.Queue[control_pb2.PolicyPush] = queue.Queue()
@@ -86,6 +88,7 @@ class FakeEngine:
         hello.levels.extend(levels)
         hello.weights_sha256, hello.probe_set_sha256 = weights, "2" * 64
         hello.max_rank, hello.levels_sha256 = max_rank, levels_sha256
+        hello.draft, hello.max_draft_tokens = draft, max_draft_tokens
         if initial is not None:
             hello.initial_policy.CopyFrom(wire.policy_to_proto(initial))
         self.send(control_pb2.EngineMessage(hello=hello))

@@ -10,7 +10,7 @@ import pytest
 from sedac import wire
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid
-from sedac.policy import Adaptation, Policy, Tier
+from sedac.policy import Adaptation, Policy, Speculation, Tier
 
 from tests.control.conftest import FIRST
 from tests.strategies import certify
@@ -57,6 +57,8 @@ def test_a_change_of_certified_knobs_drops_the_certificate_and_says_so(client, c
         ({"tiers": (Tier(name="balanced"), Tier(name="night", level="full"))}, ["tiers"]),
         ({"default_tier": "exact", "allow_overrides": True}, ["default_tier", "allow_overrides"]),
         ({"decay": CERTIFIED.decay}, ["decay"]),
+        ({"speculation": Speculation(enabled=False)}, ["speculation"]),
+        ({"speculation": Speculation(max_tokens=3, adaptive=False)}, ["speculation.max_tokens", "speculation.adaptive"]),
     ],
 )
 def test_other_changes_keep_it(client, caplog, changed, fields):

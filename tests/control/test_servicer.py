@@ -16,7 +16,7 @@ from sedac import wire
 from sedac.client.client import ControlClient
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag
-from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.policy import Adaptation, Checkpoint, Policy, Speculation, Tier
 
 from tests.control.conftest import FIRST
 from tests.strategies import valid_policies
@@ -65,6 +65,29 @@ def test_field_mask_reaches_into_adaptation_and_takes_lists_whole(client):
     for path in ("adaptation.speed", "tiers.name", "adaptation."):
         with pytest.raises(PolicyInvalid, match=f"'{path}' can't be set; .* as audit.share"):
             client.update_policy(FIRST, fields=[path])
+
+
+def test_field_mask_reaches_into_speculation(client):
+    client.update_policy(dataclasses.replace(FIRST, speculation=Speculation(max_tokens=3, min_confidence=0.5, tiers=("exact",))))
+    made = wire.policy_from_proto(client.update_policy(Policy(speculation=Speculation(enabled=False)), fields=["speculation.enabled"]))
+    assert made.speculation == Speculation(enabled=False, max_tokens=3, min_confidence=0.5, tiers=("exact",))
+    fields = ["speculation.min_confidence", "speculation.tiers", "speculation.enabled"]
+    made = wire.policy_from_proto(client.update_policy(Policy(), fields=fields))
+    assert made == dataclasses.replace(FIRST, speculation=Speculation(max_tokens=3)), "unset is none, and empty is all"
+    with pytest.raises(PolicyInvalid, match="'speculation.speed' can't be set; .* as audit.share"):
+        client.update_policy(FIRST, fields=["speculation.speed"])
+
+
+def test_drafts_are_checked_against_every_engine_that_has_one(client, make_engine):
+    make_engine("e1").pushes.get(timeout=5)
+    assert client.update_policy(Policy(speculation=Speculation(max_tokens=16)), fields=["speculation"]).speculation.max_tokens == 16
+    client.update_policy(Policy(speculation=Speculation()), fields=["speculation"])
+    make_engine("e2", draft="adapter", max_draft_tokens=4).pushes.get(timeout=5)
+    with pytest.raises(PolicyInvalid, match=r"speculation.max_tokens: 5 is over 4, for which this engine was started; .* \(engine e2\)"):
+        client.update_policy(Policy(speculation=Speculation(max_tokens=5)), fields=["speculation"])
+    assert client.update_policy(Policy(speculation=Speculation(max_tokens=4)), fields=["speculation"]).speculation.max_tokens == 4
+    with pytest.raises(PolicyInvalid, match=r"speculation.tiers\[0\]: 'night' is no tier of this policy, it has exact, balanced"):
+        client.update_policy(Policy(speculation=Speculation(tiers=("night",))), fields=["speculation.tiers"])
 
 
 @given(st.lists(valid_policies(), min_size=1, max_size=3))
