@@ -29,6 +29,8 @@ class Declared:
     name: str
     kind: str
     labels: tuple[str, ...]
+    buckets: tuple[float, ...] = ()
+    """of a histogram of ours"""
 
     @property
     def series(self) -> set[str]:
@@ -43,7 +45,10 @@ def our_metrics() -> list[Declared]:
     RolloutMetrics(control.registry)
     collectors = [*REGISTRY._names_to_collectors.values(), *control.registry._names_to_collectors.values()]
     metrics = {value._name: value for value in collectors if isinstance(value, MetricWrapperBase) and value._name.startswith(("sedac_", "grpc_"))}
-    return [Declared(name=name, kind=metric._type, labels=metric._labelnames) for name, metric in metrics.items()]
+    return [
+        Declared(name=name, kind=metric._type, labels=metric._labelnames, buckets=tuple(metric._kwargs.get("buckets", ())))
+        for name, metric in metrics.items()
+    ]
 
 
 def vllm_metrics() -> list[Declared]:

@@ -15,7 +15,7 @@ def test_every_panel_is_templated_and_explained(panels: list[dict[str, Any]]) ->
             assert target["datasource"]["uid"] == "${datasource}", title
             assert ("[" in target["expr"]) == ("[$__rate_interval]" in target["expr"]), title
             assert "[" not in target["expr"].replace("[$__rate_interval]", ""), title
-            if any(prefix in target["expr"] for prefix in ("vllm:", "sedac_tokens", "sedac_exited", "sedac_threshold")):
+            if any(prefix in target["expr"] for prefix in ("vllm:", "sedac_tokens", "sedac_exited", "sedac_threshold", "sedac_draft", "sedac_step")):
                 assert 'model_name=~"$model_name", engine=~"$engine"' in target["expr"], title
 
 

@@ -29,7 +29,11 @@ VALUES = {
     "checkpoint": ["3", "7"],
     "tier": ["exact", "balanced"],
     "result": ["ack", "nack", "accepted", "refused"],
-    "state": ["pending", "synced", "nacked", "stale"],
+    "state": ["pending", "synced", "nacked", "stale", "measuring", "trying", "drafting", "paused"],
+    "kind": ["adapter"],
+    "position": ["0", "1"],
+    "sequences": ["1", "4"],
+    "part": ["plain", "verify", "draft"],
     "limit": ["mean", "lower", "upper"],
     "arm": ["stable", "canary"],
 }
@@ -83,7 +87,7 @@ def exporter(declared: list[Any]) -> Iterator[int]:
     moves = []
     for metric in declared:
         kind = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}[metric.kind]
-        parent = kind(metric.name, "for the test", metric.labels, registry=registry)
+        parent = kind(metric.name, "for the test", metric.labels, registry=registry, **({"buckets": metric.buckets} if metric.buckets else {}))
         combinations = product(*(VALUES.get(label, ["some"]) for label in metric.labels))
         children = [parent.labels(*values) if values else parent for values in combinations]
         moves += [child.observe if metric.kind == "histogram" else child.set if metric.kind == "gauge" else child.inc for child in children]
