@@ -11,12 +11,13 @@ from sedac_probes.commands.collect import collect
 from sedac_probes.commands.compare import compare
 from sedac_probes.commands.convert import convert
 from sedac_probes.commands.demo import demo
+from sedac_probes.commands.distill import distill
 from sedac_probes.commands.report import report
 from sedac_probes.commands.train import train
 from sedac_probes.commands.validate import validate
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="From a model and some text to a probe set that `sedac serve` serves.")
-for command in (collect, train, calibrate, validate, compare, certify, convert, report, demo):
+for command in (collect, train, calibrate, validate, compare, certify, distill, convert, report, demo):
     app.command()(command)
 
 

@@ -168,11 +168,18 @@ def record(llm: LLM, prompts: Sequence[list[int]], first: int = 0, params: Any =
     order = torch.argsort(tensors["document"] * 1_000_000 + tensors["position"])
     shard = {name: t[order] for name, t in tensors.items()}
     if "final" in shard:
-        own = [list(output.outputs[0].token_ids) for output in outputs]
-        shard["next_token"] = torch.tensor([token for ids, added in zip(prompts, own, strict=True) for token in [*ids[1:], *added]], dtype=torch.int32)
-        shard["is_own"] = torch.tensor([i >= len(ids) - 1 for ids, added in zip(prompts, own, strict=True) for i in range(len(ids) + len(added) - 1)])
+        shard |= _describe_own(prompts, [list(output.outputs[0].token_ids) for output in outputs])
     ranks = llm.collective_rpc("sedac_take_statistics")
     for kind in ("up", "hidden"):
         for layer in sorted(ranks[0][kind]):  # a rank has the neurons that follow those of the rank before
             shard[f"statistics.{kind}.{layer}"] = torch.cat([rank[kind][layer].cpu() for rank in ranks])
     return shard, ranks[0]["left_out"]
+
+
+def _describe_own(prompts: Sequence[list[int]], added: Sequence[list[int]]) -> dict[str, Tensor]:
+    """Return, for each recorded row, the token that follows and whether the model added it; the last one added has no row."""
+    pairs = list(zip(prompts, added, strict=True))
+    return {
+        "next_token": torch.tensor([token for ids, own in pairs for token in (*ids[1:], *own)], dtype=torch.int32),
+        "is_own": torch.tensor([i >= len(ids) - 1 for ids, own in pairs for i in range(len(ids) + len(own) - 1)]),
+    }

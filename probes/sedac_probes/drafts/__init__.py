@@ -1,0 +1,1 @@
+"""Drafts for self-speculation: made from collected states, judged by rollouts, measured in the engine."""
