@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import socket
 import subprocess
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from sedac.agent.metrics import EngineMetrics
+from sedac.stats import Stats
+
+from tests.agent.workers import LAYOUT
+from tests.deploy.scraping import exposing, prepare, scraping, wait_for
+from tests.test_stats import make_controller, make_drafting
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"
@@ -40,22 +38,6 @@ VALUES = {
 
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt-get install prometheus)")
 needs_prometheus = pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (apt-get install prometheus)")
-
-
-def ask(url: str, **query: str) -> Any:
-    """Call Prometheus' HTTP API; an error of the query raises with Prometheus' own words."""
-    try:
-        with urllib.request.urlopen(f"{url}?{urllib.parse.urlencode(query)}", timeout=10) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        raise AssertionError(f"{query}: {error.read().decode()}") from error
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @needs_promtool
@@ -91,56 +73,56 @@ def exporter(declared: list[Any]) -> Iterator[int]:
         combinations = product(*(VALUES.get(label, ["some"]) for label in metric.labels))
         children = [parent.labels(*values) if values else parent for values in combinations]
         moves += [child.observe if metric.kind == "histogram" else child.set if metric.kind == "gauge" else child.inc for child in children]
-    stop = threading.Event()
 
     def move() -> None:
-        while not stop.wait(0.1):
-            for change in moves:
-                change(0.5)
+        for change in moves:
+            change(0.5)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(generate_latest(registry))  # the text format, as vLLM has it: OpenMetrics would turn vllm:x into vllm_x
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threads = [threading.Thread(target=move), threading.Thread(target=server.serve_forever)]
-        for thread in threads:
-            thread.start()
-        yield server.server_port
-        stop.set()
-        server.shutdown()
-        for thread in threads:
-            thread.join()
+    with exposing(registry, move) as port:
+        yield port
 
 
 @needs_prometheus
 def test_every_query_of_the_dashboard_finds_data(exporter: int, panels: list[dict[str, Any]], tmp_path: Path) -> None:
-    jobs = [{"job_name": "sedac-engine", "static_configs": [{"targets": [f"127.0.0.1:{exporter}"]}]}]
-    config = {"global": {"scrape_interval": "500ms", "scrape_timeout": "500ms"}, "scrape_configs": jobs}
-    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config))
-    port = free_port()
-    flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"]
-    queries = {}
-    for panel in panels:
-        for target in panel["targets"]:
-            expression = target["expr"].replace("$__rate_interval", "5s").replace("$model_name", ".*").replace("$engine", ".*")
-            queries[f"{panel['title']}: {expression}"] = expression
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(["prometheus", *flags], stdout=log, stderr=log) as process:
-        try:
-            url, deadline, empty = f"http://127.0.0.1:{port}/api/v1/query", time.monotonic() + 60, list(queries)
-            while empty and time.monotonic() < deadline:
-                time.sleep(0.5)
-                try:
-                    answers = {title: ask(url, query=queries[title])["data"]["result"] for title in empty}
-                except (urllib.error.URLError, ConnectionError):
-                    assert process.poll() is None, (tmp_path / "log").read_text()
-                    continue
-                empty = [title for title, result in answers.items() if not any(row["value"][1] != "NaN" for row in result)]
-        finally:
-            process.terminate()
-    assert not empty
+    queries = {f"{panel['title']}: {prepare(target['expr'])}": prepare(target["expr"]) for panel in panels for target in panel["targets"]}
+    with scraping(exporter, tmp_path) as ask:
+        found = wait_for(queries, ask)
+    assert not [title for title, result in found.items() if not any(row["value"][1] != "NaN" for row in result)]
+
+
+@needs_prometheus
+def test_the_panels_of_self_speculation_show_the_ratios_of_the_words(panels: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The same steps again and again, of three sequences: one without drafts, one with two drafts of two accepted, one with one of three."""
+    metrics, controller = EngineMetrics(model_name="speculating", layout=LAYOUT), (make_controller(1), make_controller(4, "paused", 0.75))
+    total = make_drafting(controller=controller)
+
+    def move() -> None:
+        nonlocal total
+        total = total.plus(make_drafting((0, 0), (2, 2), (3, 1)))
+        metrics.add(Stats(drafting=total))
+
+    expected = {
+        "AR and TRR": [{"adapter": 3 / 5}, {"adapter": 3 / 6}],
+        "Tokens per step": [{"adapter": 2.0}, {"adapter": 2.5}, {"1": 2.5, "4": 2.5}],
+        "Acceptance by position": [{"0": 1.0, "1": 0.5, "2": 0.0}],
+        "Time spent drafting": [{"adapter": 5 * 0.03125 / 0.75}, {"adapter": 1 / 3}],
+        "Gain of drafting by batch size": [{"1": 1.25, "4": 0.75}],
+        "Controller by batch size": [{"1": 3, "4": 4}],
+    }
+    move()
+    queries = {
+        f"{panel['title']} {i}": prepare(target["expr"], "speculating")
+        for panel in panels
+        for i, target in enumerate(panel["targets"][: len(expected.get(panel["title"], ()))])
+    }
+    lengths = next(prepare(panel["targets"][0]["expr"], "speculating") for panel in panels if panel["title"] == "Draft length")
+    with exposing(REGISTRY, move) as port, scraping(port, tmp_path) as ask:
+        found = wait_for({**queries, "lengths": lengths}, ask)
+    shown = {title: {_get_label(row): float(row["value"][1]) for row in rows} for title, rows in found.items()}
+    buckets = shown.pop("lengths")
+    assert shown == {f"{title} {i}": pytest.approx(values) for title, each in expected.items() for i, values in enumerate(each)}
+    assert [buckets[le] / buckets["+Inf"] for le in ("0.0", "1.0", "2.0", "3.0", "16.0")] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 1, 1])
+
+
+def _get_label(row: dict[str, Any]) -> str:
+    return next(str(value) for name, value in row["metric"].items() if name != "instance")
