@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sedac import launch
-from sedac.errors import ConfigError
-from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
+from sedac.engine.drafting.setup import DRAFTER
+from sedac.errors import ArtifactError, ConfigError
+from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
+from sedac.probe.draft_manifest import DraftManifest
 from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord
 from sedac.settings import EngineSettings, read_settings
 
@@ -53,6 +55,10 @@ def test_probe_set_proposes_layers_and_thresholds():
         ("SEDAC_PROBE_RANK", "-3", "SEDAC_PROBE_RANK='-3'"),
         ("SEDAC_PHASE", "sometimes", "SEDAC_PHASE='sometimes'"),
         ("SEDAC_PROBE_LAYERS", "a", "SEDAC_PROBE_LAYERS"),
+        ("SEDAC_DRAFT_TOKENS", "0", "SEDAC_DRAFT_TOKENS='0'"),
+        ("SEDAC_DRAFT_TOKENS", "17", "SEDAC_DRAFT_TOKENS='17'"),
+        ("SEDAC_SPECULATION", "perhaps", "SEDAC_SPECULATION='perhaps'"),
+        ("SEDAC_DRAFT", "/d", "did you mean SEDAC_DRAFT_"),
     ],
 )
 def test_wrong_variables_are_refused_by_name(monkeypatch, name, value, message):
@@ -129,6 +135,17 @@ def test_audits_of_the_first_policy_are_settings(monkeypatch):
     assert read_settings().make_policy(MANIFEST).audit == Audit(share=0.1, max_mismatch=0.05, max_nll_difference=0.2)
 
 
+def test_self_speculation_of_the_first_policy_is_settings(monkeypatch):
+    assert read_settings().make_policy(MANIFEST).speculation == Speculation()
+    variables = {
+        "SPECULATION": "0", "DRAFT_TOKENS": "6", "DRAFT_MIN_CONFIDENCE": "0.25", "DRAFT_ADAPTIVE": "false", "DRAFT_TIERS": "exact, aggressive",
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SEDAC_{name}", value)
+    expected = Speculation(enabled=False, max_tokens=6, min_confidence=0.25, adaptive=False, tiers=("exact", "aggressive"))
+    assert read_settings().make_policy(MANIFEST).speculation == expected
+
+
 def test_adaptive_makes_thresholds_follow(monkeypatch):
     for name, value in {"ADAPTIVE": "1", "EXIT_RATES": "0.2,0.5,0.8", "ALPHA": "0.5"}.items():
         monkeypatch.setenv(f"SEDAC_{name}", value)
@@ -159,6 +176,8 @@ def test_adaptive_makes_thresholds_follow(monkeypatch):
         ({"audit_share": 1.5}, "check SEDAC_AUDIT_SHARE"),
         ({"audit_share": 0.1, "audit_max_mismatch": 2.0}, "check SEDAC_AUDIT_MAX_MISMATCH"),
         ({"audit_max_nll_difference": 0.1}, "guards nothing while audit.share is 0.*check SEDAC_AUDIT_MAX_NLL_DIFFERENCE"),
+        ({"draft_min_confidence": 1.5}, "1.5 is outside 0..1; .*check SEDAC_DRAFT_MIN_CONFIDENCE$"),
+        ({"draft_tiers": ("exact", "turbo")}, r"speculation.tiers\[1\]: 'turbo' is no tier.*; check SEDAC_DRAFT_TIERS$"),
     ],
 )
 def test_settings_that_do_not_fit_the_probe_set_are_refused(overrides, message):
@@ -177,6 +196,9 @@ _settings = st.fixed_dictionaries(
         "adaptive": st.booleans(), "alpha": st.none() | _numbers, "calibration_alpha": st.none() | _numbers,
         "calibration_steps": st.integers(), "tier": st.sampled_from(["", "exact", "mine"]), "audit_share": _numbers,
         "audit_max_mismatch": st.none() | _numbers, "join_seconds": st.floats(0, 600), "probe_cache": st.none() | st.just(Path("/y")),
+        "draft_dir": st.sampled_from([Path(), Path("none"), Path("/d")]), "draft_tokens": st.none() | st.integers(1, 16),
+        "speculation": st.booleans(), "draft_min_confidence": st.none() | _numbers, "draft_adaptive": st.booleans(),
+        "draft_tiers": st.lists(st.sampled_from(["exact", "mine"]), max_size=2).map(tuple),
     }
 )  # fmt: skip
 
@@ -201,6 +223,91 @@ def test_engine_command_keeps_the_users_flags():
     for bad in (["--worker-cls", "x"], ["--model=x"], ["--additional-config", "no json"], ["--additional-config=[]"]):
         with pytest.raises(ConfigError):
             launch.make_engine_command(settings, bad)
+
+
+DRAFT = DraftManifest(
+    name="d", kind="adapter", model="m", hidden_size=8, num_layers=12, depth=3, num_heads=2, num_kv_heads=2, head_size=4, max_tokens=3
+)
+
+
+def _write_draft(directory: Path, **changes: object) -> Path:
+    directory.mkdir()
+    (directory / "manifest.json").write_text(json.dumps(asdict(replace(DRAFT, **changes))))
+    return directory
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 3), (1, 1), (8, 8)])
+def test_a_draft_reaches_the_engine_with_room_for_its_tokens(tmp_path, given, expected):
+    directory = _write_draft(tmp_path / "d")
+    settings = launch.with_draft(EngineSettings(model="m", probe_dir=Path("/p"), draft_dir=directory, draft_tokens=given))
+    command = launch.make_engine_command(settings, ["--port", "9"], launch.read_draft(settings, MANIFEST))
+    assert json.loads(command[command.index("--additional-config") + 1])["sedac"]["draft"] == str(directory)
+    speculative = json.loads(command[command.index("--speculative-config") + 1])
+    assert speculative == {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": expected}
+    assert settings.make_policy(MANIFEST).speculation.max_tokens == (given or 0)
+
+
+@pytest.mark.parametrize("directory", ["", "none"])
+def test_without_a_draft_nothing_speculates(directory):
+    settings = launch.with_draft(EngineSettings(model="m", probe_dir=Path("/p"), draft_dir=Path(directory)))
+    assert launch.read_draft(settings, MANIFEST) is None
+    assert "--speculative-config" not in launch.make_engine_command(settings, [])
+    with pytest.raises(ConfigError, match="SEDAC_DRAFT_TOKENS is 4, but there is no draft; name one with --draft"):
+        launch.with_draft(settings.model_copy(update={"draft_tokens": 4}))
+
+
+_OWN_SPECULATION = (["--speculative-config", "{}"], ["--speculative_config={}"], ["-sc", "{}"], ["--speculative-config.method", "ngram"],
+                    ["--port", "9", "--spec-method=ngram"])  # fmt: skip
+
+
+@pytest.mark.parametrize("own", _OWN_SPECULATION)
+def test_a_draft_beside_the_users_own_speculation_is_refused_by_name(tmp_path, own):
+    settings = EngineSettings(model="m", probe_dir=Path("/p"), draft_dir=_write_draft(tmp_path / "d"))
+    name = next(arg for arg in own if "spec" in arg or arg == "-sc").partition("=")[0].partition(".")[0]
+    with pytest.raises(ConfigError, match=f"^{name} and --draft {tmp_path}/d .* leave one out, `--draft none` keeps vLLM's"):
+        launch.with_draft(settings, own)
+    assert launch.with_draft(settings.model_copy(update={"draft_dir": Path("none")}), own).draft_dir == Path()
+
+
+def test_the_demo_model_drafts_with_its_own_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "_SHIPPED", tmp_path)
+    for name in ("model", "probe-set"):
+        (tmp_path / name).mkdir()
+    demo = launch.with_demo_defaults(EngineSettings())
+    assert launch.with_draft(demo).draft_dir == Path(), "there is none yet"
+    own = _write_draft(tmp_path / "draft")
+    assert launch.with_draft(demo).draft_dir == own
+    assert launch.with_draft(demo.model_copy(update={"draft_dir": Path("none")})).draft_dir == Path()
+    other = _write_draft(tmp_path / "other")
+    assert launch.with_draft(demo.model_copy(update={"draft_dir": other})).draft_dir == other
+    assert launch.with_draft(EngineSettings(model="m", probe_dir=Path("/p"))).draft_dir == Path(), "it is of another model"
+    for flags in _OWN_SPECULATION:
+        assert launch.with_draft(demo, flags).draft_dir == Path(), "vLLM's own speculation was asked for"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 16}, "made for hidden size 16 and 12 layers, the model has 8 and 12"),
+        ({"num_layers": 24}, "made for hidden size 8 and 24 layers"),
+        ({"level": "width-25"}, "runs MLPs at level 'width-25', which this engine does not have; it has full, skip"),
+        ({"max_tokens": 17}, "field max_tokens is 17; give an integer from 1 to 16"),
+        ({"kind": "other"}, "field kind is 'other'; use adapter, exit-head, reduced"),
+    ],
+)
+def test_a_draft_that_does_not_fit_is_refused_before_anything_is_started(tmp_path, changes, words):
+    settings = EngineSettings(model="m", probe_dir=Path("/p"), draft_dir=_write_draft(tmp_path / "d", **changes))
+    with pytest.raises(ArtifactError, match=words):
+        launch.read_draft(settings, MANIFEST)
+    with pytest.raises(ArtifactError, match=r"draft missing: /nowhere/manifest\.json; write it with `sedac-probes distill`"):
+        launch.read_draft(settings.model_copy(update={"draft_dir": Path("/nowhere")}), MANIFEST)
+
+
+def test_a_draft_at_a_level_needs_the_levels(tmp_path):
+    settings = EngineSettings(model="m", probe_dir=Path("/p"), draft_dir=_write_draft(tmp_path / "d", level="width-25"))
+    assert launch.read_draft(settings, LEVELLED) == replace(DRAFT, level="width-25")
+    with pytest.raises(ArtifactError, match="leave SEDAC_LEVELS at 1"):
+        launch.read_draft(settings.model_copy(update={"levels": False}), LEVELLED)
 
 
 def test_audits_wait_behind_every_request_unless_the_user_schedules():

@@ -20,12 +20,14 @@ from sedac.policy import (
     REQUEST_KEY,
     ROLLOUT_KEY,
     SCALE_KEY,
+    SPECULATION_KEY,
     TIER_KEY,
     Audit,
     Canary,
     Policy,
     Tier,
 )
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -272,6 +274,42 @@ def test_exact_and_foreign_requests_are_not_audited():
         params = _stamp(request, terms, 0.0).sampling_params
         assert params.logprobs is None
         assert AUDIT_KEY not in params.extra_args
+
+
+@pytest.mark.parametrize("tier", ["exact", "balanced"])
+@pytest.mark.parametrize("value", [False, 0, 0.0, "false", "False", "0", "no", "off"])
+def test_a_request_that_wants_no_drafts_reaches_the_workers_as_such_and_shares_kv_with_the_others(tier, value):
+    request, other = _stamp(_make_request("mine", **{TIER_KEY: tier, SPECULATION_KEY: value})), _stamp(_make_request("mine", **{TIER_KEY: tier}))
+    assert request.sampling_params.extra_args == {TIER_KEY: tier, SPECULATION_KEY: False}
+    assert request.cache_salt == other.cache_salt, "drafts change no answer"
+
+
+@pytest.mark.parametrize("terms", [TERMS, OFF, _make_terms(1.0)])
+@pytest.mark.parametrize("value", [None, True, 1, 1.0, "true", "TRUE", "yes", "on"])
+def test_a_request_that_wants_drafts_is_as_one_that_says_nothing(terms, value):
+    request, other = _stamp(_make_request(**{SPECULATION_KEY: value}), terms), _stamp(_make_request(), terms)
+    assert request.sampling_params.extra_args == other.sampling_params.extra_args
+
+
+@pytest.mark.parametrize("terms", [TERMS, OFF])
+@pytest.mark.parametrize("value", ["perhaps", "", 2, -1, 0.5, float("nan"), [1], ["false"], {}])
+def test_what_is_neither_true_nor_false_is_refused(terms, value):
+    with pytest.raises(VLLMValidationError, match="sedac_speculation is neither true nor false; leave it out for true"):
+        _stamp(_make_request(**{SPECULATION_KEY: value}), terms)
+
+
+def test_false_in_the_json_of_a_request_is_understood():
+    body = '{"model": "m", "prompt": "x", "vllm_xargs": {"sedac_speculation": false, "sedac_tier": "exact"}}'
+    params = CompletionRequest.model_validate_json(body).to_sampling_params(8, {})
+    request = _make_request()
+    request.sampling_params = params
+    assert _stamp(request).sampling_params.extra_args == {TIER_KEY: "exact", SPECULATION_KEY: False}
+
+
+def test_a_certified_request_without_drafts_keeps_its_certificate():
+    policy = certify(POLICY)
+    extra = _stamp(_make_request(**{SPECULATION_KEY: False}), replace(TERMS, policy=policy)).sampling_params.extra_args
+    assert extra == {TIER_KEY: "balanced", CERTIFICATE_KEY: policy.certificate.knobs_sha256, SPECULATION_KEY: False}
 
 
 def test_pooling_requests_pass():

@@ -37,6 +37,8 @@ def test_commands_and_options_complete_without_a_service():
     assert set(_complete("sedac ctl policy set --max-")) == {"--max-mismatch", "--max-nll-difference", "--max-threshold"}
     assert set(_complete("sedac ctl status --to")) == {"--token-file"}
     assert set(_complete("sedac ctl policy set --guard ")) == {"rollback", "exact"}
+    options = {"--draft-tokens", "--draft-confidence", "--draft-adaptive", "--draft-fixed", "--draft-tier"}
+    assert set(_complete("sedac ctl policy set --draft-")) == options
 
 
 def test_revisions_complete_with_their_comments(complete, client):
@@ -60,6 +62,7 @@ def test_tiers_probe_sets_and_roll_outs_complete_by_name(complete, client, make_
     make_engine("e1", initial=Policy(enabled=True, tiers=(Tier(name="night"), Tier(name="noon")), default_tier="noon")).pushes.get(timeout=10)
     assert set(complete("sedac ctl tier default n")) == {"night", "noon"}
     assert complete("sedac ctl policy set --default-tier e") == {"exact": "plain vLLM"}
+    assert set(complete("sedac ctl policy set --draft-tier ")) == {"exact", "night", "noon"}
     client.upload_probe_set(make_set("fresh").write(tmp_path / "set"))
     for line in ("sedac ctl probe-set show ", "sedac ctl probe-set delete f", "sedac ctl policy set --probe-set "):
         assert complete(line) == {"fresh": "tiny, rank 4"}

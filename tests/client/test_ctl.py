@@ -16,7 +16,7 @@ from sedac import wire
 from sedac.client import tables
 from sedac.client.ctl import app
 from sedac.control.v1 import control_pb2
-from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
+from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 from typer.testing import CliRunner
 
 from tests.control.conftest import FIRST, RunningServer
@@ -113,6 +113,75 @@ def test_the_audit_of_a_policy_is_set_guarded_and_left_unguarded(ctl, client):
     refused = ctl("policy", "set", "--audit-share", "2")
     assert refused.exit_code == 1
     assert "audit.share: 2.0 is outside 0..1" in refused.output
+
+
+def test_self_speculation_is_set_shown_and_put_back(ctl, client, make_engine):
+    make_engine(draft="adapter", max_draft_tokens=4).pushes.get(timeout=5)
+    assert "on, adaptive: as many tokens as the draft proposes, down to the draft's own confidence, for every tier" in ctl("policy", "get").output
+    done = ctl(
+        "policy", "set", "--draft-tokens", "3", "--draft-confidence", "0.25", "--draft-fixed", "--draft-tier", "exact", "--draft-tier", "balanced",
+        "--wait", "5",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    expected = Speculation(max_tokens=3, min_confidence=0.25, adaptive=False, tiers=("exact", "balanced"))
+    assert wire.policy_from_proto(client.get_policy()) == dataclasses.replace(FIRST, speculation=expected)
+    assert "on, fixed: up to 3 tokens, down to confidence 0.25, for exact, balanced" in ctl("policy", "get").output
+    off = ctl("policy", "set", "--no-speculation")
+    assert re.search(r"speculation +off: nothing is drafted", off.output)
+    assert wire.policy_from_proto(client.get_policy()).speculation == dataclasses.replace(expected, enabled=False)
+    changed = ctl("policy", "diff", "1", "3").output
+    for line in (
+        "enabled +True +False",
+        "max_tokens +0 +3",
+        r"min_confidence +- +0.25",
+        "adaptive +True +False",
+        r"tiers +\[\] +\['exact', 'balanced'\]",
+    ):
+        assert re.search(rf"speculation\.{line}", changed), changed
+    back = ctl(
+        "policy", "set", "--speculation", "--draft-tokens", "0", "--draft-confidence", "own", "--draft-adaptive", "--draft-tier", ""
+    )  # fmt: skip
+    assert back.exit_code == 0, back.output
+    assert wire.policy_from_proto(client.get_policy()) == FIRST
+    assert "no difference" in ctl("policy", "diff", "1", "4").output
+
+
+def test_knobs_of_self_speculation_are_refused_with_the_remedy(ctl, client, make_engine):
+    make_engine(draft="adapter", max_draft_tokens=4).pushes.get(timeout=5)
+    for option, value, words in (
+        ("--draft-tokens", "5", "speculation.max_tokens: 5 is over 4, for which this engine was started; give less, or restart it"),
+        ("--draft-tokens", "17", "speculation.max_tokens: 17 is outside 0..16"),
+        ("--draft-confidence", "1.5", "speculation.min_confidence: 1.5 is outside 0..1"),
+        ("--draft-tier", "night", "speculation.tiers[0]: 'night' is no tier of this policy, it has exact, balanced"),
+    ):
+        refused = ctl("policy", "set", option, value)
+        assert refused.exit_code == 1, refused.output
+        assert words in refused.stderr
+    assert ctl("policy", "set", "--draft-confidence", "none").exit_code == 2
+    assert client.get_policy().revision == 1
+    assert ctl("policy", "set", "--draft-tier", "balanced").exit_code == 0
+    ctl("tier", "set", "night")
+    assert ctl("tier", "default", "exact").exit_code == 0
+    kept = ctl("tier", "remove", "balanced")
+    assert kept.exit_code == 1
+    assert "speculation.tiers[0]: 'balanced' is no tier of this policy, it has exact, night; name one of them, or none for all" in kept.stderr
+
+
+def test_a_policy_file_of_before_speculation_is_applied(ctl, client):
+    client.update_policy(dataclasses.replace(FIRST, speculation=Speculation(enabled=False)))
+    known = json.loads(ctl("policy", "get", "--json").output)
+    del known["speculation"], known["etag"]
+    assert ctl("policy", "apply", "-", stdin=json.dumps(known)).exit_code == 0
+    assert wire.policy_from_proto(client.get_policy()) == FIRST
+
+
+def test_speculation_leaves_the_certificate_alone(ctl, client, make_engine, tmp_path):
+    make_engine().pushes.get(timeout=5)
+    assert ctl("policy", "apply", _write(tmp_path / "policy.json", certify(FIRST))).exit_code == 0
+    done = ctl("policy", "set", "--no-speculation", "--draft-tokens", "2", "--draft-confidence", "0.5", "--draft-fixed", "--draft-tier", "exact")
+    assert "CERTIFIED  balanced certified" in done.output
+    assert "UNCERTIFIED" not in done.output + ctl("status").output
+    assert client.get_policy().HasField("certificate")
 
 
 def test_tiers_are_listed_set_removed_and_chosen(ctl, client, make_engine):

@@ -42,7 +42,7 @@ _GOOD = make_set("fuzz")
 _WORDS = [
     "", "policies/default", "policies/other", "rollouts/1", "rollouts/0", "rollouts/99999999999999999999", "fuzz", "demo", "exact", "balanced",
     "full", "skip", "*", "policy", "checkpoints", "adaptation.enabled", "audit.share", "comment", "../x", "/etc/passwd", "\0", "a" * 300, "1", "-1",
-    "e1", _GOOD.sha256, "sedac-probe-set/1", "first", "sedac",
+    "e1", _GOOD.sha256, "sedac-probe-set/1", "first", "sedac", "speculation.tiers", "adapter",
 ]  # fmt: skip
 _INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),

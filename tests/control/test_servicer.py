@@ -74,7 +74,7 @@ def test_field_mask_reaches_into_speculation(client):
     fields = ["speculation.min_confidence", "speculation.tiers", "speculation.enabled"]
     made = wire.policy_from_proto(client.update_policy(Policy(), fields=fields))
     assert made == dataclasses.replace(FIRST, speculation=Speculation(max_tokens=3)), "unset is none, and empty is all"
-    with pytest.raises(PolicyInvalid, match="'speculation.speed' can't be set; .* as audit.share"):
+    with pytest.raises(PolicyInvalid, match=r"'speculation\.speed' can't be set; .* as audit\.share"):
         client.update_policy(FIRST, fields=["speculation.speed"])
 
 

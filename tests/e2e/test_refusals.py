@@ -26,6 +26,13 @@ def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
         (["serve", "some/model"], {}, "no probe set for model 'some/model'"),
         (["serve", "--worker-cls", "x"], {}, "--worker-cls is set by `sedac serve` itself"),
         (["serve"], {"SEDAC_CONTROL_HOST": "0.0.0.0"}, "SEDAC_CONTROL_HOST=0.0.0.0 is not loopback and there is no TLS"),
+        (["serve", "--draft", "/nowhere"], {}, "draft missing: /nowhere/manifest.json; write it with `sedac-probes distill`"),
+        (
+            ["serve", "--draft", "/d", "--speculative-config", "{}"],
+            {},
+            "--speculative-config and --draft /d (SEDAC_DRAFT_DIR) are two ways to speculate",
+        ),
+        (["serve"], {"SEDAC_DRAFT_DIR": "none", "SEDAC_DRAFT_TOKENS": "4"}, "SEDAC_DRAFT_TOKENS is 4, but there is no draft"),
         (["serve", "--sedac-layer", "5", "--sedac-threshold", "-1"], {}, r"checkpoints[0].threshold"),
     ],
 )
@@ -40,11 +47,31 @@ def test_doctor_finds_the_installation_whole():
     done = _run("doctor", "--json", "--url", "http://127.0.0.1:1")
     findings = {f["name"]: f for f in json.loads(done.stdout)}
     assert done.returncode == 0, done.stdout
-    findings.pop("levels")  # absent where the probe set has hard exits only
+    for name in ("levels", "draft"):  # absent where the probe set has hard exits only, and where no draft is shipped
+        findings.pop(name)
     assert {name: f["state"] for name, f in findings.items()} == {
         "vLLM": "ok", "plugin sedac": "ok", "plugin sedac_agent": "ok", "settings": "ok", "architecture": "ok", "probe set": "ok",
         "tiers": "ok", "running engine": "absent",
     }  # fmt: skip
+
+
+def test_doctor_says_which_draft_is_attached(tmp_path):
+    draft = {"name": "mine", "kind": "exit-head", "model": "m", "hidden_size": 256, "num_layers": 12, "depth": 6, "intermediate_size": 8}
+    (tmp_path / "manifest.json").write_text(json.dumps(draft | {"max_tokens": 3}))
+
+    def find(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        done = _run("doctor", "--json", "--url", "http://127.0.0.1:1", *arguments, **environment)
+        found = next(f for f in json.loads(done.stdout) if f["name"] == "draft")
+        return done.returncode, found["state"], found["detail"]
+
+    assert find("--draft", str(tmp_path)) == (0, "ok", "mine: exit-head, 6 of 12 layers, up to 3 tokens per step")
+    off = find(SEDAC_DRAFT_DIR=str(tmp_path), SEDAC_DRAFT_TOKENS="2", SEDAC_SPECULATION="0")
+    assert off == (0, "ok", "mine: exit-head, 6 of 12 layers, room for 2 tokens per step, off at first (SEDAC_SPECULATION=0)")
+    assert find("--draft", "none") == (0, "absent", "none, so nothing is drafted; name one with --draft or SEDAC_DRAFT_DIR")
+    (tmp_path / "manifest.json").write_text(json.dumps(draft | {"num_layers": 13}))
+    code, state, detail = find("--draft", str(tmp_path))
+    assert (code, state) == (1, "bad")
+    assert "was made for hidden size 256 and 13 layers, the model has 256 and 12" in detail
 
 
 def test_doctor_says_why_not(tmp_path):
