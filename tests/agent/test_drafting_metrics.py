@@ -26,10 +26,10 @@ def _add(metrics: EngineMetrics, drafting: DraftingStats | None) -> None:
 
 
 def test_totals_become_counters_and_a_restart_does_not_take_them_back():
-    metrics = EngineMetrics(model_name="drafts", layout=LAYOUT, is_speculating=True)
-    _add(metrics, make_drafting())
+    metrics = EngineMetrics(model_name="drafts", layout=replace(LAYOUT, draft="adapter", max_draft_tokens=3), is_speculating=True)
     assert _get("draft_tokens_total", "drafts") == 0, "there before anything is counted"
     assert _get("draft_accepted_at_total", "drafts", position="2") == 0
+    assert _get("draft_length_count", "drafts") == 0
     _add(metrics, make_drafting((3, 2), (0, 0)))
     _add(metrics, make_drafting((3, 2), (0, 0), (2, 2)))
     _add(metrics, make_drafting((3, 2), (0, 0), (2, 2)))

@@ -16,7 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from sedac.agent.drafting_metrics import DraftingMetrics
 from sedac.agent.evidence_metrics import EvidenceMetrics
 from sedac.policy import EXACT, Layout, Policy
-from sedac.stats import Stats, TierStats
+from sedac.stats import DraftingStats, Stats, TierStats
 
 _LABELS = ["model_name", "engine"]
 _APPLY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
@@ -85,6 +85,9 @@ class EngineMetrics:
         for gauge in (_REVISION, _ENABLED, _CERTIFIED, _CONNECTED, _LAST_CONTACT):
             gauge.labels(*self._labels)
         _APPLY_SECONDS.labels(*self._labels)
+        if layout.draft:
+            zeros = (0,) * layout.max_draft_tokens
+            self._drafting.add(DraftingStats(kind=layout.draft, lengths=(0, *zeros), accepted_at=zeros))
         if is_speculating:  # else both are absent: a rate of nothing is no figure
             self._show_speculation(0, 0, 0)
 
