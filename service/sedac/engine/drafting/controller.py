@@ -4,28 +4,34 @@ The cost of a step with B sequences, n rows to verify and m draft passes is mode
 further costs d for all and v for each sequence that goes on; it wins time in proportion to the probability that the token will
 count. So a sequence goes on while the product of its drafts' confidences passes `v r`, and a further pass is made while the sum of
 those products passes `d r`, where r is the rate of tokens that the time would give otherwise. Whether to draft at all is decided
-by the measured rates with and without. Costs depend on the number of sequences, so each power of two has its own model.
+by the measured rates with and without, per sequence. Costs depend on the number of sequences, so each power of two has its own model.
+
+What is found out late costs little: drafts that did not pay are tried again one step at a time, so far apart that no stretch of
+output notices, and a slow step now and then says nothing of the others.
 
 Plain Python; driven by the drafter once per step, on the thread that runs the model.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 from sedac.stats import ControllerStats
 
-_PACE = 0.05
+_PACE = 0.02
 """weight of the newest step in the moving averages"""
 _FIRST_STEPS = 4
 """plain steps before the first draft: their cost is what drafting is held against"""
-_TRIAL_STEPS = 12
-_PLAIN_EVERY, _PLAIN_STEPS = 512, 2
+_TRIAL_STEPS, _MIN_TRIAL_STEPS = 12, 4
+"""of one sequence; more sequences need fewer steps"""
+_PLAIN_EVERY, _PLAIN_STEPS = 256, 1
 """while drafting pays: look again at what a plain step costs"""
-_MIN_PAUSE, _MAX_PAUSE = 64, 4096
-"""steps without drafting after a trial that did not pay; doubled each time"""
-_MIN_GAIN = 1.01
-"""drafting goes on while its rate is at least this times the plain rate"""
+_PLAIN_KEPT = 15
+_MIN_PAUSE, _MAX_PAUSE = 40, 640
+"""steps without drafting between two that try it, after a trial that did not pay; doubled after each such trial"""
+_MIN_GAIN, _LEAST_GAIN = 1.01, 0.99
+"""drafting begins where its rate is at least the first times the plain rate, and goes on until it is below the second"""
 
 
 @dataclass
@@ -39,6 +45,25 @@ class Mean:
         """Take one more value in."""
         self.count += 1
         self.value += (value - self.value) * max(_PACE, 1 / self.count)
+
+
+@dataclass
+class Usual:
+    """The mean of the middle half of the latest values."""
+
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=_PLAIN_KEPT))
+
+    @property
+    def count(self) -> int:
+        """How many values are known."""
+        return len(self.values)
+
+    @property
+    def value(self) -> float:
+        """0 where none is known."""
+        cut = len(self.values) // 4
+        middle = sorted(self.values)[cut : len(self.values) - cut]
+        return sum(middle) / len(middle) if middle else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +82,17 @@ class Limits:
 class Model:
     """Costs and rates of one size of batch; seconds."""
 
-    plain: Mean = field(default_factory=Mean)
-    """a step that verified nothing"""
+    num_trials: int
+    """steps of a trial"""
+    plain: Usual = field(default_factory=Usual)
+    """a step that verified nothing, which gives each sequence one token"""
     step: Mean = field(default_factory=Mean)
     """a step that verified drafts, without the time of drafting"""
     draft_pass: Mean = field(default_factory=Mean)
     drafted_tokens: Mean = field(default_factory=Mean)
-    """output tokens of such a step"""
+    """output tokens of a sequence in such a step"""
     drafted_seconds: Mean = field(default_factory=Mean)
     """all of such a step"""
-    plain_tokens: Mean = field(default_factory=Mean)
     rows: Mean = field(default_factory=Mean)
     """rows verified beyond one per sequence"""
     confidence: Mean = field(default_factory=Mean)
@@ -74,14 +100,15 @@ class Model:
     state: str = "measuring"
     steps_left: int = _FIRST_STEPS
     pause: int = _MIN_PAUSE
+    trials_left: int = 0
+    """steps of the next trial; after one that did not pay they are made one at a time"""
 
     @property
     def gain(self) -> float:
         """Rate with drafting to rate without; 0: unknown."""
         if not (self.plain.count and self.drafted_seconds.count):
             return 0.0
-        plain_rate = self.plain_tokens.value / self.plain.value
-        return self.drafted_tokens.value / self.drafted_seconds.value / plain_rate
+        return self.drafted_tokens.value / self.drafted_seconds.value * self.plain.value
 
 
 class Controller:
@@ -96,7 +123,7 @@ class Controller:
         if not adaptive or max_tokens == 0:
             return Limits(max_tokens=max_tokens, min_confidence=min_confidence)
         self._last = _get_size(num_sequences)
-        model = self._models.setdefault(self._last, Model())
+        model = self._models.setdefault(self._last, Model(num_trials=max(_MIN_TRIAL_STEPS, _TRIAL_STEPS // self._last)))
         model.steps_left -= 1
         if model.steps_left < 0:
             self._move_on(model)
@@ -105,23 +132,31 @@ class Controller:
         return self._make_limits(model, num_sequences, max_tokens, min_confidence)
 
     def _move_on(self, model: Model) -> None:
-        if model.state in ("measuring", "paused"):
-            model.state, model.steps_left = "trying", _TRIAL_STEPS
-            model.drafted_seconds.count = min(model.drafted_seconds.count, 2)
-            model.drafted_tokens.count = min(model.drafted_tokens.count, 2)
-        elif model.state == "trying" and 0 < model.gain < _MIN_GAIN:
+        if model.state == "measuring":
+            is_new = not model.drafted_seconds.count
+            model.state, model.steps_left = ("trying", model.num_trials) if is_new else ("drafting", _PLAIN_EVERY)
+        elif model.state == "drafting":
+            model.state, model.steps_left = "measuring", _PLAIN_STEPS
+        elif model.state == "paused":
+            at_once = model.trials_left if model.pause == _MIN_PAUSE else 1
+            model.state, model.steps_left = "trying", at_once - 1
+            model.trials_left -= at_once
+        elif model.trials_left > 0 and model.pause > _MIN_PAUSE:
             model.state, model.steps_left = "paused", model.pause
-            model.pause = min(model.pause * 2, _MAX_PAUSE)
-        elif model.state == "trying":
+        elif model.gain >= _MIN_GAIN:
             model.state, model.steps_left, model.pause = "drafting", _PLAIN_EVERY, _MIN_PAUSE
         else:
-            model.state, model.steps_left = "measuring", _PLAIN_STEPS
+            self._pause(model, min(model.pause * 2, _MAX_PAUSE))
+
+    def _pause(self, model: Model, pause: int) -> None:
+        model.state, model.steps_left, model.pause, model.trials_left = "paused", pause, pause, model.num_trials
+        for mean in (model.drafted_seconds, model.drafted_tokens):
+            mean.count = min(mean.count, 2)
 
     def _make_limits(self, model: Model, num_sequences: int, max_tokens: int, min_confidence: float) -> Limits:
         if not (model.plain.value and model.draft_pass.count and model.step.count):
             return Limits(max_tokens=max_tokens, min_confidence=min_confidence)
-        plain_rate = model.plain_tokens.value / model.plain.value
-        rate = max(plain_rate, model.drafted_tokens.value / model.drafted_seconds.value if model.drafted_seconds.value else 0.0)
+        rate = num_sequences * max(1.0, model.gain) / model.plain.value
         per_row = max(0.0, model.step.value - model.plain.value) / max(1.0, model.rows.value)
         confidence = min(1.0, max(0.05, model.confidence.value))
         return Limits(
@@ -140,19 +175,18 @@ class Controller:
             return
         extra = num_rows - num_sequences
         if extra == 0 and num_passes == 0:
-            model.plain.add(min(seconds, 3 * model.plain.value) if model.plain.count > 3 else seconds)
-            model.plain_tokens.add(num_tokens)
+            model.plain.values.append(seconds)
         elif extra > 0:
             usual = model.drafted_seconds.value
             bounded = min(seconds, 3 * usual) if model.drafted_seconds.count > 3 else seconds
             model.step.add(max(0.0, bounded - draft_seconds))
             model.drafted_seconds.add(bounded)
-            model.drafted_tokens.add(num_tokens)
+            model.drafted_tokens.add(num_tokens / num_sequences)
             model.rows.add(extra)
         if num_passes:
             model.draft_pass.add(draft_seconds / num_passes)
-        if model.state == "drafting" and model.drafted_seconds.count > 3 * _TRIAL_STEPS and 0 < model.gain < _MIN_GAIN:
-            model.state, model.steps_left = "paused", model.pause
+        if model.state == "drafting" and model.drafted_seconds.count > 3 * model.num_trials and model.gain < _LEAST_GAIN:
+            self._pause(model, _MIN_PAUSE)
 
     def learn_confidence(self, num_sequences: int, confidence: float) -> None:
         """Take in the mean confidence of a step's draft tokens."""
@@ -170,7 +204,7 @@ class Controller:
                 plain_seconds=model.plain.value,
                 step_seconds=model.step.value,
                 draft_pass_seconds=model.draft_pass.value,
-                tokens_per_step=model.drafted_tokens.value / size if size else 0.0,
+                tokens_per_step=model.drafted_tokens.value,
             )
             for size, model in sorted(self._models.items())
         )
