@@ -49,11 +49,61 @@ def demo_probes() -> Path:
 
 
 @pytest.fixture(scope="session")
-def heldout_prompts(demo_model: Path) -> list[list[int]]:
+def heldout_prompts() -> list[list[int]]:
     """64 prompts of 24 to 80 tokens from files that neither the model nor the probes were trained on."""
+    return read_heldout_prompts(64)
+
+
+def read_heldout_prompts(num_prompts: int) -> list[list[int]]:
+    """Prompts of 24 to 80 tokens from files that neither the demo model nor its probes were trained on."""
     from sedac_probes import corpus
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(demo_model)
-    texts = corpus.cut_prompts(corpus.read_stdlib("heldout"), num_prompts=64, num_chars=400)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
+    texts = corpus.cut_prompts(corpus.read_stdlib("heldout"), num_prompts=num_prompts, num_chars=400)
     return [tokenizer(text)["input_ids"][: 24 + i % 57] for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of drafts for the demo model, by name: one of each kind, and `whole`, which leaves nothing out."""
+    return make_drafts(tmp_path_factory.mktemp("drafts"))
+
+
+def make_drafts(directory: Path) -> dict[str, Path]:
+    """Write drafts that the model accepts in part: their heads are its own last layer's weights, without the biases of attention."""
+    from safetensors.torch import load_file
+    from sedac.probe.draft import DraftHead, DraftManifest, save_draft
+
+    config = json.loads((DEMO / "model" / "config.json").read_text())
+    weights = load_file(DEMO / "model" / "model.safetensors")
+    num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
+    size, neurons = config["hidden_size"], config["intermediate_size"]
+    attention = {"num_heads": num_heads, "num_kv_heads": config["num_key_value_heads"], "head_size": size // num_heads}
+    kinds: dict[str, dict[str, Any]] = {
+        "adapter": {"kind": "adapter", "depth": num_layers - 2, "intermediate_size": neurons, **attention},
+        "exit-head": {"kind": "exit-head", "depth": num_layers - 2, "intermediate_size": neurons},
+        "reduced": {"kind": "reduced", "depth": num_layers, "level": "contextual-50", "skip_attention": (5,), "skip_mlp": (3, 7)},
+        "whole": {"kind": "reduced", "depth": num_layers},
+    }
+    for name, fields in kinds.items():
+        common = {"model": "sedac-demo", "hidden_size": size, "num_layers": num_layers, "max_tokens": 4, "min_confidence": 0.3}
+        manifest = DraftManifest(name=name, **common, **fields)
+        head = None
+        if manifest.kind != "reduced":
+            head = DraftHead(manifest)
+            own = {key.split(".", 3)[3]: value for key, value in weights.items() if key.startswith(f"model.layers.{num_layers - 1}.")}
+            own = {key.removeprefix("self_attn.").removeprefix("mlp."): value for key, value in own.items()} | {
+                "norm.weight": weights["model.norm.weight"]
+            }
+            head.load_state_dict({key: own[key] for key in head.state_dict()})
+        save_draft(directory / name, manifest, head)
+    return {name: directory / name for name in kinds}
+
+
+DRAFTER = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": 4}
+
+
+def speculation(**knobs: Any) -> dict[str, Any]:
+    """The step that puts a policy with these knobs of `Speculation` into force; lengths are the draft's unless `adaptive` is asked for."""
+    return {"do": "apply", "policy": {"speculation": {"adaptive": False, **knobs}}}

@@ -1,7 +1,7 @@
 """Runs one vLLM engine in a process of its own: `python engine_job.py JOB.json RESULT.pt`.
 
 A job is {"llm": keyword arguments of vllm.LLM, "sedac": layout entry or null (plain vLLM, plugin not loaded), "steps": [...]}.
-Each step is {"do": name, ...} and yields one result; see the functions below.
+Each step is {"do": name, ...} and yields one result; see the functions below and those of drafting_steps.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import drafting_steps
 import torch
 
 JOB = json.loads(Path(sys.argv[1]).read_text()) if __name__ == "__main__" else {}
@@ -129,8 +130,8 @@ def addresses(llm):
     return [t.data_ptr() for t in (*probes, *(t for arm in arms for t in (arm.knobs_CK, arm.counts_C2)), *state.buffers.tensors)]
 
 
-def generate_between(llm, changes, every=2, **arguments):
-    """Run `generate` while the workers get one `apply` after the other of `changes`, round and round, between two steps."""
+def generate_between(llm, changes, every=2, run="generate", **arguments):
+    """Run `generate`, or a step of its form, while the workers get one `apply` of `changes` after the other, round and round, between two steps."""
     engine = llm.llm_engine
     step, count, answers = engine.step, itertools.count(1), []
 
@@ -142,7 +143,7 @@ def generate_between(llm, changes, every=2, **arguments):
 
     engine.step = change_and_step
     try:
-        return {"results": generate(llm, **arguments), "answers": answers}
+        return {"results": find_step(run)(llm, **arguments), "answers": answers}
     finally:
         engine.step = step
 
@@ -221,6 +222,11 @@ def records(llm, prompt):
     return llm.collective_rpc("sedac_take_records")[0]
 
 
+def find_step(name):
+    """The function of a step."""
+    return globals().get(name) or getattr(drafting_steps, name)
+
+
 def main() -> None:
     from vllm import LLM
 
@@ -231,7 +237,8 @@ def main() -> None:
     results = []
     for step in JOB["steps"]:
         arguments = dict(step)
-        results.append(globals()[arguments.pop("do")](llm, **arguments))
+        name = arguments.pop("do")
+        results.append(find_step(name)(llm, **arguments))
     torch.save(results, sys.argv[2])
 
 
