@@ -19,7 +19,7 @@ ARGS ?=
 .PHONY: help
 help: ## list the targets
 	@echo "SEDAC: make TARGET [ARGS='...']"; echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r name text; do printf '  %-14s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1\t\2/' | while IFS=$$'\t' read -r name text; do printf '  %-18s %s\n' "$$name" "$$text"; done
 
 .PHONY: setup
 setup: $(KERNELS) ## build .venv from constraints/ (PYTHON=python3.11, TORCH_INDEX=URL to take torch from another index)
@@ -69,6 +69,11 @@ demo-model: $(KERNELS) ## train the demo model again, into build/demo-model (an 
 demo-probes: $(KERNELS) ## the whole workshop on the demo model, into build/demo-probes: from recording to a certified policy and a report
 	$(BIN)/sedac-probes demo $(ARGS)
 
+.PHONY: demo-draft
+demo-draft: $(KERNELS) ## distil drafts of the demo model, into build/demo-draft: adapters, exit heads, one table (resumes)
+	$(BIN)/sedac-probes distill --work build/demo-draft --layers 2,3,4 --record 6,8 $(ARGS)
+	$(BIN)/sedac-probes distill --work build/demo-draft --kind exit-head --layers 6,8 --out build/demo-draft/best $(ARGS)
+
 .PHONY: bench
 bench: $(KERNELS) ## speed against plain vLLM: attached, reduced, exited (ARGS=--help); writes benchmarks/results/speed.*
 	for mode in eager compiled; do $(BIN)/python benchmarks/speed.py --mode $$mode --out benchmarks/results/speed $(ARGS); done
@@ -76,6 +81,10 @@ bench: $(KERNELS) ## speed against plain vLLM: attached, reduced, exited (ARGS=-
 .PHONY: bench-quality
 bench-quality: $(KERNELS) ## quality against saved FLOPs of every mechanism on held-out text; writes benchmarks/results/quality.*
 	$(BIN)/sedac-probes compare --out benchmarks/results/quality $(ARGS)
+
+.PHONY: bench-speculation
+bench-speculation: $(KERNELS) ## every way of speculation against plain vLLM, demo and mid-size (ARGS=--help); writes benchmarks/results/speculation.*
+	for model in demo mid; do $(BIN)/python benchmarks/speculation.py --model $$model --out benchmarks/results/speculation $(ARGS); done
 
 .PHONY: bench-control
 bench-control: $(KERNELS) ## the control plane under load, under faults, with a fleet; writes benchmarks/results/control.*

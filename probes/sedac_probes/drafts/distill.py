@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sedac.errors import ConfigError
-from sedac.probe.draft import ADAPTER, EXIT_HEAD, DraftHead, DraftManifest, load_head, read_draft_manifest, save_draft
+from sedac.probe.draft import ADAPTER, EXIT_HEAD, REDUCED, DraftHead, DraftManifest, load_head, read_draft_manifest, save_draft
 
 from sedac_probes import corpus
 from sedac_probes.collecting.collection import read_description
 from sedac_probes.collecting.recording import read_config
 from sedac_probes.drafts.acceptance import Guesses, Proposal, StepCosts, guess, propose, roll_out
 from sedac_probes.drafts.fit import FitSettings, fit
-from sedac_probes.drafts.states import collect_states, cut, read_states
+from sedac_probes.drafts.states import Source, StateCollection, collect_states, cut, read_states
 from sedac_probes.drafts.target import Target, count_parameters, make_head, make_manifest, read_target
 from sedac_probes.drafts.trial import Job as TrialJob
 from sedac_probes.drafts.trial import run_trial
@@ -92,32 +92,29 @@ class Candidate:
 
 def make_heads(job: Job, kind: str, depths: Sequence[int]) -> list[Candidate]:
     """Collect, then train and judge a head after each of the depths; adapters and exit heads."""
+    if job.samples < 1 or job.heldout_samples < 1:
+        raise ConfigError(f"--samples is {job.samples}, --heldout-samples {job.heldout_samples}; give at least 1")
     target = read_target(job.model)
     manifests = [make_manifest(target, kind, depth, job.neurons) for depth in depths]  # refuses before anything runs
     recorded = sorted({*depths, *job.record})
+    source = Source(job.model, max_length=job.max_length, dtype=job.dtype)
     collect_states(
-        job.work / "streams", job.model, job.documents, depths=recorded, num_pieces=job.samples, own_share=job.own_share, max_length=job.max_length,
-        prompt_length=min(_PROMPT_LENGTH, job.max_length // 4), dtype=job.dtype,
+        job.work / "streams", source, job.documents, depths=recorded, num_pieces=job.samples, own_share=job.own_share, max_length=job.max_length,
+        prompt_length=min(_PROMPT_LENGTH, job.max_length // 4),
     )  # fmt: skip
-    collect_heldout(job, recorded)
+    length = min(_HELDOUT_LENGTH, job.max_length)
+    collect_states(
+        job.work / "heldout", source, job.heldout, depths=recorded, num_pieces=job.heldout_samples, own_share=1.0, max_length=length,
+        prompt_length=min(_PROMPT_LENGTH, length // 4), greedy=True,
+    )  # fmt: skip
     return [_make_head(job, target, manifest) for manifest in manifests]
 
 
-def collect_heldout(job: Job, depths: Sequence[int]) -> list[list[int]]:
-    """Record held-out texts that the model goes on with greedily; returns their prompts."""
+def read_prompts(job: Job) -> list[list[int]]:
+    """Return the prompts of the held-out texts."""
     from transformers import AutoTokenizer
 
-    from sedac_probes.drafts.states import StateCollection
-
-    length = min(_HELDOUT_LENGTH, job.max_length)
-    prompt_length = min(_PROMPT_LENGTH, length // 4)
-    collect_states(
-        job.work / "heldout", job.model, job.heldout, depths=depths, num_pieces=job.heldout_samples, own_share=1.0, max_length=length,
-        prompt_length=prompt_length, greedy=True, dtype=job.dtype,
-    )  # fmt: skip
-    described = read_description(job.work / "heldout")
-    described["layers"] = tuple(described["layers"])
-    return cut(AutoTokenizer.from_pretrained(job.model), job.heldout, StateCollection(**described))
+    return cut(AutoTokenizer.from_pretrained(job.model), job.heldout, StateCollection(**read_description(job.work / "heldout")))
 
 
 def _make_head(job: Job, target: Target, manifest: DraftManifest) -> Candidate:
@@ -148,8 +145,8 @@ def judge(
     """Measure a draft's costs, propose its limits, and write both beside it; `texts` are its guesses on the held-out texts."""
     trial = None
     if job.is_measured:
-        prompts = collect_heldout(job, ())
-        few = [prompts[i * len(prompts) // _TRIAL_PROMPTS] for i in range(min(_TRIAL_PROMPTS, len(prompts)))]
+        prompts = read_prompts(job)
+        few = prompts[:: max(1, len(prompts) // _TRIAL_PROMPTS)][:_TRIAL_PROMPTS]
         trial = run_trial(
             TrialJob(
                 model=job.model, draft=str(directory.resolve()), prompts=few, num_tokens=_TRIAL_TOKENS, lengths=(1, POSITIONS), num_rounds=1,
@@ -203,11 +200,15 @@ def distill(job: Job, kind: str, depths: Sequence[int] = ()) -> list[Candidate]:
     Raises:
         ConfigError: the kind is unknown, a value is out of range, or the model can't have such a draft.
     """
-    if kind not in MAKERS:
-        raise ConfigError(f"--kind is {kind!r}; give one of {', '.join(MAKERS)}")
+    from sedac_probes.drafts.reduced import make_reduced  # it builds on this module
+
+    makers = MAKERS | {REDUCED: make_reduced}
+    if kind not in makers:
+        raise ConfigError(f"--kind is {kind!r}; give one of {', '.join(makers)}")
+    job.settings.check()
     num_layers = read_config(job.model)["num_hidden_layers"]
     usual = sorted({max(1, min(num_layers - 1, round(share * num_layers))) for share in DEPTHS.get(kind, ())})
-    MAKERS[kind](job, kind, tuple(depths) or tuple(usual))
+    makers[kind](job, kind, tuple(depths) or tuple(usual))
     return read_candidates(job.work)
 
 

@@ -44,6 +44,12 @@ class FitSettings:
     """looks at the held-out loss, and states kept"""
     seed: int = 0
 
+    def check(self) -> None:
+        """Raise ConfigError where a value is out of range."""
+        for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size), ("lr", self.lr)):
+            if value <= 0:
+                raise ConfigError(f"--{name} is {value}; give a number over 0")
+
 
 def fit(
     head: DraftHead, states: States, heldout: States, lm_head_VD: Tensor, settings: FitSettings, path: Path, *, autocast: bool = True
@@ -55,9 +61,7 @@ def fit(
     Raises:
         ConfigError: a setting is out of range, or `path` holds a run with other settings or data.
     """
-    for name, value in (("epochs", settings.epochs), ("batch-size", settings.batch_size), ("lr", settings.lr)):
-        if value <= 0:
-            raise ConfigError(f"--{name} is {value}; give a number over 0")
+    settings.check()
     dtype = torch.bfloat16 if autocast else torch.float32
     weight_VD = lm_head_VD.to(dtype)
     per_epoch = math.ceil(states.num_pieces / settings.batch_size)

@@ -32,11 +32,12 @@ from sedac_probes.collecting.collection import (
     write_description,
     write_shard,
 )
-from sedac_probes.collecting.recording import read_config, start_engine
+from sedac_probes.collecting.recording import LLM, read_config, start_engine
 
 TEMPERATURE = 0.8
 """of every second piece that the model goes on with"""
-_PIECES_PER_SHARD = 64
+_NUM_SEQUENCES = 64
+"""that the engine serves at once"""
 _LEAST_TOKENS = 32
 """shorter ends of texts are left out"""
 
@@ -75,9 +76,29 @@ class States:
         return len(self.starts) - 1
 
 
+class Source:
+    """The engine that records, started when it is first needed: a process has one."""
+
+    def __init__(self, model: str, *, max_length: int = 512, dtype: str = "auto") -> None:
+        """`max_length` bounds the pieces of all collections made with it."""
+        self.model, self.max_length, self.dtype = model, max_length, dtype
+        self.config = read_config(model)
+        self._llm: LLM = None
+
+    def get(self, layers: Sequence[int]) -> LLM:
+        """Return the engine; it records after these layers from now on."""
+        if self._llm is None:
+            watched = tuple(range(self.config["num_hidden_layers"] - 1))
+            self._llm = start_engine(
+                self.model, layers=watched, max_length=self.max_length, dtype=self.dtype, keeps_final=True, num_sequences=_NUM_SEQUENCES
+            )
+        self._llm.collective_rpc("sedac_keep_streams", args=(list(layers),))
+        return self._llm
+
+
 def collect_states(
     out: Path,
-    model: str,
+    source: Source,
     documents: Sequence[corpus.Document],
     *,
     depths: Sequence[int],
@@ -86,7 +107,7 @@ def collect_states(
     max_length: int = 512,
     prompt_length: int = 64,
     greedy: bool = False,
-    dtype: str = "auto",
+    pieces_per_shard: int = 64,
 ) -> None:
     """Record `num_pieces` pieces, spread evenly over the documents, under `out`; `depths` count layers from the first one on.
 
@@ -95,11 +116,10 @@ def collect_states(
     Raises:
         ConfigError: a value is out of range, the texts are too short, or `out` holds a collection made with other settings.
     """
-    config = read_config(model)
-    num_layers = config["num_hidden_layers"]
+    config, num_layers = source.config, source.config["num_hidden_layers"]
     if outside := sorted(depth for depth in depths if not 1 <= depth < num_layers):
         raise ConfigError(f"--layers names {outside}, outside 1..{num_layers - 1} (the model has {num_layers} layers; a draft runs the first ones)")
-    limit = config.get("max_position_embeddings") or max_length
+    limit = min(source.max_length, config.get("max_position_embeddings") or max_length)
     if not prompt_length + 2 <= max_length <= limit:
         raise ConfigError(f"--max-length is {max_length}; give {prompt_length + 2} to {limit}, the length that the model takes")
     if not 0 <= own_share <= 1:
@@ -108,21 +128,21 @@ def collect_states(
     if (out / DESCRIPTION).exists() and layers <= (found := set(read_description(out)["layers"])):
         layers = found
     wanted = StateCollection(
-        model=model, layers=tuple(sorted(layers)), num_documents=num_pieces, max_length=max_length, hidden_size=config["hidden_size"],
-        num_layers=num_layers, data_digest=corpus.digest(list(documents)), weights_sha256=get_weights_digest(model), dtype=dtype,
-        num_shards=-(-num_pieces // _PIECES_PER_SHARD), own_share=own_share, prompt_length=prompt_length, greedy=greedy,
+        model=source.model, layers=tuple(sorted(layers)), num_documents=num_pieces, max_length=max_length, hidden_size=config["hidden_size"],
+        num_layers=num_layers, data_digest=corpus.digest(list(documents)), weights_sha256=get_weights_digest(source.model), dtype=source.dtype,
+        num_shards=-(-num_pieces // pieces_per_shard), own_share=own_share, prompt_length=prompt_length, greedy=greedy,
     )  # fmt: skip
     check_same(out, wanted)
     missing = [i for i in range(wanted.num_shards) if not is_whole(get_shard_path(out, i))]
     if not missing:
         return
-    llm = start_engine(model, layers=wanted.layers, max_length=max_length, dtype=dtype, keeps_final=True, num_sequences=_PIECES_PER_SHARD)
+    llm = source.get(wanted.layers)
     pieces = cut(llm.get_tokenizer(), documents, wanted)
     params = [_make_params(i, len(ids), wanted) for i, ids in enumerate(pieces)]
     write_description(out, wanted)
     for i in tqdm(missing, desc=f"collect {out.name}", unit="shard"):
-        first = i * _PIECES_PER_SHARD
-        here = slice(first, first + _PIECES_PER_SHARD)
+        first = i * pieces_per_shard
+        here = slice(first, first + pieces_per_shard)
         write_shard(get_shard_path(out, i), record(llm, pieces[here], first, params[here])[0])
 
 
