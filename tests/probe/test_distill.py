@@ -97,10 +97,9 @@ def test_recorded_states_equal_transformers(collection, reference):
     for number in range(PIECES):
         rows = slice(states.starts[number], states.starts[number + 1])
         following, own = states.next_N[rows].tolist(), states.is_own_N[rows].tolist()
-        begun = [ids for ids in texts if any(ids[i : i + 16] == following[:16] for i in range(1, len(ids)))]
-        assert begun, "the piece is cut from the texts"
-        at = next(i for i in range(1, len(begun[0])) if begun[0][i : i + 16] == following[:16])
-        ids = [begun[0][at - 1], *following[:-1]]
+        begun = {ids[i] for ids in texts for i in range(0, len(ids), LENGTH - 1) if ids[i + 1 : i + PROMPT] == following[: PROMPT - 1]}
+        assert len(begun) == 1, "the piece is cut from the texts, at a multiple of its length"
+        ids = [*begun, *following[:-1]]
         seen = reference(torch.tensor([ids]), output_hidden_states=True)
         torch.testing.assert_close(states.stream_ND[rows].float(), seen.hidden_states[3][0], rtol=2**-8, atol=1e-3)
         torch.testing.assert_close(states.final_ND[rows].float(), seen.hidden_states[-1][0], rtol=2**-8, atol=1e-3)
