@@ -29,6 +29,7 @@ from sedac_probes.certification.prompts import cut_requests
 from sedac_probes.collecting.recording import read_config
 from sedac_probes.corpus import Document
 from sedac_probes.drafts.costs import PartCosts, estimate_costs, measure_costs, read_costs, write_costs
+from sedac_probes.drafts.distill import POSITIONS
 from sedac_probes.drafts.left_out import LeftOut, WithoutParts
 from sedac_probes.drafts.search import Judged
 from sedac_probes.drafts.trial import Job, Trial, from_dict, run_trial
@@ -73,8 +74,8 @@ class Settings:
         for name in ("num_prompts", "num_heldout", "prompt_tokens", "max_trials"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
-        if not 1 <= self.max_tokens <= MAX_DRAFT_TOKENS:
-            raise ConfigError(f"max_tokens is {self.max_tokens}; give 1 to {MAX_DRAFT_TOKENS}")
+        if not POSITIONS <= self.max_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; give {POSITIONS} to {MAX_DRAFT_TOKENS}")
         if (shortest := min(self.answer_tokens, self.check_tokens)) < self.max_tokens + 2:
             raise ConfigError(f"answers have {shortest} tokens; {self.max_tokens} drafts per step need at least {self.max_tokens + 2}")
 
@@ -180,14 +181,14 @@ class Bench:
         return from_dict(json.loads(path.read_text()))
 
     def get_costs(self) -> PartCosts:
-        """Return the costs in costs.json, where they are kept once measured in the engine, or estimated.
+        """Return the costs in costs.json, where they are kept once measured in the engine; estimated ones where no engine may be started.
 
         Raises:
             ConfigError: the file is malformed.
         """
         path = self.work / "costs.json"
         if not path.exists() and not self.settings.is_measured:
-            write_costs(path, estimate_costs(read_config(self.model_dir), self.levels, ROW_SHARE))
+            return estimate_costs(read_config(self.model_dir), self.levels, ROW_SHARE)
         if not path.exists():
             with tqdm(total=4 + len({level.reduction for level in self.levels}), desc="costs, measured in the engine", unit="engine") as bar:
 

@@ -7,10 +7,11 @@ search; the draft that it found on answers kept aside, by the reference and in t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sedac.errors import ConfigError
 from sedac.probe.draft import DraftManifest, save_draft
 from tqdm import tqdm
 
@@ -18,11 +19,12 @@ from sedac_probes.corpus import Document
 from sedac_probes.drafts.acceptance import Rollout
 from sedac_probes.drafts.bench import Bench, Settings
 from sedac_probes.drafts.costs import PartCosts
+from sedac_probes.drafts.distill import POSITIONS, Candidate, Job, write_candidate
 from sedac_probes.drafts.left_out import LeftOut
 from sedac_probes.drafts.search import Found, Judged, Search
 from sedac_probes.drafts.trial import Trial
 
-__all__ = ["Made", "Settings", "make_reduced_draft"]
+__all__ = ["Made", "Settings", "make_reduced", "make_reduced_draft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +35,50 @@ class Made:
     costs: PartCosts
     found: Found
     fixed: Rollout
-    """generating the answers kept aside with as many drafts as are allowed in every step, by the reference in fp32"""
+    """generating the answers kept aside with POSITIONS drafts in every step, by the reference in fp32"""
     rollout: Rollout
     """the same at the limits that were chosen"""
+    fixed_trial: Trial | None
+    """POSITIONS drafts in every step, in the engine, on the same prompts; None: no engine was asked for"""
     trial: Trial | None
-    """in the engine, on the same prompts and at these limits"""
+    """at the limits that were chosen"""
 
     @property
     def predicted(self) -> float:
         """Speed-up by the cost model, of the rollout."""
         return self.found.best.costs.predict(self.rollout)
+
+
+def make_reduced(job: Job, kind: str, depths: Sequence[int]) -> list[Candidate]:
+    """Make the candidate `reduced` of a job; everything that the search saw goes to the terminal, and to reduced/ under the work directory.
+
+    Raises:
+        ConfigError: depths were asked for, or what `make_reduced_draft` raises.
+    """
+    from sedac_probes.drafts import reduced_report
+
+    if depths:
+        raise ConfigError(f"--layers is {', '.join(map(str, depths))}; a reduced draft runs over all layers: leave --layers out")
+    prompt_tokens = min(64, job.max_length // 4)
+    settings = Settings(
+        num_heldout=min(Settings.num_heldout, job.heldout_samples), prompt_tokens=prompt_tokens,
+        check_tokens=min(128, job.max_length - prompt_tokens),
+        answer_tokens=min(64, job.max_length - prompt_tokens), dtype=job.dtype, is_eager=job.is_eager, is_measured=job.is_measured,
+    )  # fmt: skip
+    work, out = job.work / kind, job.work / "drafts" / kind
+    made = make_reduced_draft(job.model, job.documents, job.heldout, out, work=work, probe_set=job.probe_set, name=kind, settings=settings)
+    reduced_report.print_report(made)
+    reduced_report.write(work, made)
+    best = made.found.best
+    limits = replace(best.proposal, speedup=made.predicted, tokens_per_step=made.rollout.tokens_per_step)
+    candidate = Candidate(
+        name=kind, kind=kind, depth=made.manifest.depth, num_parameters=0, acceptance=made.fixed.acceptance,
+        tokens_per_step=made.fixed.tokens_per_step, costs=best.costs, is_measured=made.trial is not None, predicted=best.costs.predict(made.fixed),
+        proposal=limits, measured=made.fixed_trial.get_speedup(POSITIONS) if made.fixed_trial else None,
+        measured_acceptance=made.fixed_trial.get_acceptance(POSITIONS) if made.fixed_trial else (),
+    )  # fmt: skip
+    write_candidate(out, candidate)
+    return [candidate]
 
 
 def make_reduced_draft(
@@ -71,12 +107,12 @@ def make_reduced_draft(
         found = Search(_count(bench.judge, bar), costs, bench.num_layers, levels, settings.max_trials).run()
     best, limits = found.best, found.best.proposal
     agreement = bench.check(best.left_out)
-    fixed, rollout = (agreement.roll_out(*pair) for pair in ((settings.max_tokens, 0.0), (limits.max_tokens, limits.min_confidence)))
-    trial = None
+    fixed, rollout = (agreement.roll_out(*pair) for pair in ((POSITIONS, 0.0), (limits.max_tokens, limits.min_confidence)))
+    fixed_trial = trial = None
     if settings.is_measured:
-        trial = bench.run_engine(
-            best.left_out, (limits.max_tokens,), min_confidence=limits.min_confidence, num_prompts=settings.num_heldout, num_rounds=1
-        )
+        count = settings.num_heldout
+        fixed_trial = bench.run_engine(best.left_out, (POSITIONS,), num_prompts=count, num_rounds=1)
+        trial = bench.run_engine(best.left_out, (limits.max_tokens,), min_confidence=limits.min_confidence, num_prompts=count, num_rounds=1)
     training = {
         "method": "parts left out by calibration, without training",
         "data_digest": bench.data_digest,
@@ -87,13 +123,14 @@ def make_reduced_draft(
         "costs": asdict(costs),
         "pass_share": best.costs.draft_pass / costs.plain,
         "predicted_speedup": best.costs.predict(rollout),
+        "tokens_per_step": rollout.tokens_per_step,
     } | ({"measured_speedup": trial.get_speedup(limits.max_tokens)} if trial else {})
     manifest = bench.make_manifest(
         best.left_out, name, max_tokens=limits.max_tokens, min_confidence=limits.min_confidence,
-        acceptance=tuple(round(a, 4) for a in fixed.acceptance), training=training,
+        acceptance=tuple(round(a, 4) for a in agreement.roll_out(settings.max_tokens, 0.0).acceptance), training=training,
     )  # fmt: skip
     save_draft(out, manifest, None)
-    return Made(manifest=manifest, costs=costs, found=found, fixed=fixed, rollout=rollout, trial=trial)
+    return Made(manifest=manifest, costs=costs, found=found, fixed=fixed, rollout=rollout, fixed_trial=fixed_trial, trial=trial)
 
 
 def _count(judge: Callable[[LeftOut], Judged], bar: Any) -> Callable[[LeftOut], Judged]:
