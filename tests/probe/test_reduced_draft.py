@@ -16,7 +16,7 @@ from sedac.probe.manifest import LevelRecord
 from sedac_probes import cli, corpus
 from sedac_probes.calibration.reduced import Batch, Plain
 from sedac_probes.drafts.acceptance import Rollout, StepCosts
-from sedac_probes.drafts.bench import CHECK, SEARCH, Bench, Settings
+from sedac_probes.drafts.bench import CHECK, Bench, Settings
 from sedac_probes.drafts.costs import PartCosts, estimate_costs, measure_costs, read_costs, write_costs
 from sedac_probes.drafts.left_out import LeftOut
 from sedac_probes.drafts.search import Search, choose_limits
@@ -249,6 +249,13 @@ def forward(ids, positions):
     return hidden
 
 drafter.draft.forward = forward
+run_draft = drafter._draft
+
+def draft_once(*arguments):
+    passes.append(None)  # a new draft begins
+    run_draft(*arguments)
+
+drafter._draft = draft_once
 worker.sedac_apply(Policy(speculation=Speculation(adaptive=False, min_confidence=0.0)).to_dict(), 1)
 params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
 answers = []
@@ -276,23 +283,23 @@ def test_the_engine_drafts_as_the_reference(tmp_path, level):
     found = torch.load(tmp_path / "out.pt")
 
     assert [prompt + answer for prompt, (answer, _) in zip(bench.prompts[CHECK], found["answers"], strict=True)] == read_answers(bench).tolist()
-    form, num_compared = bench.make_form(left_out), 0
+    form, gaps = bench.make_form(left_out), []
     for prompt, (answer, passes) in zip(bench.prompts[CHECK], found["answers"], strict=True):
-        groups: list[list] = []
-        for token, position, logits_V in passes:
-            known = position < len(prompt + answer) and token == (prompt + answer)[position]
-            if not groups or position != groups[-1][-1][1] + 1 or len(groups[-1]) == 4:
-                assert known
+        text, groups = prompt + answer, []
+        for made in passes:
+            if made is None:
                 groups.append([])
-            groups[-1].append((token, position, logits_V))
+            else:
+                groups[-1].append(made)
         for group in groups:
-            context = (prompt + answer)[: group[0][1] + 1]
-            reference_KV = draft_one_by_one(bench.model, form, context, [token for token, _, _ in group])
-            torch.testing.assert_close(torch.stack([logits_V for _, _, logits_V in group]), reference_KV, atol=2e-3, rtol=1e-3)
-            num_compared += len(group)
+            begins = group[0][1]
+            assert group[0][0] == text[begins]
+            reference_KV = draft_one_by_one(bench.model, form, text[: begins + 1], [token for token, _, _ in group])
+            gaps += (torch.stack([logits_V for _, _, logits_V in group]) - reference_KV).abs().amax(-1).tolist()
+    # A neuron whose score is the threshold but for rounding may be on one side here and on the other there.
+    assert sum(gap > 2e-3 for gap in gaps) <= (0 if level == "full" else 0.03 * len(gaps)), sorted(gaps)[-10:]
     rollout = bench.check(left_out).roll_out(4, 0.0)
     drafting = found["drafting"]
-    assert num_compared == drafting["num_passes"] == rollout.num_passes
+    assert len(gaps) == drafting["num_passes"] == rollout.num_passes
     assert tuple(drafting["accepted_at"]) == rollout.accepted_at
     assert 0 < sum(rollout.accepted_at) < rollout.num_passes
-    assert bench.windows[SEARCH] is not bench.windows[CHECK]

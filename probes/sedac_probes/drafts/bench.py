@@ -49,18 +49,18 @@ ROW_SHARE = 0.05
 class Settings:
     """How to calibrate."""
 
-    num_prompts: int = 48
+    num_prompts: int = 24
     """to search with"""
-    num_heldout: int = 32
+    num_heldout: int = 24
     """prompts kept aside; the engine answers them too"""
     prompt_tokens: int = 64
     answer_tokens: int = 64
     """of the answers to search with"""
     check_tokens: int = 128
     """of the answers kept aside"""
-    max_tokens: int = 6
+    max_tokens: int = 5
     """drafts per step at most"""
-    max_trials: int = 400
+    max_trials: int = 300
     """drafts that the search measures at most"""
     dtype: str = "auto"
     is_eager: bool = False
