@@ -134,6 +134,7 @@ def test_killed_and_resumed_gives_the_same_bytes(collection, tmp_path):
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in collection.iterdir()}
 
 
+@pytest.mark.engine
 def test_a_collection_with_more_depths_serves_and_one_with_fewer_is_refused(collection):
     settings = {"num_pieces": PIECES, "own_share": 0.5, "max_length": LENGTH, "prompt_length": PROMPT, "pieces_per_shard": 4}
     source, documents = Source(str(DEMO), dtype="float32"), corpus.read_stdlib("heldout")[:20]

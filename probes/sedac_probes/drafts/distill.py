@@ -44,7 +44,7 @@ class Job:
     heldout: Sequence[corpus.Document]
     record: tuple[int, ...] = ()
     """depths to record beside those of this run, for later ones"""
-    samples: int = 1536
+    samples: int = 1024
     heldout_samples: int = 128
     own_share: float = 0.5
     max_length: int = 512

@@ -34,10 +34,10 @@ _CLIP = 1.0
 class FitSettings:
     """How a head is trained."""
 
-    epochs: int = 8
+    epochs: int = 3
     batch_size: int = 8
     """pieces per step"""
-    lr: float = 3e-3
+    lr: float = 2e-3
     """AdamW's, at its highest; cosine down to a twentieth"""
     weight_decay: float = 0.01
     evaluations: int = 10
