@@ -154,12 +154,10 @@ class DraftingStats:
         return tuple(getattr(self, name) for name in _DRAFT_TOTALS)
 
     def _combine(self, other: DraftingStats, operate: Callable[[Any, Any], Any]) -> DraftingStats:
-        totals = {name: operate(getattr(self, name), getattr(other, name)) for name in _DRAFT_TOTALS}
-        counts = {
-            name: tuple(operate(one, two) for one, two in zip_longest(getattr(self, name), getattr(other, name), fillvalue=0))
-            for name in _DRAFT_COUNTS
-        }
-        return replace(self, **totals, **counts)
+        found: dict[str, Any] = {name: operate(getattr(self, name), getattr(other, name)) for name in _DRAFT_TOTALS}
+        for name in _DRAFT_COUNTS:
+            found[name] = tuple(operate(one, two) for one, two in zip_longest(getattr(self, name), getattr(other, name), fillvalue=0))
+        return replace(self, **found)
 
 
 @dataclass(frozen=True, kw_only=True)
