@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from sedac.errors import ConfigError
 from sedac.probe.draft import ADAPTER, EXIT_HEAD, REDUCED, DraftHead, DraftManifest, load_head, read_draft_manifest, save_draft
 
@@ -125,10 +126,26 @@ def _make_head(job: Job, target: Target, manifest: DraftManifest) -> Candidate:
     described = read_description(job.work / "streams")
     training = {k: described[k] for k in ("data_digest", "weights_sha256", "num_documents", "max_length", "own_share")} | asdict(job.settings)
     training |= {"num_tokens": states.starts[-1], "heldout_loss": min(loss for _, loss in losses)}
-    manifest = save_draft(directory, replace(manifest, training=training), head)
+    manifest = replace(manifest, training=training)
+    if known := _find_judged(job, directory, manifest, head):
+        return known
+    manifest = save_draft(directory, manifest, head)
     saved = load_saved(directory)
     texts = guess(saved, heldout, target.lm_head_VD)
     return judge(job, directory, manifest, saved, texts, tuple(losses))
+
+
+def _find_judged(job: Job, directory: Path, manifest: DraftManifest, head: DraftHead) -> Candidate | None:
+    """Return what an earlier run found of the very same head; None: nothing, or not enough."""
+    path = directory / "result.json"
+    if not path.exists():
+        return None
+    known, kept = _read_candidate(path), read_draft_manifest(directory)
+    if kept.training != manifest.training or known.is_measured < job.is_measured:
+        return None
+    weights = load_head(directory, kept)
+    is_same = all(torch.equal(weights[name], p.to(torch.bfloat16).float()) for name, p in head.named_parameters())
+    return known if is_same else None
 
 
 def load_saved(directory: Path) -> DraftHead:
@@ -214,14 +231,16 @@ def distill(job: Job, kind: str, depths: Sequence[int] = ()) -> list[Candidate]:
 
 def read_candidates(work: Path) -> list[Candidate]:
     """Return the candidates of all runs, in order of predicted speed-up."""
-    found = []
-    for path in sorted((work / "drafts").glob("*/result.json")):
-        fields: dict[str, Any] = json.loads(path.read_text())
-        fields |= {"costs": StepCosts(**fields["costs"]), "proposal": Proposal(**fields["proposal"])}
-        fields |= {name: tuple(fields[name]) for name in ("acceptance", "measured_acceptance")}
-        fields["losses"] = tuple((step, loss) for step, loss in fields["losses"])
-        found.append(Candidate(**fields))
+    found = [_read_candidate(path) for path in sorted((work / "drafts").glob("*/result.json"))]
     return sorted(found, key=lambda candidate: -candidate.proposal.speedup)
+
+
+def _read_candidate(path: Path) -> Candidate:
+    fields: dict[str, Any] = json.loads(path.read_text())
+    fields |= {"costs": StepCosts(**fields["costs"]), "proposal": Proposal(**fields["proposal"])}
+    fields |= {name: tuple(fields[name]) for name in ("acceptance", "measured_acceptance")}
+    fields["losses"] = tuple((step, loss) for step, loss in fields["losses"])
+    return Candidate(**fields)
 
 
 def ship(work: Path, name: str, out: Path) -> None:

@@ -143,6 +143,7 @@ def collect_states(
     for i in tqdm(missing, desc=f"collect {out.name}", unit="shard"):
         first = i * pieces_per_shard
         here = slice(first, first + pieces_per_shard)
+        torch.manual_seed(i)  # a seed per request would fail where a prompt is cut: "CPU Generator does not use offset" (gpu_model_runner.py, 0.32)
         write_shard(get_shard_path(out, i), record(llm, pieces[here], first, params[here])[0])
 
 
@@ -175,9 +176,7 @@ def _make_params(number: int, num_tokens: int, wanted: StateCollection) -> Any:
         return SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     turn = int((number + 1) * wanted.own_share)
     temperature = TEMPERATURE if turn % 2 and not wanted.greedy else 0.0
-    return SamplingParams(
-        max_tokens=wanted.max_length - num_tokens, temperature=temperature, seed=number if temperature else None, ignore_eos=True, detokenize=False
-    )
+    return SamplingParams(max_tokens=wanted.max_length - num_tokens, temperature=temperature, ignore_eos=True, detokenize=False)
 
 
 def read_states(directory: Path, depth: int) -> States:
