@@ -29,7 +29,7 @@ def _complete(served, tier: str) -> str:
 def test_exact_stays_greedy_and_the_draft_ratios_are_shown(tmp_path):
     drafts = '{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 2, "prompt_lookup_max": 4}'
     texts = {}
-    for name, arguments in (("plain", ()), ("ngram", ("--speculative-config", drafts))):
+    for name, arguments in (("plain", ("--draft", "none")), ("ngram", ("--speculative-config", drafts))):
         directory = tmp_path / name
         directory.mkdir()
         served = start(directory, "--dtype", "float32", *arguments)
