@@ -27,7 +27,7 @@ class DraftAttention:
                 names = [name for name in group.layer_names if name in wanted]
                 if names:
                     self._groups.append((number, group.get_metadata_builder(), names))
-        self._max_model_len = runner.max_model_len
+        self.num_groups = len(self._groups)
         self._starts = torch.arange(runner.max_num_reqs + 1, dtype=torch.int32, device=runner.device)
         self._starts_cpu = torch.arange(runner.max_num_reqs + 1, dtype=torch.int32)
         self._tables: dict[int, Tensor] = {}

@@ -28,6 +28,7 @@ from sedac.engine.drafting.attention import DraftAttention
 from sedac.engine.drafting.controller import Controller, Limits
 from sedac.engine.drafting.heads import HeadCache, HeadLayer
 from sedac.engine.drafting.model import DraftModel, make_layers, make_norm
+from sedac.engine.drafting.native import NativeDraft
 from sedac.engine.drafting.totals import Totals
 from sedac.errors import UnsupportedModel
 from sedac.policy import FULL, Speculation
@@ -83,6 +84,7 @@ class Drafter:
         self.totals = Totals(self.max_tokens)
         self.head: HeadLayer | None = None
         self._attention: DraftAttention | None = None
+        self._native: NativeDraft | None = None
         self._step: _Step | None = None
         self._generators: dict[str, torch.Generator] = {}
         self._ended = 0.0
@@ -131,8 +133,17 @@ class Drafter:
         runner._input_fits_in_drafter = lambda metadata: metadata is not None  # lengths are bounded here, per sequence
 
     def warm_up(self) -> None:
-        """Compile the draft, for two sequences and for one."""
+        """Make the native draft, or else compile the draft for two sequences and for one."""
         device = self.runner.device
+        self._attention = DraftAttention(self.runner, self._names)
+        try:
+            if device.type != "cpu" or self._attention.num_groups != 1:
+                raise ValueError("it is for the CPU and one kind of KV cache")
+            self._native = NativeDraft(list(self.draft.inner.layers), self.draft.inner, self.draft.inner.norm, self.target, gated=self._level > 0)
+        except ValueError as error:
+            _log.info("draft passes run in torch, not natively: %s", error)
+        if self._native is not None:
+            return
         for num in (2, 1):
             ids_N = torch.zeros(num, dtype=torch.int32, device=device)
             with torch.inference_mode(), set_forward_context(None, self.vllm_config, num_tokens=num):
@@ -164,8 +175,11 @@ class Drafter:
             assert self.head is not None
             assert self.stream_TD is not None
             num = step.num_tokens
-            keys, values = self.head_cache(step.positions_T[:num], self.stream_TD[:num])
-            self.head.write_cache(keys, values, step.slots_T[:num])
+            if self._native is not None:
+                self._native.fill(self.stream_TD[:num], step.positions_T[:num], step.slots_T[:num])
+            else:
+                keys, values = self.head_cache(step.positions_T[:num], self.stream_TD[:num])
+                self.head.write_cache(keys, values, step.slots_T[:num])
         generated = [(drafted, len(ids) - 1) for drafted, ids in zip(step.num_drafts, sampled_token_ids, strict=True) if ids]
         self.totals.count_verified(generated)
         self._learn(step, sampled_token_ids)
@@ -234,8 +248,7 @@ class Drafter:
         """Run draft passes until every sequence has stopped; fills `drafts`."""
         runner, batch, device = self.runner, self.runner.input_batch, self.runner.device
         attention = self._attention
-        if attention is None:
-            attention = self._attention = DraftAttention(runner, self._names)
+        assert attention is not None
         last = num_tokens_no_spec[rows].astype(np.int64) - 1
         ids_N = torch.from_numpy(token_ids_cpu[rows, last].astype(np.int32)).to(device)
         positions_N = torch.from_numpy(last).to(device)
@@ -249,9 +262,13 @@ class Drafter:
         restore = self._state.begin_draft(self._level, len(rows)) if self._level else None
         for position in range(max(lengths)):
             metadata, slots = attention.build(positions_N, max_position)
-            with set_forward_context(metadata, self.vllm_config, num_tokens=len(live), slot_mapping=slots):
-                hidden_ND = self.draft(ids_N, positions_N)
-            logits_NV = self.target.compute_logits(hidden_ND)
+            if self._native is not None:
+                logits_NV = self._native.run(ids_N, positions_N, metadata[self._names[0]])
+            else:
+                with set_forward_context(metadata, self.vllm_config, num_tokens=len(live), slot_mapping=slots):
+                    logits_NV = self.draft(ids_N, positions_N)
+            if self._native is None or not self._native.num_outputs:
+                logits_NV = self.target.compute_logits(logits_NV)
             tokens_N, confidence_N, probs_NV = draws.draw(logits_NV, sampling)
             self._num_passes += 1
             if probs_NV is not None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
+from sedac.engine import native
+
 _SEED_SALT = 0x5EDAC
 
 
@@ -60,6 +62,9 @@ def draw(logits_NV: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor
 
     A token's confidence is its own probability in the draft's distribution at temperature 1.
     """
+    if draws is None and logits_NV.device.type == "cpu" and native.load():
+        tokens_N, confidence_N = torch.ops.sedac.draft_pick(logits_NV)
+        return tokens_N, confidence_N, None
     logits_NV = logits_NV.float()
     greedy_N = logits_NV.argmax(-1)
     if draws is None:
