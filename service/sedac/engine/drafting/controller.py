@@ -2,7 +2,7 @@
 
 The cost of a step with B sequences, n rows to verify and m draft passes is modelled as a + v (n - B) + d m. Drafting one token
 further costs d for all and v for each sequence that goes on; it wins time in proportion to the probability that the token will
-count. So a sequence goes on while the product of its drafts' confidences passes `v r`, and a further pass is made while the sum of
+count. So a sequence goes on while the product of its drafts' expected acceptances passes `v r`, and a further pass is made while the sum of
 those products passes `d r`, where r is the rate of tokens that the time would give otherwise. Whether to draft at all is decided
 by the measured rates with and without, per sequence. Costs depend on the number of sequences, so each power of two has its own model.
 
@@ -76,6 +76,8 @@ class Limits:
     """product of the drafts' confidences below which a sequence stops"""
     min_sum: float = 0.0
     """sum of those products over the sequences below which all stop"""
+    is_adaptive: bool = False
+    """the products are of expected acceptances (acceptance.py), not of confidences as they are"""
 
 
 @dataclass(kw_only=True)
@@ -96,7 +98,7 @@ class Model:
     rows: Mean = field(default_factory=Mean)
     """rows verified beyond one per sequence"""
     confidence: Mean = field(default_factory=Mean)
-    """of a draft token"""
+    """expected acceptance of a draft token"""
     state: str = "measuring"
     steps_left: int = _FIRST_STEPS
     pause: int = _MIN_PAUSE
@@ -155,7 +157,7 @@ class Controller:
 
     def _make_limits(self, model: Model, num_sequences: int, max_tokens: int, min_confidence: float) -> Limits:
         if not (model.plain.value and model.draft_pass.count and model.step.count):
-            return Limits(max_tokens=max_tokens, min_confidence=min_confidence)
+            return Limits(max_tokens=max_tokens, min_confidence=min_confidence, is_adaptive=True)
         rate = num_sequences * max(1.0, model.gain) / model.plain.value
         per_row = max(0.0, model.step.value - model.plain.value) / max(1.0, model.rows.value)
         confidence = min(1.0, max(0.05, model.confidence.value))
@@ -163,6 +165,7 @@ class Controller:
             max_tokens=max_tokens,
             min_confidence=min(1.0, per_row * rate / confidence),
             min_sum=(model.draft_pass.value + per_row) * rate / confidence,
+            is_adaptive=True,
         )
 
     def learn(self, *, num_sequences: int, num_rows: int, num_tokens: int, seconds: float, draft_seconds: float, num_passes: int) -> None:
@@ -189,7 +192,7 @@ class Controller:
             self._pause(model, _MIN_PAUSE)
 
     def learn_confidence(self, num_sequences: int, confidence: float) -> None:
-        """Take in the mean confidence of a step's draft tokens."""
+        """Take in the mean expected acceptance of a step's draft tokens."""
         model = self._models.get(_get_size(num_sequences))
         if model is not None:
             model.confidence.add(confidence)

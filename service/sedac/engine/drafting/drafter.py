@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from sedac.engine.drafting import draws
+from sedac.engine.drafting.acceptance import Acceptance
 from sedac.engine.drafting.attention import DraftAttention
 from sedac.engine.drafting.controller import Controller, Limits
 from sedac.engine.drafting.heads import HeadCache, HeadLayer
@@ -87,6 +88,10 @@ class Drafter:
         self._native: NativeDraft | None = None
         self._step: _Step | None = None
         self._generators: dict[str, torch.Generator] = {}
+        self._acceptance = {samples: Acceptance() for samples in (False, True)}
+        """by whether tokens are sampled"""
+        self._unverified: dict[str, tuple[bool, list[float]]] = {}
+        """by request: whether its drafts were sampled, and their confidences"""
         self._ended = 0.0
         self._last_ids: set[str] = set()
         self._draft_seconds, self._num_passes = 0.0, 0
@@ -180,6 +185,7 @@ class Drafter:
             else:
                 keys, values = self.head_cache(step.positions_T[:num], self.stream_TD[:num])
                 self.head.write_cache(keys, values, step.slots_T[:num])
+        self._learn_acceptance(step, sampled_token_ids)
         generated = [(drafted, len(ids) - 1) for drafted, ids in zip(step.num_drafts, sampled_token_ids, strict=True) if ids]
         self.totals.count_verified(generated)
         self._learn(step, sampled_token_ids)
@@ -193,6 +199,12 @@ class Drafter:
         self.totals.count_drafting(self._num_passes, self._draft_seconds)
         self._ended = ended
         return drafts
+
+    def _learn_acceptance(self, step: _Step, sampled_token_ids: list[list[int]]) -> None:
+        for request_id, drafted, ids in zip(step.request_ids, step.num_drafts, sampled_token_ids, strict=True):
+            samples, confidences = self._unverified.pop(request_id, (False, []))
+            if drafted and ids:
+                self._acceptance[samples].learn(confidences[:drafted], len(ids) - 1)
 
     def _learn(self, step: _Step, sampled_token_ids: list[list[int]]) -> None:
         """Hand what the last step took to the controller; gaps in which no request went on are no step."""
@@ -257,8 +269,10 @@ class Drafter:
         sampling = draws.Draws.from_batch(batch.sampling_metadata, rows, batch.num_reqs, self._get_generators(rows))
         probs_BKV: Tensor | None = None
         live = list(range(len(rows)))
-        joint_N = torch.ones(len(rows), device=device)
-        confidence, num_drafted = 0.0, 0
+        joints = [1.0] * len(rows)
+        samples = [False] * len(rows) if sampling is None else (sampling.temperature_N > 0).tolist()
+        confidences: list[list[float]] = [[] for _ in rows]
+        total, num_drafted = 0.0, 0
         restore = self._state.begin_draft(self._level, len(rows)) if self._level else None
         for position in range(max(lengths)):
             metadata, slots = attention.build(positions_N, max_position)
@@ -275,18 +289,19 @@ class Drafter:
                 if probs_BKV is None:
                     probs_BKV = torch.zeros(len(rows), max(lengths), logits_NV.shape[-1], device=device)
                 probs_BKV[live, position] = probs_NV
-            joint_N = joint_N * confidence_N
-            sure = joint_N.tolist()
             for number, token, value in zip(live, tokens_N.tolist(), confidence_N.tolist(), strict=True):
                 drafts[rows[number]].append(token)
-                confidence += value
+                confidences[number].append(value)
+                expected = self._acceptance[samples[number]].get(value) if limits.is_adaptive else value
+                joints[number] *= expected
+                total += expected
                 num_drafted += 1
-            kept = [i for i, number in enumerate(live) if sure[i] >= limits.min_confidence and position + 1 < lengths[number]]
-            if not kept or sum(sure[i] for i in kept) < limits.min_sum:
+            kept = [i for i, number in enumerate(live) if joints[number] >= limits.min_confidence and position + 1 < lengths[number]]
+            if not kept or sum(joints[live[i]] for i in kept) < limits.min_sum:
                 break
             if len(kept) < len(live):
                 index_N = torch.tensor(kept, device=device)
-                tokens_N, positions_N, joint_N = tokens_N[index_N], positions_N[index_N], joint_N[index_N]
+                tokens_N, positions_N = tokens_N[index_N], positions_N[index_N]
                 attention.keep(index_N)
                 sampling = sampling.keep(kept) if sampling else None
                 live = [live[i] for i in kept]
@@ -296,7 +311,8 @@ class Drafter:
         if probs_BKV is not None:
             runner._draft_probs = probs_BKV
             runner._draft_prob_req_ids = [batch.req_ids[row] for row in rows]
-        self.controller.learn_confidence(batch.num_reqs, confidence / num_drafted)
+        self._unverified = {batch.req_ids[row]: (samples[i], confidences[i]) for i, row in enumerate(rows)}
+        self.controller.learn_confidence(batch.num_reqs, total / num_drafted)
 
     def _get_generators(self, rows: list[int]) -> dict[int, torch.Generator]:
         """Return the generators of the rows whose requests have a seed, by number."""
