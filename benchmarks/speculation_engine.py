@@ -82,8 +82,8 @@ class Engine:
         """Return what the engine decided by itself."""
         config = self.llm.llm_engine.vllm_config
         cache = config.cache_config
-        num_bytes = float(os.environ["VLLM_CPU_KVCACHE_SPACE"]) * 2**30
-        return {"kv_bytes_per_token": num_bytes / (cache.num_gpu_blocks * cache.block_size), "async": bool(config.scheduler_config.async_scheduling)}
+        num_tokens = cache.num_gpu_blocks * cache.block_size
+        return {"kv_bytes_per_token": cache.kv_cache_memory_bytes / num_tokens, "async": bool(config.scheduler_config.async_scheduling)}
 
     def set(self, speculation: dict[str, Any], controller: str) -> dict[str, Any]:
         """Apply knobs of speculation; `controller` names whose experience the controller has, new names have none."""
