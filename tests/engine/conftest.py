@@ -33,9 +33,11 @@ def _run(job: str) -> list[Any]:
         return torch.load(result_path, weights_only=False)
 
 
-def run_engine(model: Path | str, steps: list[dict[str, Any]], *, sedac: dict[str, Any] | None = None, **llm: Any) -> list[Any]:
+def run_engine(
+    model: Path | str, steps: list[dict[str, Any]], *, sedac: dict[str, Any] | None = None, before: tuple[str, ...] = (), **llm: Any
+) -> list[Any]:
     """Start an engine, run the steps (see engine_job.py), return their results; same job, same process result."""
-    return _run(json.dumps({"llm": {"model": str(model), **llm}, "sedac": sedac, "steps": steps}))
+    return _run(json.dumps({"llm": {"model": str(model), **llm}, "sedac": sedac, "before": before, "steps": steps}))
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +104,10 @@ def make_drafts(directory: Path) -> dict[str, Path]:
 
 
 DRAFTER = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": 4}
+
+
+TORCH_DRAFTS = ("refuse_native_drafts",)
+"""`before` of an engine whose draft passes shall run in torch, not in the native operator"""
 
 
 def speculation(**knobs: Any) -> dict[str, Any]:

@@ -104,6 +104,21 @@ def watch_drafts(llm):
     drafter.propose = watched
 
 
+def refuse_native_drafts():
+    """Let draft passes run in torch; before there is an engine."""
+    from sedac.engine.drafting.native import NativeDraft
+
+    def refuse(*_, **__):
+        raise ValueError("this test wants torch")
+
+    NativeDraft.__init__ = refuse
+
+
+def drafts_natively(llm):
+    """Whether draft passes run in the native operator."""
+    return _get_worker(llm).sedac_drafter._native is not None
+
+
 def drafts(llm):
     """What `watch_drafts` kept: (context, draft tokens)."""
     return llm.drafts
@@ -115,6 +130,7 @@ class _Writes:
     def __init__(self, llm):
         from sedac.engine.drafting.attention import DraftAttention
         from sedac.engine.drafting.heads import HeadLayer
+        from sedac.engine.drafting.native import NativeDraft
 
         worker = _get_worker(llm)
         self.runner, self.drafter = worker.model_runner, worker.sedac_drafter
@@ -125,7 +141,7 @@ class _Writes:
         self.faults, self.num_draft_slots, self.num_head_slots, self.num_last, self.owners = [], 0, 0, 0, Counter()
         self.asked, self.asked_head = [], []
         self.propose, self.drafter.propose = self.drafter.propose, self.check
-        build, write = DraftAttention.build, HeadLayer.write_cache
+        build, write, fill = DraftAttention.build, HeadLayer.write_cache, NativeDraft.fill
 
         def noted_build(attention, *args, **keywords):
             metadata, slots = build(attention, *args, **keywords)
@@ -136,7 +152,11 @@ class _Writes:
             self.asked_head += args[-1].tolist()
             write(head, *args)
 
-        DraftAttention.build, HeadLayer.write_cache = noted_build, noted_write
+        def noted_fill(native, *args):
+            self.asked_head += args[-1].tolist()
+            fill(native, *args)
+
+        DraftAttention.build, HeadLayer.write_cache, NativeDraft.fill = noted_build, noted_write, noted_fill
 
     def get_slot(self, request_id, position, *, is_draft):
         """The slot that a request's position has; notes a fault where it has none of its own."""

@@ -1,6 +1,7 @@
 """Runs one vLLM engine in a process of its own: `python engine_job.py JOB.json RESULT.pt`.
 
-A job is {"llm": keyword arguments of vllm.LLM, "sedac": layout entry or null (plain vLLM, plugin not loaded), "steps": [...]}.
+A job is {"llm": keyword arguments of vllm.LLM, "sedac": layout entry or null (plain vLLM, plugin not loaded), "before": [...], "steps": [...]}.
+`before` names functions of drafting_steps.py that are called before there is an engine.
 Each step is {"do": name, ...} and yields one result; see the functions below and those of drafting_steps.py.
 """
 
@@ -233,6 +234,8 @@ def main() -> None:
     keywords = dict(JOB["llm"])
     if JOB.get("sedac") is not None:
         keywords |= {"worker_cls": "sedac.engine.worker.SedacWorker", "additional_config": {"sedac": JOB["sedac"]}}
+    for name in JOB.get("before", ()):
+        find_step(name)()
     llm = LLM(**{"max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False} | keywords)
     results = []
     for step in JOB["steps"]:

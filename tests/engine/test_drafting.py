@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import DRAFTER, read_heldout_prompts, run_engine, speculation
+from tests.engine.conftest import DRAFTER, TORCH_DRAFTS, read_heldout_prompts, run_engine, speculation
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 
@@ -34,24 +34,37 @@ def _tokens(results) -> list[list[int]]:
     return [r["tokens"] for r in results]
 
 
-def _run(demo_model, demo_probes, draft: Path | None, steps, **llm):
-    if draft is None:
-        return run_engine(demo_model, steps, **llm)
+def _run(demo_model, demo_probes, draft: Path, steps, **llm):
     sedac = {"probe_set": str(demo_probes), "draft": str(draft)}
     return run_engine(demo_model, steps, sedac=sedac, speculative_config=DRAFTER, disable_log_stats=False, **llm)
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("kind", ["adapter", "exit-head", "reduced"])
-def test_batches_of_1_4_16_beside_chunks_cached_prefixes_and_preemption(demo_model, demo_probes, drafts, prompts, kind, eager):
+_COMPILED = ["adapter", "exit-head", "reduced"] if FULL else ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "eager", "native"),
+    [
+        *((kind, True, True) for kind in ("adapter", "exit-head", "reduced")),
+        ("reduced", True, False),
+        *((kind, False, native) for kind in _COMPILED for native in (True, False)),
+    ],
+)
+def test_batches_of_1_4_16_beside_chunks_cached_prefixes_and_preemption(demo_model, demo_probes, drafts, prompts, kind, eager, native):
+    """Draft passes as one native operator, in torch, and compiled."""
     plain = _tokens(run_engine(demo_model, [{"do": "answer", "prompts": prompts, "knobs": _KNOBS}], enforce_eager=eager, **_FP32)[0])
     run = {"do": "answer", "prompts": prompts, "knobs": _KNOBS}
     steps = [speculation(), run | {"groups": [1, 4, 16]}, {"do": "stats"}, run | {"groups": [16, 1, 4]}, {"do": "counters"}, {"do": "stats"}]
-    _, first, cold, second, counters, stats = _run(demo_model, demo_probes, drafts[kind], steps, enforce_eager=eager, **_FP32, **_CROWDED)
+    steps.append({"do": "drafts_natively"})
+    before = () if native else TORCH_DRAFTS
+    results = _run(demo_model, demo_probes, drafts[kind], steps, before=before, enforce_eager=eager, **_FP32, **_CROWDED)
+    _, first, cold, second, counters, stats, is_native = results
+    assert is_native == native
     for results in (first, second):
         assert _tokens(results) == plain
     drafting = stats["drafting"]
-    print(f"{kind}: {drafting['num_drafted']} drafted, {drafting['num_accepted']} accepted, lengths {drafting['lengths']}; {counters}")
+    print(f"{kind}: {drafting['num_drafted']} drafted, {drafting['num_accepted']} accepted, lengths {drafting['lengths']}")
+    print(f"{counters['vllm:num_preemptions']} preemptions, {counters['vllm:prefix_cache_hits']} cached tokens")
     assert 0 < drafting["num_accepted"] < drafting["num_drafted"]
     assert all(drafting["lengths"]), "sequences must stop drafting at every length"
     assert cold["drafting"]["num_drafted"] < drafting["num_drafted"]

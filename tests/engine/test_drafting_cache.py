@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.conftest import DRAFTER, run_engine, speculation
+from tests.engine.conftest import DRAFTER, TORCH_DRAFTS, run_engine, speculation
 
 pytestmark = pytest.mark.engine
 
@@ -31,18 +31,19 @@ def crowd(heldout_prompts) -> tuple[list[list[int]], list[dict]]:
     return prompts, [{"max_tokens": n, "detokenize": False} for n in lengths]
 
 
-def _stress(demo_model, demo_probes, draft, crowd, *before):
+def _stress(demo_model, demo_probes, draft, crowd, *first, before=()):
     run = {"do": "answer", "prompts": crowd[0], "knobs": crowd[1]}
-    steps = [*before, {"do": "watch_writes"}, speculation(min_confidence=0.1), run, run, {"do": "writes"}, {"do": "counters"}, {"do": "stats"}]
+    steps = [*first, {"do": "watch_writes"}, speculation(min_confidence=0.1), run, run, {"do": "writes"}, {"do": "counters"}, {"do": "stats"}]
     sedac = {"probe_set": str(demo_probes), "draft": str(draft)}
-    return run_engine(demo_model, steps, sedac=sedac, speculative_config=DRAFTER, **_LLM, **_SMALL)[-5:]
+    return run_engine(demo_model, steps, sedac=sedac, before=before, speculative_config=DRAFTER, **_LLM, **_SMALL)[-5:]
 
 
-def test_no_slot_of_another_request_is_written(demo_model, demo_probes, drafts, crowd):
+@pytest.mark.parametrize("native", [True, False])
+def test_no_slot_of_another_request_is_written(demo_model, demo_probes, drafts, crowd, native):
     """36 requests join, leave and are preempted in 14 blocks; every write is checked against the scheduler's blocks and in the caches' memory."""
     run = {"do": "answer", "prompts": crowd[0], "knobs": crowd[1]}
     plain = run_engine(demo_model, [run], max_model_len=_MAX_LEN, **_LLM)[0]
-    first, second, found, counters, stats = _stress(demo_model, demo_probes, drafts["adapter"], crowd)
+    first, second, found, counters, stats = _stress(demo_model, demo_probes, drafts["adapter"], crowd, before=() if native else TORCH_DRAFTS)
     assert found["faults"] == []
     print(f"{found}; preemptions {counters['vllm:num_preemptions']}, cached tokens {counters['vllm:prefix_cache_hits']}, {stats['drafting']}")
     assert found["num_draft_slots"] > 1000
@@ -81,14 +82,16 @@ def test_draft_and_model_share_one_cache(demo_model, demo_probes, drafts):
     assert separate == {"bytes": 2 * plain["bytes"], "num_caches": 2 * num_layers}
 
 
-@pytest.mark.parametrize("kind", ["adapter", "exit-head"])
-def test_drafts_are_what_plain_torch_proposes(demo_model, demo_probes, drafts, heldout_prompts, kind):
+@pytest.mark.parametrize(("kind", "native"), [("adapter", True), ("adapter", False), ("exit-head", True)])
+def test_drafts_are_what_plain_torch_proposes(demo_model, demo_probes, drafts, heldout_prompts, kind, native):
     """Chunked prompts, cached prefixes and rejected drafts leave in the head's cache what a pass over the whole text computes."""
     run = {"do": "answer", "prompts": heldout_prompts[:12], "knobs": {"max_tokens": 24, "detokenize": False}}
-    steps = [{"do": "watch_drafts"}, speculation(min_confidence=0.2), run, run, {"do": "drafts"}]
+    steps = [{"do": "watch_drafts"}, speculation(min_confidence=0.2), run, run, {"do": "drafts_natively"}, {"do": "drafts"}]
     llm = {"max_model_len": 256, "max_num_batched_tokens": 48, "max_num_seqs": 12, "block_size": 32, "enable_prefix_caching": True, **_LLM}
     sedac = {"probe_set": str(demo_probes), "draft": str(drafts[kind])}
-    proposed = run_engine(demo_model, steps, sedac=sedac, speculative_config=DRAFTER, **llm)[-1]
+    before = () if native else TORCH_DRAFTS
+    is_native, proposed = run_engine(demo_model, steps, sedac=sedac, before=before, speculative_config=DRAFTER, **llm)[-2:]
+    assert is_native == native
     assert len(proposed) > 100
     reference = _Reference(demo_model, drafts[kind])
     expected = [reference.propose(context, draft) for context, draft in proposed[::3]]
