@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from sedac.engine.drafting.acceptance import Acceptance
 from sedac.engine.drafting.draws import Draws, draw, make_generator
 from sedac.engine.drafting.totals import Totals
 
@@ -110,3 +111,26 @@ def test_totals_add_up(steps):
     assert found.num_verified_steps == sum(drafted > 0 for drafted, _ in pairs)
     assert list(found.accepted_at) == sorted(found.accepted_at, reverse=True)
     assert (found.num_passes, found.draft_seconds, found.step_seconds) == (2 * len(steps), 0.5 * len(steps), 1.0 * len(steps))
+
+
+def test_acceptance_is_learned_by_confidence_up_to_the_first_rejection():
+    acceptance, rng = Acceptance(), np.random.default_rng(0)
+    assert acceptance.get(0.5) == pytest.approx(0.5, abs=0.04), "believed at first"
+    for _ in range(4000):  # this draft is too sure where it is sure, and better than it thinks where it is not
+        confidences = [float(rng.choice([0.95, 0.3])) for _ in range(3)]
+        outcomes = [rng.random() < (0.6 if c > 0.5 else 0.8) for c in confidences]
+        acceptance.learn(confidences, next((i for i, accepted in enumerate(outcomes) if not accepted), 3))
+    assert acceptance.get(0.95) == pytest.approx(0.6, abs=0.08)
+    assert acceptance.get(0.3) == pytest.approx(0.8, abs=0.08)
+    assert acceptance.get(0.6) == pytest.approx(0.6, abs=0.04), "nothing was learned there"
+
+
+_CONFIDENCE = st.floats(-1e-6, 1 + 1e-6) | st.just(float("nan"))
+
+
+@given(st.lists(st.tuples(st.lists(_CONFIDENCE, max_size=6), st.integers(0, 6)), max_size=30), _CONFIDENCE)
+def test_expected_acceptance_is_a_probability(steps, asked):
+    acceptance = Acceptance()
+    for confidences, accepted in steps:
+        acceptance.learn(confidences, min(accepted, len(confidences)))
+    assert 0 <= acceptance.get(asked) <= 1
