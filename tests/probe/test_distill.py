@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 from sedac.errors import ConfigError
-from sedac.probe.draft import ADAPTER, EXIT_HEAD, DraftHead, save_draft
+from sedac.probe.draft import ADAPTER, EXIT_HEAD, DraftHead, load_head, read_draft_manifest, save_draft
 from sedac_probes import corpus
 from sedac_probes.cli import main
 from sedac_probes.drafts import fit as fitting
@@ -338,3 +338,27 @@ def test_guesses_are_the_heads_own(target):
     best = logits_TV.softmax(-1).max(-1)
     assert texts[1].agrees == (best.indices == heldout.next_N[20:40])[1:].tolist()
     assert texts[1].confidence == pytest.approx(best.values[1:].tolist(), rel=1e-4)
+
+
+@pytest.mark.engine
+def test_the_command_makes_a_draft_and_makes_it_once(tmp_path):
+    work, out = tmp_path / "work", tmp_path / "draft"
+    command = [sys.executable, "-m", "sedac_probes.cli", "distill", "--work", str(work), "--samples", "8", "--heldout-samples", "6", "--max-length"]
+    command += ["80", "--epochs", "1", "--no-measure", "--out", str(out)]
+    adapter = subprocess.run([*command, "--layers", "3", "--record", "8"], capture_output=True, text=True, timeout=600)
+    assert adapter.returncode == 0, adapter.stderr
+    exit_head = subprocess.run([*command, "--kind", "exit-head", "--layers", "8", "--pick", "adapter-3"], capture_output=True, text=True, timeout=600)
+    assert exit_head.returncode == 0, exit_head.stderr
+    assert "collect streams" not in exit_head.stderr, "the first run recorded both depths"
+    manifest = read_draft_manifest(out)
+    assert (manifest.kind, manifest.depth, manifest.training["own_share"]) == ("adapter", 3, 0.5)
+    assert len(manifest.acceptance) == max(4, manifest.max_tokens)
+    assert load_head(out, manifest).keys() == dict(DraftHead(manifest).named_parameters()).keys()
+    table = json.loads((work / "distill.json").read_text())["candidates"]
+    assert sorted(c["name"] for c in table) == ["adapter-3", "exit-head-8"]
+    assert (work / "distill.png").stat().st_size > 0
+    before = {path: path.stat().st_mtime_ns for path in (work / "drafts").rglob("*")}
+    again = subprocess.run([*command, "--layers", "3", "--pick", "adapter-9"], capture_output=True, text=True, timeout=600)
+    assert again.returncode == 1
+    assert "--pick is 'adapter-9'" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (work / "drafts").rglob("*")} == before, "trained and judged once"
