@@ -78,9 +78,6 @@ class Drafter:
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.max_tokens: int = speculative.num_speculative_tokens
-        # Lengths differ by step, so a sequence that joins must not get draft tokens that nobody proposed, as the scheduler would give it for
-        # the sake of CUDA graphs of one shape (v1/core/sched/scheduler.py, 0.32); it is made after this, from the same configuration.
-        speculative.num_speculative_tokens_per_batch_size = [(1, 1, self.max_tokens)]
         self.controller = Controller()
         self.totals = Totals(self.max_tokens)
         self.head: HeadLayer | None = None

@@ -2,6 +2,8 @@
 
 - Drafts of `custom_class` get no slots of their own (`VllmConfig.num_lookahead_tokens` is 0): those past a block's edge would be written
   elsewhere. They get as many as a draft model's.
+- A sequence that joins with one token to compute gets draft tokens that nobody proposed, for the sake of CUDA graphs of one shape
+  (v1/core/sched/scheduler.py); where lengths are said to depend on the size of the batch, it gets none.
 - Requests with min_p or logit_bias are refused, and custom logits processors too, because the rejection sampler does not apply them. SEDAC
   drafts nothing for such requests, so that the usual sampler serves them.
 """
@@ -28,11 +30,18 @@ def prepare() -> None:
     if getattr(VllmConfig.num_lookahead_tokens.fget, "sedac", False):
         return
     count_slots: Any = VllmConfig.num_lookahead_tokens.fget
+    finish: Any = VllmConfig.__post_init__
     check: Any = SamplingParams._validate_spec_decode
 
     @functools.wraps(count_slots)
     def count(self: Any) -> int:
         return int(self.num_speculative_tokens if is_ours(self.speculative_config) else count_slots(self))
+
+    @functools.wraps(finish)
+    def finish_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        finish(self, *args, **kwargs)
+        if is_ours(self.speculative_config):
+            self.speculative_config.num_speculative_tokens_per_batch_size = [(1, 1, self.num_speculative_tokens)]
 
     @functools.wraps(check)
     def validate(self: Any, speculative_config: Any) -> None:
@@ -41,6 +50,7 @@ def prepare() -> None:
 
     count.sedac = True  # type: ignore[attr-defined]
     VllmConfig.num_lookahead_tokens = property(count)  # type: ignore[method-assign,assignment]
+    VllmConfig.__post_init__ = finish_config  # type: ignore[method-assign]
     SamplingParams._validate_spec_decode = validate  # type: ignore[method-assign]
 
 
