@@ -84,6 +84,7 @@ ENV HOME=/var/cache/sedac \
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
 COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model
 COPY --chmod=0755 probes/demo/probe-set /usr/share/sedac/demo/probe-set
+COPY --chmod=0755 probes/demo/draft /usr/share/sedac/demo/draft
 COPY --chmod=0644 probes/demo/policy.json /usr/share/sedac/demo/policy.json
 USER 10001:10001
 WORKDIR /var/lib/sedac
@@ -144,6 +145,7 @@ RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-ca
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
 COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model
 COPY --chmod=0755 probes/demo/probe-set /usr/share/sedac/demo/probe-set
+COPY --chmod=0755 probes/demo/draft /usr/share/sedac/demo/draft
 COPY --chmod=0644 probes/demo/policy.json /usr/share/sedac/demo/policy.json
 # Compiled graphs are loaded as libraries, so their folder is a volume: a tmpfs is mounted noexec by default.
 ENV XDG_CACHE_HOME=/var/cache/sedac \

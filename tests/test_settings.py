@@ -14,7 +14,7 @@ from sedac.engine.drafting.setup import DRAFTER
 from sedac.errors import ArtifactError, ConfigError
 from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 from sedac.probe.draft_manifest import DraftManifest
-from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord
+from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord, read_manifest
 from sedac.settings import EngineSettings, read_settings
 
 MANIFEST = Manifest(
@@ -283,6 +283,15 @@ def test_the_demo_model_drafts_with_its_own_unless_told_otherwise(tmp_path, monk
     assert launch.with_draft(EngineSettings(model="m", probe_dir=Path("/p"))).draft_dir == Path(), "it is of another model"
     for flags in _OWN_SPECULATION:
         assert launch.with_draft(demo, flags).draft_dir == Path(), "vLLM's own speculation was asked for"
+
+
+def test_the_shipped_draft_fits_the_demo_model():
+    settings = launch.with_draft(launch.with_demo_defaults(EngineSettings()))
+    assert settings.draft_dir.parts[-3:] == ("probes", "demo", "draft")
+    manifest = read_manifest(settings.probe_dir)
+    draft = launch.read_draft(settings, manifest)
+    speculation = settings.make_policy(manifest).speculation
+    assert (draft.kind, speculation) == ("adapter", Speculation())
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None 
     except SedacError as error:
         return [*findings, Finding("settings", "bad", str(error))]
     findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
-    return [*findings, *_examine_model(settings), _examine_engine(url)]
+    return [*findings, *_examine_model(settings), examine_engine(url)]
 
 
 def _examine_installation() -> Iterator[Finding]:
@@ -114,7 +114,8 @@ def _examine_architecture(architecture: str) -> Finding:
     return Finding("architecture", "bad", f"{architecture} has no decoder layer (positions, hidden_states, residual); serve it without SEDAC")
 
 
-def _examine_engine(url: str) -> Finding:
+def examine_engine(url: str) -> Finding:
+    """Ask the engine that answers at `url` what it has attached."""
     try:
         with urllib.request.urlopen(f"{url}/sedac/status", timeout=3) as answer:
             status = json.load(answer)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 import urllib.request
 from dataclasses import replace
@@ -12,6 +10,7 @@ from dataclasses import replace
 import openai
 import pytest
 from sedac.client.client import ControlClient
+from sedac.doctor import examine_engine
 from sedac.errors import PolicyInvalid
 from sedac.policy import Policy, Speculation
 from sedac.probe.draft import save_draft
@@ -63,9 +62,7 @@ def _check(served: Served, client: ControlClient) -> None:
     assert status["policy"]["speculation"] == {"enabled": True, "max_tokens": 4, "min_confidence": None, "adaptive": False, "tiers": []}
     (engine,) = client.get_status().engines
     assert (engine.engine.draft, engine.engine.max_draft_tokens) == ("reduced", 4)
-    doctor = [sys.executable, "-m", "sedac.cli", "doctor", "--draft", "none", "--url", served.url, "--json"]
-    findings = json.loads(subprocess.run(doctor, capture_output=True, text=True, timeout=120).stdout)
-    assert next(f["detail"] for f in findings if f["name"] == "running engine").endswith("draft reduced, up to 4 tokens")
+    assert examine_engine(served.url).detail.endswith("draft reduced, up to 4 tokens")
 
     change(replace(FIXED, enabled=False))
     exact, lengths = _ask(served, sedac_tier="exact")
