@@ -52,6 +52,8 @@ class StaticConfig:
     0: 128, or the attached set's rank where that is larger"""
     draft: str = ""
     """directory of the draft of self-speculation; empty: none"""
+    draft_sha256: str = ""
+    """of its manifest, filled in by the drafter, so that compiled graphs of another draft are not reused"""
     record: bool = False
     """record streams at the checkpoints instead of serving decisions"""
     record_top_k: int = 8

@@ -8,6 +8,7 @@ N drafting sequences, B sequences of the batch, T tokens of the step, D hidden s
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from sedac.engine.drafting.heads import HeadCache, HeadLayer
 from sedac.engine.drafting.model import DraftModel, make_layers, make_norm
 from sedac.engine.drafting.native import NativeDraft
 from sedac.engine.drafting.totals import Totals
-from sedac.errors import UnsupportedModel
+from sedac.errors import ConfigError, UnsupportedModel
 from sedac.policy import FULL, Speculation
 from sedac.probe.draft import REDUCED, load_head, read_draft_manifest
 from sedac.probe.draft_manifest import check_fit
@@ -70,11 +71,15 @@ class Drafter:
         if parallel.tensor_parallel_size > 1 or parallel.data_parallel_size > 1:
             raise UnsupportedModel(
                 f"tensor_parallel_size is {parallel.tensor_parallel_size}, data_parallel_size {parallel.data_parallel_size}; SEDAC's own drafts "
-                "support 1: serve without SEDAC_DRAFT_DIR, or with vLLM's own speculation (--speculative-config)"
+                "support 1: serve with `--draft none`, or with vLLM's own speculation (--speculative-config)"
             )
         self.vllm_config = vllm_config
-        self.directory = Path(vllm_config.additional_config["sedac"]["draft"])
+        entry = vllm_config.additional_config.get("sedac") if isinstance(vllm_config.additional_config, dict) else None
+        if not entry or not entry.get("draft"):
+            raise ConfigError("SEDAC drafts are asked for, but no draft is named; start the engine with `sedac serve --draft DIR`")
+        self.directory = Path(entry["draft"])
         self.manifest = read_draft_manifest(self.directory)
+        entry["draft_sha256"] = hashlib.sha256((self.directory / "manifest.json").read_bytes()).hexdigest()
         speculative = vllm_config.speculative_config
         assert speculative is not None
         self.max_tokens: int = speculative.num_speculative_tokens
