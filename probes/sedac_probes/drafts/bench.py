@@ -165,7 +165,8 @@ class Bench:
     def run_engine(self, left_out: LeftOut, lengths: Sequence[int], *, min_confidence: float = 0.0, num_prompts: int, num_rounds: int) -> Trial:
         """Try a draft in the engine that will serve, on prompts kept aside; a trial that was made before is read back."""
         s = self.settings
-        settings = {"lengths": list(lengths), "min_confidence": min_confidence, "num_rounds": num_rounds, "dtype": s.dtype, "is_eager": s.is_eager}
+        limits = {"lengths": list(lengths), "min_confidence": min_confidence}
+        settings: dict[str, Any] = limits | {"num_rounds": num_rounds, "dtype": s.dtype, "is_eager": s.is_eager}
         text = json.dumps([left_out.to_dict(), settings, num_prompts])
         directory = self.work / "trials" / hashlib.sha256(text.encode()).hexdigest()[:16]
         path = directory / "trial.json"

@@ -31,8 +31,8 @@ class LeftOut:
     def toggle(self, part: Part) -> LeftOut:
         """Leave one more part out, or take it back in."""
         kind, layer = part
-        layers: tuple[int, ...] = getattr(self, kind)
-        return replace(self, **{kind: tuple(sorted(set(layers) ^ {layer}))})
+        layers = tuple(sorted(set(getattr(self, kind)) ^ {layer}))
+        return replace(self, attention=layers) if kind == "attention" else replace(self, mlp=layers)
 
     def has(self, part: Part) -> bool:
         """Tell whether a part is left out."""

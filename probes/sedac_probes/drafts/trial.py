@@ -130,7 +130,8 @@ def from_dict(data: dict[str, Any]) -> Trial:
     """Build from `dataclasses.asdict`'s form, also after JSON."""
     decodings = {}
     for length, fields in data["decodings"].items():
-        decodings[int(length)] = Decoding(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        decodings[int(length)] = Decoding(**values)
     return Trial(decodings=decodings)
 
 

@@ -157,7 +157,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
                 f"probe set {manifest.name!r} was trained for hidden size {manifest.hidden_size} and {manifest.num_layers} layers, the model has "
                 f"{hidden_size} and {num_layers}; train one for this model"
             )
-    model.sedac_layers = (list_name, layers)
+    object.__setattr__(model, "sedac_layers", (list_name, layers))  # for the drafter; no module of the model's own
     device = next(model.parameters()).device
     lora = vllm_config.lora_config is not None
     levels = probe_set.levels if probe_set and static.levels else ()

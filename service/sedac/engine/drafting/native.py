@@ -124,7 +124,7 @@ def _describe(layer: Any, *, gated: bool) -> tuple[list[Tensor], list[int], list
         sizes[:3] = [attn.num_heads, attn.num_kv_heads, attn.head_size]
         sizes[4] = attn.impl.sliding_window
         numbers[0], numbers[1], isa = attn.impl.scale, float(attn.impl.logits_soft_cap), attn.isa
-    mlp = layer if is_head else getattr(layer, "mlp", None)
+    mlp: Any = layer if is_head else getattr(layer, "mlp", None)
     if not isinstance(mlp, Nothing) and not (is_head and not layer.has_mlp):
         if find_activation(getattr(mlp, "act_fn", None)) != "silu":
             raise ValueError(f"{type(mlp).__name__} is no SwiGLU")

@@ -49,9 +49,9 @@ def prepare() -> None:
             check(self, speculative_config)
 
     count.sedac = True  # type: ignore[attr-defined]
-    VllmConfig.num_lookahead_tokens = property(count)  # type: ignore[method-assign,assignment]
-    VllmConfig.__post_init__ = finish_config  # type: ignore[method-assign]
-    SamplingParams._validate_spec_decode = validate  # type: ignore[method-assign]
+    VllmConfig.num_lookahead_tokens = property(count)
+    VllmConfig.__post_init__ = finish_config
+    SamplingParams._validate_spec_decode = validate
 
 
 def restore_processors() -> None:
