@@ -4,7 +4,9 @@
     python benchmarks/speculation.py --model mid --out benchmarks/results/speculation        its function in a mid-size shape (grown.py)
     python benchmarks/speculation.py --quick                                                 a smoke run
 
-Every variant is an engine of its own in a process of its own, as it is served: torch.compile, bf16, 4 draft tokens at most. `plain` is
+Every variant is an engine of its own in a process of its own, as it is served: torch.compile, bf16. vLLM's methods
+draft 4 tokens at most (suffix: as many as its tree is deep), SEDAC's 4 where the length is fixed and as many as the draft proposes where the
+controller chooses; the draft model is the demo model: of its grown self, and, for a bound, of itself. `plain` is
 vLLM alone, the plugin not loaded, its own defaults, async scheduling among them; `plain, again` a second such engine, which shows what
 two processes of the same kind differ by; `plain, dense` one with dense random weights in the grown model's shape. All engines stay
 alive and all but one wait. In a round each runs once, in changing order, on the same held-out prompts, which no other round uses. Timed
@@ -128,8 +130,10 @@ def make_variants(args: argparse.Namespace) -> dict[str, tuple[dict[str, Any], b
         print("suffix is left out: it needs arctic-inference (pip install arctic-inference==0.1.1), which is not installed")
         del variants["suffix"]
     for kind, draft in drafts.items():
-        speculative = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": MAX_TOKENS}
-        sedac = {"probe_set": str(directory / "probe-set"), "draft": str(draft.resolve()), "levels": read_draft_manifest(draft).level != "full"}
+        manifest = read_draft_manifest(draft)
+        num = max(MAX_TOKENS, manifest.max_tokens)
+        speculative = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": num}
+        sedac = {"probe_set": str(directory / "probe-set"), "draft": str(draft.resolve()), "levels": manifest.level != "full"}
         variants[kind] = ({"speculative_config": speculative, "worker_cls": "speculation_worker.Worker", "additional_config": {"sedac": sedac}}, True)
     return {n: ({**common, **options}, ours) for n, (options, ours) in variants.items() if not args.variant or n in (*args.variant, "plain")}
 
