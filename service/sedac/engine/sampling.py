@@ -76,6 +76,20 @@ def mend_seeds(runner: Any) -> None:
     runner._sample, runner._bookkeeping_sync = keep_states, hide_dropped
 
 
+def skip_empty_verification(runner: Any) -> None:
+    """Give steps without any draft token to the usual sampler, which does the same with less.
+
+    vLLM sends all steps of a speculating engine through the rejection sampler (v1/worker/gpu_model_runner.py, 0.32), prompts too, and there
+    a request with top_k and no top_p ends the engine on the CPU: `apply_top_k_only` looks for the largest of no values.
+    """
+    sample = runner._sample
+
+    def sample_step(logits: Any, metadata: Any) -> Any:
+        return sample(logits, metadata if metadata is not None and any(metadata.num_draft_tokens) else None)
+
+    runner._sample = sample_step
+
+
 def mend() -> None:
     """Put `expand` in the place of vLLM's kernel on the CPU, if that one is broken.
 

@@ -57,6 +57,7 @@ class SedacWorker(_Worker):
         sampling.mend_seeds(self.model_runner)
         if self.vllm_config.speculative_config is not None:
             sampling.mend()
+            sampling.skip_empty_verification(self.model_runner)
         model = self.model_runner.get_model()
         if not hasattr(model, "sedac_state"):
             raise UnsupportedModel(
