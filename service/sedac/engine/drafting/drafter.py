@@ -73,6 +73,8 @@ class Drafter:
                 f"tensor_parallel_size is {parallel.tensor_parallel_size}, data_parallel_size {parallel.data_parallel_size}; SEDAC's own drafts "
                 "support 1: serve with `--draft none`, or with vLLM's own speculation (--speculative-config)"
             )
+        if vllm_config.lora_config is not None:
+            raise UnsupportedModel("LoRA reads its adapters by the rows of the running step, which a draft pass does not have: serve with `--draft none`")
         self.vllm_config = vllm_config
         entry = vllm_config.additional_config.get("sedac") if isinstance(vllm_config.additional_config, dict) else None
         if not entry or not entry.get("draft"):
