@@ -74,7 +74,7 @@ class Drafter:
                 "support 1: serve with `--draft none`, or with vLLM's own speculation (--speculative-config)"
             )
         if vllm_config.lora_config is not None:
-            raise UnsupportedModel("LoRA reads its adapters by the rows of the running step, which a draft pass does not have: serve with `--draft none`")
+            raise UnsupportedModel("LoRA reads its adapters by the rows of the running step, and a draft pass has others: serve with `--draft none`")
         self.vllm_config = vllm_config
         entry = vllm_config.additional_config.get("sedac") if isinstance(vllm_config.additional_config, dict) else None
         if not entry or not entry.get("draft"):
