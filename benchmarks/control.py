@@ -217,11 +217,11 @@ class _Changer:
 def load(
     changes: Annotated[int, typer.Option(min=1, help="Policy changes, each acknowledged by the engine before the next.")] = 1000,
     swaps: Annotated[int, typer.Option(min=0, help="Of these, changes that name a probe set uploaded just before.")] = 100,
-    streams: Annotated[int, typer.Option(min=1, help="Clients that ask again as soon as they have their answer.")] = 4,
+    streams: Annotated[int, typer.Option(min=1, help="Clients that ask again as soon as they have their answer.")] = 8,
     pairs: Annotated[int, typer.Option(min=1, help="Windows with changes, each beside one without.")] = 10,
-    window_seconds: Annotated[float, typer.Option(min=1, help="Length of a window.")] = 20.0,
+    window_seconds: Annotated[float, typer.Option(min=1, help="Length of a window.")] = 40.0,
     pin: Annotated[bool, typer.Option(help="Compute on the first core alone, control service and clients on the others.")] = True,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
     seed: Seed = 0,
 ) -> None:
     """Change policies and swap probe sets under load: failed requests, torn steps, memory, throughput, time to apply.

@@ -262,6 +262,7 @@ class _EngineWatch:
         self.engines: dict[str, control_pb2.EngineStatus] = {}
         self.first: control_pb2.WatchEnginesResponse | None = None
         self.changed: list[set[str]] = []
+        self.ended: grpc.StatusCode | None = None
         self._stream = stub.WatchEngines(control_pb2.WatchEnginesRequest(), timeout=60)
         threading.Thread(target=self._follow, daemon=True).start()
 
@@ -274,8 +275,8 @@ class _EngineWatch:
                     self.engines[engine.engine.engine_id] = engine
                 for engine_id in message.forgotten_engine_ids:
                     del self.engines[engine_id]
-        except grpc.RpcError:
-            pass  # the test is over
+        except grpc.RpcError as error:
+            self.ended = error.code()
 
 
 def test_watchers_of_engines_get_all_now_and_then_what_changes(client, stub, make_engine, server):
@@ -307,6 +308,7 @@ def test_watchers_of_engines_get_all_now_and_then_what_changes(client, stub, mak
     lost.last_seen -= datetime.timedelta(days=2)
     make_engine("late")
     _until(lambda: watch.engines.keys() == {"quiet", "late"} == second.engines.keys())
+    assert (watch.ended, second.ended) == (None, None), "nothing has ended a watch"
 
 
 def test_an_engine_that_joins_late_gets_the_policy_in_force_as_its_first_push(client, make_engine):

@@ -62,7 +62,7 @@ def assert_same_probes(found, expected):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def refuse(tmp_path, match, *args, **kwargs):
+def assert_refused(tmp_path, match, *args, **kwargs):
     """Convert, expect one clear line, and find nothing new on the disk."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SedacError, match=match) as caught:
@@ -140,11 +140,11 @@ def test_ambiguous_tensors_are_refused(earlier, tmp_path, model):
     }
     for state in (vectors, rank_1):
         torch.save(state, path)
-        refuse(tmp_path, "layer2.pth does not tell which tensor is which.*name them proj.weight", source, tmp_path / "set", model=model)
+        assert_refused(tmp_path, "layer2.pth does not tell which tensor is which.*name them proj.weight", source, tmp_path / "set", model=model)
     torch.save(EarlierProbe().state_dict() | {"proj.bias": torch.zeros(RANK)}, path)
-    refuse(tmp_path, "layer2.pth holds 6 tensors .*an LREProbe has 5", source, tmp_path / "set", model=model)
+    assert_refused(tmp_path, "layer2.pth holds 6 tensors .*an LREProbe has 5", source, tmp_path / "set", model=model)
     torch.save(EarlierProbe().state_dict() | {"norm.weight": torch.zeros(RANK + 1)}, path)
-    refuse(tmp_path, r"norm.weight is \(9,\), expected \(8,\)", source, tmp_path / "set", model=model)
+    assert_refused(tmp_path, r"norm.weight is \(9,\), expected \(8,\)", source, tmp_path / "set", model=model)
 
 
 class Canary:
@@ -165,7 +165,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path, model, name, zipped
     if name.startswith("entropies"):
         torch.save(torch.randn(4, HIDDEN), source / "hidden_states_layer2.pt")
     torch.save({"state_dict": EarlierProbe().state_dict(), "extra": Canary(canary)}, source / name, _use_new_zipfile_serialization=zipped)
-    refuse(tmp_path, rf"{name} holds \S*system: refused, nothing of it was run", source, tmp_path / "out", model=model)
+    assert_refused(tmp_path, rf"{name} holds \S*system: refused, nothing of it was run", source, tmp_path / "out", model=model)
     assert not canary.exists()
     torch.load(source / name, weights_only=False)  # the canary sings where it is let out
     assert canary.exists()
@@ -180,11 +180,11 @@ def test_thresholds_option_then_file_then_off(earlier, tmp_path, model):
     (source / "sedac_config.json").write_text(json.dumps({"thresholds": [0.5, 0.75]}))
     assert convert(source, tmp_path / "b", model=model, thresholds={5: 1.0}).notes == ()
     assert [p.threshold for p in artifact.load(tmp_path / "b").manifest.probes] == [0.5, 1.0]
-    refuse(tmp_path, r"--threshold names layers \[9\], the probes are of \[2, 5\]", source, tmp_path / "c", model=model, thresholds={9: 1.0})
-    refuse(tmp_path, "finite and at least 0", source, tmp_path / "c", model=model, thresholds={2: float("nan")})
+    assert_refused(tmp_path, r"--threshold names layers \[9\], the probes are of \[2, 5\]", source, tmp_path / "c", model=model, thresholds={9: 1.0})
+    assert_refused(tmp_path, "finite and at least 0", source, tmp_path / "c", model=model, thresholds={2: float("nan")})
     for bad in ({"v6_thresholds": {"2": -1}}, {"v6_thresholds": {"2": "much"}}, {"thresholds": [1]}, [1]):
         (source / "sedac_config.json").write_text(json.dumps(bad))
-        refuse(tmp_path, "sedac_config.json", source, tmp_path / "c", model=model)
+        assert_refused(tmp_path, "sedac_config.json", source, tmp_path / "c", model=model)
 
 
 def test_broken_probes_are_refused_whole(earlier, tmp_path, model):
@@ -192,26 +192,26 @@ def test_broken_probes_are_refused_whole(earlier, tmp_path, model):
     path, out = source / "sedac_probe_layer5.pth", tmp_path / "set"
     good = path.read_bytes()
     torch.save(EarlierProbe(hidden_size=48).state_dict(), path)
-    refuse(tmp_path, r"layer5.pth is for hidden size 48, .*model has 32", source, out, model=model)
+    assert_refused(tmp_path, r"layer5.pth is for hidden size 48, .*model has 32", source, out, model=model)
     torch.save(EarlierProbe(rank=4).state_dict(), path)
-    refuse(tmp_path, r"ranks \{2: 8, 5: 4\}, a probe set has one rank.*--layers", source, out, model=model)
+    assert_refused(tmp_path, r"ranks \{2: 8, 5: 4\}, a probe set has one rank.*--layers", source, out, model=model)
     bad = {k: v.clone() for k, v in probes[5].state_dict().items()}
     bad["norm.bias"][3] = float("nan")
     torch.save(bad, path)
-    refuse(tmp_path, "layer5.pth: norm.bias holds 1 NaN or infinite values", source, out, model=model)
+    assert_refused(tmp_path, "layer5.pth: norm.bias holds 1 NaN or infinite values", source, out, model=model)
     for broken in (good[: len(good) // 2], b"", b"not a pickle"):
         path.write_bytes(broken)
-        refuse(tmp_path, "sedac_probe_layer5.pth", source, out, model=model)
+        assert_refused(tmp_path, "sedac_probe_layer5.pth", source, out, model=model)
     path.write_bytes(good)
-    refuse(tmp_path, r"of layers \[2, 5\], not of \[3\]", source, out, model=model, layers=(2, 3))
+    assert_refused(tmp_path, r"of layers \[2, 5\], not of \[3\]", source, out, model=model, layers=(2, 3))
     path.rename(source / "sedac_probe_layer11.pth")
-    refuse(tmp_path, "layer11.pth is of layer 11, .* has layers 0 to 5", source, out, model=model)
-    refuse(tmp_path, "name it with --model", source, out)
-    refuse(tmp_path, "can't be read as a model's config", source, out, model=str(tmp_path / "no-model"))
-    refuse(tmp_path, "field name is out of range", source, out, model=model, layers=(2,), name="Has Spaces")
-    refuse(tmp_path, "exists; name another directory", source, tmp_path / "model", model=model, layers=(2,))
+    assert_refused(tmp_path, "layer11.pth is of layer 11, .* has layers 0 to 5", source, out, model=model)
+    assert_refused(tmp_path, "name it with --model", source, out)
+    assert_refused(tmp_path, "can't be read as a model's config", source, out, model=str(tmp_path / "no-model"))
+    assert_refused(tmp_path, "field name is out of range", source, out, model=model, layers=(2,), name="Has Spaces")
+    assert_refused(tmp_path, "exists; name another directory", source, tmp_path / "model", model=model, layers=(2,))
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path, "has no sedac_probe_layerN.pth or hidden_states_layerN.pt files", tmp_path / "empty", out, model=model)
+    assert_refused(tmp_path, "has no sedac_probe_layerN.pth or hidden_states_layerN.pt files", tmp_path / "empty", out, model=model)
 
 
 def test_a_full_disk_leaves_nothing(earlier, tmp_path, model, monkeypatch):
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_nothing(earlier, tmp_path, model, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_text", fail)  # the manifest is written last
-    refuse(tmp_path, "can't be written .*No space left.*nothing was kept", source, tmp_path / "set", model=model)
+    assert_refused(tmp_path, "can't be written .*No space left.*nothing was kept", source, tmp_path / "set", model=model)
 
 
 FORMS = {
@@ -283,19 +283,19 @@ def test_a_broken_collection_is_refused_whole(tmp_path):
     tensors = {"document": torch.zeros(4).long(), "position": torch.arange(4), "entropy": torch.rand(4), "stream.2": torch.randn(4, HIDDEN)}
     path, description = ours / "shard-00000.safetensors", ours / "collection.json"
     description.write_text(json.dumps({"layers": [2], "num_shards": 1}))
-    refuse(tmp_path, "has 0 of 1 shards", ours, out)
+    assert_refused(tmp_path, "has 0 of 1 shards", ours, out)
     safetensors.torch.save_file(tensors, path)
-    refuse(tmp_path, r"--layers names \[5\], .* has layers \[2\]", ours, out, layers=(5,))
+    assert_refused(tmp_path, r"--layers names \[5\], .* has layers \[2\]", ours, out, layers=(5,))
     good = path.read_bytes()
     path.write_bytes(good[:-8])
-    refuse(tmp_path, "can't be read as a collection", ours, out)
+    assert_refused(tmp_path, "can't be read as a collection", ours, out)
     safetensors.torch.save_file({k: t for k, t in tensors.items() if k != "stream.2"}, path)
-    refuse(tmp_path, "some lack one of .*stream.2", ours, out)
+    assert_refused(tmp_path, "some lack one of .*stream.2", ours, out)
     tensors["stream.2"][1, 1] = float("inf")
     safetensors.torch.save_file(tensors, path)
-    refuse(tmp_path, "stream.2 holds 1 NaN or infinite", ours, out)
+    assert_refused(tmp_path, "stream.2 holds 1 NaN or infinite", ours, out)
     description.write_text("{")
-    refuse(tmp_path, "can't be read as a collection", ours, out)
+    assert_refused(tmp_path, "can't be read as a collection", ours, out)
 
 
 def test_broken_streams_are_refused_whole(tmp_path, model):
@@ -304,17 +304,17 @@ def test_broken_streams_are_refused_whole(tmp_path, model):
     path = source / "hidden_states_layer2.pt"
     streams, entropies = torch.randn(20, HIDDEN), torch.rand(20)
     torch.save(streams, path)
-    refuse(tmp_path, "has no entropies, and there is no entropies_layer2.pt beside it", source, out, model=model)
+    assert_refused(tmp_path, "has no entropies, and there is no entropies_layer2.pt beside it", source, out, model=model)
     torch.save({"hidden_states": torch.randn(20, 48), "entropies": entropies}, path)
-    refuse(tmp_path, "is for hidden size 48", source, out, model=model)
+    assert_refused(tmp_path, "is for hidden size 48", source, out, model=model)
     torch.save({"hidden_states": streams, "entropies": entropies[:9]}, path)
-    refuse(tmp_path, r"\(20, 32\) and entropies \(9,\) don't belong together", source, out, model=model)
+    assert_refused(tmp_path, r"\(20, 32\) and entropies \(9,\) don't belong together", source, out, model=model)
     torch.save({"hidden_states": torch.full((20, HIDDEN), float("nan")), "entropies": entropies}, path)
-    refuse(tmp_path, "hidden states holds 640 NaN or infinite values", source, out, model=model)
+    assert_refused(tmp_path, "hidden states holds 640 NaN or infinite values", source, out, model=model)
     torch.save({"hidden_states": streams, "entropies": entropies}, path)
     torch.save({"hidden_states": streams, "entropies": entropies + 1}, source / "hidden_states_layer5.pt")
-    refuse(tmp_path, "other entropies than layer 2.*convert them apart with --layers", source, out, model=model)
+    assert_refused(tmp_path, "other entropies than layer 2.*convert them apart with --layers", source, out, model=model)
     assert convert(source, out, model=model, layers=(5,)).layers == (5,)
     torch.save(EarlierProbe().state_dict(), source / "sedac_probe_layer2.pth")
-    refuse(tmp_path, "holds probes and streams; say --part", source, tmp_path / "two", model=model)
+    assert_refused(tmp_path, "holds probes and streams; say --part", source, tmp_path / "two", model=model)
     assert convert(source, tmp_path / "two", model=model, part="probes").kind == "probe set"

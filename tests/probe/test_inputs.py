@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -228,8 +229,13 @@ def test_code_in_a_pickle_offered_as_a_probe_is_never_run(refused, tmp_path):
     manifest = Manifest(name="x", model="m", hidden_size=8, num_layers=4, rank=4, target="none", probes=(ProbeRecord(layer=1, threshold=0.1),))
     artifact.save(tmp_path / "set", manifest, {1: LREProbe(8, 4)})
     canary = tmp_path / "canary"
-    torch.save({"1.down.weight": torch.zeros(2, 2), "code": Canary(canary)}, tmp_path / "set" / artifact.WEIGHTS)
-    with pytest.raises(ArtifactError, match="can't be read"):
+    planted, described = tmp_path / "set" / artifact.WEIGHTS, tmp_path / "set" / "manifest.json"
+    torch.save({"1.down.weight": torch.zeros(2, 2), "code": Canary(canary)}, planted)
+    with pytest.raises(ArtifactError, match="has sha256"):
+        artifact.load(tmp_path / "set")
+    digest = hashlib.sha256(planted.read_bytes()).hexdigest()
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"sha256": digest}))
+    with pytest.raises(ArtifactError, match="safetensors"):
         artifact.load(tmp_path / "set")
     assert not canary.exists()
 

@@ -38,10 +38,12 @@ class _Summing(Plain):
         self.up_F, self.h_F = ([torch.zeros(size, dtype=torch.float64) for _ in model.mlps] for _ in range(2))
 
     def begin(self, batch: Batch) -> None:
+        """Note which tokens are no padding; only those are summed."""
         self.real_T = batch.real_BS.flatten()
         self.num_tokens += int(self.real_T.sum())
 
     def compute(self, layer: int, x_TD: Tensor, mlp: Any) -> tuple[Tensor, Tensor]:
+        """Compute in full, and add what each neuron did."""
         up_TF = mlp.up_proj(x_TD)
         h_TF = mlp.act_fn(mlp.gate_proj(x_TD)) * up_TF
         self.up_F[layer] += up_TF[self.real_T].abs().sum(0)

@@ -28,9 +28,11 @@ class _Setting(AtLevel):
         self.dropped_L, self.thresholds = dropped_L, [[0.0] for _ in dropped_L]
 
     def begin(self, batch: Batch) -> None:
+        """Note which tokens are no padding; only their scores count."""
         self.rows = batch.real_BS.flatten().nonzero().squeeze(1)
 
     def compute(self, layer: int, x_TD: Tensor, mlp: Any) -> tuple[Tensor, Tensor]:
+        """Set the layer's threshold by this batch, then compute at it."""
         rows = self.rows[:: max(1, len(self.rows) // _SAMPLED)]
         gate_TF = mlp.gate_proj(x_TD[rows])
         source_TF = gate_TF if self.score == "gate" else activate(gate_TF, self.activation)

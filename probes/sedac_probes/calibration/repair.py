@@ -23,6 +23,7 @@ class _Recording(Plain):
     """Keeps what a layer's ridge fit needs: gates, activations and the plain output."""
 
     def compute(self, layer: int, x_TD: Tensor, mlp: Any) -> tuple[Tensor, Tensor]:
+        """Compute in full, and keep what went through."""
         self.gate_TF = mlp.gate_proj(x_TD)
         self.h_TF = mlp.act_fn(self.gate_TF) * mlp.up_proj(x_TD)
         self.y_TD = mlp.down_proj(self.h_TF)

@@ -32,6 +32,11 @@ class _Reader:
     _tokenizer: Any = None
 
     def read(self, source: str) -> Iterator[Document]:
+        """Yield the documents of a file, of a directory's files in order of their names, or of a dataset.
+
+        Raises:
+            ConfigError: the directory has no texts, or a file is none.
+        """
         if source.startswith(DATASET):
             yield from self._read_dataset(source)
         elif Path(source).is_dir():
