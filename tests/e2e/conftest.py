@@ -110,5 +110,6 @@ def served(tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture
 def control(served) -> Iterator[ControlClient]:
-    with ControlClient(served.control_address, author="e2e") as client:
+    """a client with time to find a connection dead (30 s) and to ask again on a new one, as a machine that stalls for seconds needs"""
+    with ControlClient(served.control_address, author="e2e", timeout_seconds=60) as client:
         yield client

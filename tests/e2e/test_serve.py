@@ -157,7 +157,7 @@ def test_kill_9_of_the_control_service_under_load(served, control):
         while not stale and time.monotonic() < deadline:
             stale = served.read_metrics()["sedac_control_connected"] == 0
         done = streams.num_done
-        with ControlClient(served.control_address, author="e2e") as again:
+        with ControlClient(served.control_address, author="e2e", timeout_seconds=60) as again:
             deadline = time.monotonic() + 30
             while True:
                 try:
