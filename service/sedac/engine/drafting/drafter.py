@@ -239,14 +239,7 @@ class Drafter:
             speculation = self.requests.get_speculation(request_id)
             if speculation is None:
                 continue
-            state = runner.requests[request_id]
-            params = state.sampling_params
-            room = min(
-                self.max_model_len - int(num_tokens_no_spec[row]),
-                (params.max_tokens or self.max_model_len) - len(state.output_token_ids) - 1,
-                speculation.max_tokens or min(self.manifest.max_tokens, self.max_tokens),
-                self.max_tokens,
-            )
+            room = self._get_room(runner.requests[request_id], int(num_tokens_no_spec[row]), speculation)
             if room > 0:
                 knobs.append((row, room, speculation))
         if not knobs:
@@ -257,6 +250,20 @@ class Drafter:
         if limits.max_tokens == 0:
             return [], [], limits
         return [row for row, _, _ in knobs], [min(room, limits.max_tokens) for _, room, _ in knobs], limits
+
+    def _get_room(self, state: Any, num_tokens: int, speculation: Speculation) -> int:
+        """Return how many tokens may be drafted after the request's first `num_tokens`, before the controller is asked."""
+        params, num_generated = state.sampling_params, len(state.output_token_ids)
+        room = min(
+            self.max_model_len - num_tokens,
+            (params.max_tokens or self.max_model_len) - num_generated - 1,
+            speculation.max_tokens or min(self.manifest.max_tokens, self.max_tokens),
+            self.max_tokens,
+        )
+        if num_generated < params.min_tokens:
+            # vLLM (0.32) forbids a stop to the token after the last draft by the tokens before the first one: none may lie behind min_tokens
+            room = min(room, params.min_tokens - num_generated - 1)
+        return int(room)
 
     def _draft(
         self, drafts: list[list[int]], rows: list[int], lengths: list[int], limits: Limits, num_tokens_no_spec: Any, token_ids_cpu: Any
