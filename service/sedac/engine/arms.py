@@ -109,9 +109,14 @@ class Arm:
         self._write_thresholds()
         self.has_thresholds = bool((knobs_CK[:, 0] > 0).any())
 
+    @property
+    def rule(self) -> tuple[int, int, float]:
+        """The policy's rule (1: accumulate), scope (1: batch) and decay, as the kernels take them."""
+        return _RULES[self.policy.rule], _SCOPES[self.policy.scope], self.policy.decay
+
     def set_rule(self) -> None:
         """Tell the native kernels this arm's rule."""
-        torch.ops.sedac.set_rule(self.number, _RULES[self.policy.rule], _SCOPES[self.policy.scope], self.policy.decay)
+        torch.ops.sedac.set_rule(self.number, *self.rule)
 
     def clear(self) -> None:
         """Decide about nothing from now on; the probes stay where they are."""

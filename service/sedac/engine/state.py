@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from sedac.fit import ProbeSetSummary
 from sedac.policy import Canary, Layout, Policy, validate
 from sedac.probe.probe import LREProbe
 from sedac.stats import CheckpointStats, Stats, TierStats
+
+if TYPE_CHECKING:
+    from sedac.engine.cuda.device import DeviceForms
 
 
 class State:
@@ -67,6 +70,16 @@ class State:
         self.native = allow_native and device.type == "cpu" and native.load()
         if self.native:
             self.register()
+        self.device_forms: DeviceForms | None = None
+        """on a GPU: decides and computes there, inside CUDA graphs too"""
+        if device.type == "cuda":
+            self.use_device_forms()
+
+    def use_device_forms(self) -> None:
+        """Let the Triton kernels decide; needs Triton, whose import the CPU is spared."""
+        from sedac.engine.cuda.device import DeviceForms
+
+        self.device_forms = DeviceForms(self.buffers, self.table, (self.stable, self.canary), self.level_T.device)
 
     def register(self) -> None:
         """Point the native kernels at this state; they know one, the last that was registered."""
@@ -120,6 +133,8 @@ class State:
                 self.get_tier_row(tier)
             if self.native:
                 arm.set_rule()
+            if self.device_forms is not None:
+                self.device_forms.set_rule(arm.number, *arm.rule)
 
     def _find_violations(self, policy: Policy, summaries: Mapping[str, ProbeSetSummary]) -> list[FieldViolation]:
         try:
@@ -147,6 +162,8 @@ class State:
         self.is_active = tokens.has_floor or (has_thresholds and (tokens.num_decides > 0 or bool(tokens.role_T.any())))
         if self.is_active:
             self.buffers.write(tokens, num_tokens, is_new=tokens is not previous)
+            if self.device_forms is not None:
+                self.device_forms.begin(num_tokens, is_active=True)
 
     @property
     def num_tokens(self) -> int:
@@ -163,6 +180,8 @@ class State:
         if self.is_active:
             assert tokens is not None
             saved_T, done_T, self.risk_CT = self.buffers.read(num_tokens)
+            if self.device_forms is not None:
+                self.device_forms.begin(0, is_active=False)
             self._num_saved += float(saved_T.sum())
             self._count_tiers(tokens, saved_T, done_T)
             self.last_tokens = tokens
@@ -196,12 +215,16 @@ class State:
         buffers.role_T[:num_tokens], buffers.level_T[:num_tokens] = 0, level
         buffers.active.fill_(1)
         self.is_active = True
+        if self.device_forms is not None:
+            self.device_forms.begin(num_tokens, is_active=True)
 
         def end() -> None:
             buffers.role_T[:num_tokens] = roles_T
             buffers.level_T[:num_tokens], buffers.saved_T[:num_tokens] = 0, 0
             buffers.active.zero_()
             self.is_active = False
+            if self.device_forms is not None:
+                self.device_forms.begin(0, is_active=False)
 
         return end
 
@@ -214,10 +237,13 @@ class State:
         if self.recorder is None and self.native and self.is_active:
             torch.ops.sedac.checkpoint_parts(hidden_TD, residual_TD, self.level_T, self.index_of_layer[layer])
             return
-        stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
+        if self.device_forms is None or self.recorder is not None:
+            stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
         if self.recorder is not None and self._num_tokens:
             self.recorder.add_stream(layer, stream_TD[: self._num_tokens])
-        if self.is_active:
+        if self.device_forms is not None:
+            self.device_forms.observe(self.index_of_layer[layer], hidden_TD, residual_TD)
+        elif self.is_active:
             for arm in self.arms:
                 plain.observe(self.buffers, self.table, arm, self.index_of_layer[layer], stream_TD[: self._num_tokens])
 

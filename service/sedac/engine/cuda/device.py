@@ -1,0 +1,95 @@
+"""What SEDAC keeps on the GPU beside the token buffers, and the launches at the start of a step and at its checkpoints.
+
+Made by the `State` of a model on a GPU. Every buffer is allocated once, so that graphs captured over it stay right: a new policy
+or probe is copied into place on the forward's stream and the next replay reads it.
+T tokens of the step, C checkpoints, L layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sedac.engine.cuda.decide import checkpoint_kernel
+from sedac.engine.cuda.flags import begin_kernel
+from sedac.engine.cuda.forms import NUM_FORMS
+
+if TYPE_CHECKING:
+    from sedac.engine.arms import Arm
+    from sedac.engine.levels import LevelTable
+    from sedac.engine.tokens import TokenBuffers
+
+_MAX_CHUNK = 1024
+_MAX_BLOCKS = 1024  # of an output row
+_DOT_ROWS = 16  # the least that a matrix unit takes
+
+
+def next_power(n: int) -> int:
+    """Return the smallest power of 2 that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class DeviceForms:
+    """Flags, rules and scratch of one model on the GPU; see the module's docstring."""
+
+    def __init__(self, buffers: TokenBuffers, table: LevelTable, arms: tuple[Arm, Arm], device: torch.device) -> None:
+        def make(dtype: torch.dtype, *shape: int, fill: float = 0) -> Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        self.buffers, self.table, self.arms, self.device = buffers, table, arms, device
+        max_num_tokens, num_layers = buffers.level_T.shape[0], table.kind_LV.shape[0]
+        self.max_rank = max((b.down_RD.shape[0] for arm in arms for b in arm.probes), default=0)
+        self.live = make(torch.int32, 1)
+        """tokens of the step; rows past it are padding of the graph"""
+        self.dense_GL = make(torch.bool, NUM_FORMS, num_layers, fill=1)
+        """per form: whether the layer's own products run in this step"""
+        self.repair_GL = make(torch.bool, NUM_FORMS, num_layers)
+        """whether reduced rows of theirs take a repaired down projection"""
+        self.whole = make(torch.uint8, 1)
+        """1 where a token of the step was promised the model's own result, which only the dense products give"""
+        self.rules_A3 = make(torch.float32, len(arms), 3)
+        """rule (1: accumulate), scope (1: batch), decay"""
+        self._z_TR = make(torch.float32, max_num_tokens, max(1, self.max_rank))
+        self._sure_T = make(torch.int8, max_num_tokens)
+        self._arrived = make(torch.int32, max_num_tokens + 1)
+        self.count_T = make(torch.int32, max_num_tokens)
+        """active neurons of contextual rows, from one launch to the next"""
+        self.arrived = make(torch.int32, _MAX_BLOCKS)
+
+    def set_rule(self, arm: int, rule: int, scope: int, decay: float) -> None:
+        """Put an arm's rule into force for the launches that follow on this stream."""
+        self.rules_A3[arm].copy_(torch.tensor([rule, scope, decay], dtype=torch.float32))
+
+    def begin(self, num_tokens: int, *, is_active: bool) -> None:
+        """Say how many tokens the step has, whose levels and roles lie in the buffers; not active: all layers run dense."""
+        b, size, num_layers = self.buffers, self.buffers.level_T.shape[0], self.table.kind_LV.shape[0]
+        begin_kernel[(1,)](
+            b.level_T, b.role_T, self.table.kind_LV, self.live, self.whole, self.dense_GL.view(torch.int8), self.repair_GL.view(torch.int8),
+            num_tokens, int(is_active), min(num_tokens, size), num_layers, CHUNK=min(_MAX_CHUNK, next_power(size)), BLOCK_L=next_power(num_layers),
+            num_warps=4,
+        )  # fmt: skip
+
+    def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
+        """Run checkpoint `index` on the residual stream (T, D), fp32, bf16 or fp16, whole or in two parts; returns at once in an idle step."""
+        b, (num_rows, hidden_size) = self.buffers, hidden_TD.shape
+        num_rows = min(num_rows, b.level_T.shape[0])
+        assert hidden_TD.stride(1) == 1 and (residual_TD is None or residual_TD.stride(1) == 1), "rows of the stream are contiguous"
+        is_dot = num_rows >= _DOT_ROWS
+        block_t, block_r = (_DOT_ROWS, _DOT_ROWS) if is_dot else (1, 1 if num_rows <= 2 else 4)
+        rank_size = next_power(self.max_rank)
+        num_layers = self.table.kind_LV.shape[0]
+        probes = [arm.probes[index] for arm in self.arms]
+        per_arm = [[*p.tensors, p.rank, arm.knobs_CK[index], arm.counts_C2[index]] for p, arm in zip(probes, self.arms, strict=True)]
+        grid = (-(-num_rows // block_t), max(1, -(-self.max_rank // block_r)))
+        checkpoint_kernel[grid](
+            hidden_TD, hidden_TD if residual_TD is None else residual_TD,
+            b.level_T, b.role_T, b.done_T, b.goal_T, b.scale_T, b.confidence_T, b.risk_CT[index], b.active, self.live,
+            self.table.ladder_VV, self.table.share_V, *per_arm[0], *per_arm[1],
+            self.rules_A3, self._z_TR, self._sure_T, self._arrived, self.table.kind_LV, self.whole,
+            self.dense_GL.view(torch.int8), self.repair_GL.view(torch.int8),
+            num_rows, hidden_size, num_layers, self._z_TR.shape[1], hidden_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0),
+            HAS_RESIDUAL=residual_TD is not None, BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_D=64 if is_dot else 1024, BLOCK_RANK=rank_size,
+            ROWS=max(1, min(block_t, 4096 // rank_size)), CHUNK=min(_MAX_CHUNK, next_power(num_rows)), BLOCK_L=next_power(num_layers), num_warps=4,
+        )  # fmt: skip

@@ -1,0 +1,162 @@
+"""The checkpoint's kernel against the CPU's, token by token: every rule, both arms, padding, poisoned inputs; risks against float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sedac.engine.cuda.forms import FEW, MANY, MIDDLE
+from sedac.engine.levels import KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
+from sedac.engine.state import State
+from sedac.engine.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT, Tokens
+from sedac.policy import Canary, Checkpoint, Layout, Policy
+from sedac.probe.levels import Level
+from sedac.probe.probe import LREProbe
+from torch.nn import functional
+
+CPU = torch.device("cpu")
+D, LAYERS, ROOM = 40, 7, 48
+LEVELS = tuple(Level(name=f"contextual-{s}", reduction="contextual", parameters_L=torch.full((LAYERS,), s / 100)) for s in (10, 20)) + (
+    Level(name="width-50", reduction="width", parameters_L=torch.tensor([64, 32, 0, 32, 16, 64, 8], dtype=torch.int32)),
+)
+LAYOUT = Layout(
+    num_layers=LAYERS, hidden_size=D, checkpoint_layers=(1, 3), probe_set="t", levels=("full", "skip", *(level.name for level in LEVELS)),
+    probe_set_sha256="0" * 64, max_rank=19,
+)  # fmt: skip
+
+
+def make_state(rank: int, *, on_device: bool) -> State:
+    torch.manual_seed(rank)
+    probes = {layer: LREProbe(D, rank).requires_grad_(False) for layer in LAYOUT.checkpoint_layers}
+    state = State(LAYOUT, probes, LevelTable(LAYERS, LEVELS, (0.1, 0.2, 0.5), 64, CPU), max_num_tokens=ROOM, device=CPU, allow_native=False)
+    if on_device:
+        state.use_device_forms()
+    return state
+
+
+def make_tokens(generator: torch.Generator, count: int) -> Tokens:
+    def draw(*values: float) -> np.ndarray:
+        return np.array(values)[torch.randint(len(values), (count,), generator=generator).numpy()]
+
+    roles = [0, DECIDES, DECIDES, DECIDES | SOFT, OBSERVED]
+    return Tokens(
+        role_T=draw(*roles, *(r | CANARY_ARM for r in roles)).astype(np.uint8),
+        floor_T=draw(0, 0, 2, 3).astype(np.uint8), goal_T=draw(1, 2, 4).astype(np.uint8),
+        scale_T=draw(0.0, 0.5, 1.0, 2.0).astype(np.float32), tier_T=np.zeros(count, dtype=np.int64),
+    )  # fmt: skip
+
+
+def make_policy(rule: str, scope: str, threshold: float) -> Policy:
+    checkpoints = tuple(Checkpoint(layer=layer, threshold=t, weight=0.8, target=0.4) for layer, t in ((1, threshold), (3, 0.75)))
+    return Policy(enabled=True, checkpoints=checkpoints, scope=scope, rule=rule, decay=0.5)
+
+
+def get_flags(state: State, count: int) -> dict[int, list[bool]]:
+    """What the dense products of each layer shall do, from the levels as they are, written as a loop."""
+    table, levels = state.table, state.level_T[:count].tolist()
+    roles = state.buffers.role_T[:count].tolist()
+    promised = any(not role & DECIDES and not floor for role, floor in zip(roles, state.begun_with, strict=True))
+    flags: dict[int, list[bool]] = {form: [] for form in (FEW, MIDDLE, MANY)}
+    for layer in range(LAYERS):
+        kinds = [int(table.kind_LV[layer, level]) for level in levels]
+        flags[FEW].append(KIND_FULL in kinds)
+        flags[MIDDLE].append(any(kind != KIND_SKIP for kind in kinds))
+        shorter = KIND_SKIP in kinds or KIND_WIDTH in kinds
+        flags[MANY].append(flags[MIDDLE][-1] and (promised or not shorter))
+    return flags
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_levels_counts_and_flags_equal_the_plain_form(seed):
+    generator = torch.Generator().manual_seed(seed)
+    pick = lambda *values: values[int(torch.randint(len(values), (1,), generator=generator))]  # noqa: E731
+    rule, scope, rank, count = pick("first", "accumulate"), pick("token", "token", "batch"), pick(3, 8, 19), pick(1, 2, 5, 16, 33)
+    states = [make_state(rank, on_device=False), make_state(rank, on_device=True)]
+    threshold = pick(0.0, 0.6, 1e9)
+    canary = None if seed % 3 == 0 else Canary(rollout=4, share=0.5, policy=make_policy("accumulate", pick("token", "batch"), 0.7))
+    for state in states:
+        state.apply(make_policy(rule, scope, threshold), 1, canary)
+        if canary is None:
+            state.canary.clear()
+    poison = pick(0.0, 0.0, math.nan, math.inf)
+    for _ in range(3):
+        tokens = make_tokens(generator, count)
+        if canary is None:
+            tokens.role_T &= ~np.uint8(CANARY_ARM)
+        for state in states:
+            state.begin_step(count, tokens)
+            state.begun_with = tokens.floor_T.tolist()
+        if states[1].is_active:
+            check_flags(states[1], count)
+        for layer in (1, 3):
+            stream = torch.randn(count + 3, D, generator=generator)  # three rows of padding
+            stream[0, 0] += poison
+            parts = (stream - 0.25, torch.full_like(stream, 0.25)) if layer == 3 else (stream, None)
+            for state in states:
+                if state.is_watching(layer):
+                    state.observe(layer, *parts)
+            if states[1].is_active:
+                check_flags(states[1], count)
+                index = states[1].index_of_layer[layer]
+                risk = states[1].buffers.risk_CT[index, :count].clone()
+                torch.testing.assert_close(risk, states[0].buffers.risk_CT[index, :count], rtol=1e-4, atol=1e-6, equal_nan=True)
+        for name in ("level_T", "done_T", "confidence_T"):
+            ours, theirs = (getattr(state.buffers, name) for state in (states[1], states[0]))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        for state in states:
+            state.end_step()
+        assert bool(states[1].device_forms.dense_GL.all()), "between steps everything runs dense"
+        assert not states[1].device_forms._arrived.any(), "arrivals are left at 0"
+        for ours, theirs in zip(states[1].arms, states[0].arms, strict=True):
+            assert ours.counts_C2.tolist() == theirs.counts_C2.tolist()
+
+
+def check_flags(state: State, count: int) -> None:
+    for form, expected in get_flags(state, count).items():
+        assert state.device_forms.dense_GL[form].tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_risks_equal_float64(dtype, count):
+    state = make_state(8, on_device=True)
+    state.apply(make_policy("first", "token", 0.7), 1)
+    ones = np.ones(count)
+    tokens = Tokens(
+        role_T=(ones * DECIDES).astype(np.uint8), floor_T=(ones * 0).astype(np.uint8), goal_T=ones.astype(np.uint8),
+        scale_T=ones.astype(np.float32), tier_T=(ones * 0).astype(np.int64),
+    )  # fmt: skip
+    for seed in range(3):
+        torch.manual_seed(seed)
+        state.begin_step(count, tokens)
+        state.buffers.risk_CT.fill_(math.nan)  # poisoned: every risk asked for must be written
+        hidden, residual = (torch.randn(count, D).mul(10 ** (seed - 1)).to(dtype) for _ in range(2))
+        state.observe(1, hidden, residual)
+        probe = state.stable.probes[0].probe.state_dict()
+        z = (hidden.double() + residual.double()) @ probe["down.weight"].double().T
+        z = functional.layer_norm(z, (8,), probe["norm.weight"].double(), probe["norm.bias"].double())
+        expected = functional.softplus(z @ probe["out.weight"].double()[0] + probe["out.bias"].double())
+        torch.testing.assert_close(state.buffers.risk_CT[0, :count].double(), expected, rtol=1e-5, atol=1e-6)
+        state.end_step()
+
+
+def test_a_swap_reaches_the_next_launch_in_place():
+    state = make_state(8, on_device=True)
+    state.apply(make_policy("first", "token", 0.0), 1)
+    forms = state.device_forms
+    addresses = [t.data_ptr() for t in (*state.buffers.tensors, forms.rules_A3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)]
+    tokens = make_tokens(torch.Generator().manual_seed(1), 6)
+    tokens.role_T[:], tokens.floor_T[:], tokens.goal_T[:], tokens.scale_T[:] = DECIDES, 0, 1, 1
+    tokens = Tokens(role_T=tokens.role_T, floor_T=tokens.floor_T, goal_T=tokens.goal_T, scale_T=tokens.scale_T, tier_T=tokens.tier_T)
+    seen = []
+    for revision, threshold in enumerate([0.0, 1e9, 1e-9, 1e9]):
+        state.apply(make_policy("first", "token", threshold), revision + 1)
+        state.begin_step(6, tokens)
+        state.observe(1, torch.randn(6, D))
+        seen.append(int(state.level_T[:6].sum()))
+        state.end_step()
+    assert seen == [0, 6, 0, 6]
+    now = [t.data_ptr() for t in (*state.buffers.tensors, forms.rules_A3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)]
+    assert addresses == now
