@@ -33,7 +33,15 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8"}
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
 
 
 def _compile(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +88,9 @@ def catch(run: Callable[[], object], seen: dict[str, dict[str, Any]]) -> None:
         run()
 
 
-def make_mlp(device: DeviceForms, hidden_size: int, size: int, dtype: torch.dtype, form: int, *, has_neurons: bool = True, repaired: bool = False) -> DeviceMlp:
+def make_mlp(
+    device: DeviceForms, hidden_size: int, size: int, dtype: torch.dtype, form: int, *, has_neurons: bool = True, repaired: bool = False
+) -> DeviceMlp:
     """Make an MLP of weights without memory; its own products do nothing."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -97,10 +107,14 @@ def make_mlp(device: DeviceForms, hidden_size: int, size: int, dtype: torch.dtyp
     )  # fmt: skip
 
 
-def compile_all(hidden_size: int = 3584, size: int = 18944, rank: int = 128, num_layers: int = 28, *, quick: bool = False) -> dict[str, dict[str, Any]]:
+def compile_all(
+    hidden_size: int = 3584, size: int = 18944, rank: int = 128, num_layers: int = 28, *, quick: bool = False
+) -> dict[str, dict[str, Any]]:
     """Compile every kernel as the engine launches it at a model's shapes; by launch."""
     layout = Layout(num_layers=num_layers, hidden_size=hidden_size, checkpoint_layers=(4,), probe_set="t", levels=("full", "skip"), max_rank=rank)
-    state = State(layout, {4: LREProbe(hidden_size, rank)}, LevelTable(num_layers, (), (), size, CPU), max_num_tokens=512, device=CPU, allow_native=False)
+    state = State(
+        layout, {4: LREProbe(hidden_size, rank)}, LevelTable(num_layers, (), (), size, CPU), max_num_tokens=512, device=CPU, allow_native=False
+    )
     seen: dict[str, dict[str, Any]] = {}
     zeros = np.zeros(1, dtype=np.uint8)
     tokens = Tokens(role_T=zeros, floor_T=zeros + 1, goal_T=zeros, scale_T=np.ones(1, dtype=np.float32), tier_T=np.zeros(1, dtype=np.int64))

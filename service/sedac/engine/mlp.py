@@ -4,7 +4,8 @@
 the base class's own forward stay in use. Two ways through it:
 - native: vLLM's two matrix products become the operators `sedac::gate_up` and `sedac::down` (kernels/mlp.cpp);
 - plain: one opaque operator around the base class's forward, for every other module that maps (T, D) to (T, D) row by row
-  (quantised, LoRA, mixture of experts), on any device.
+  (quantised, LoRA, mixture of experts), and where the kernels were not built.
+On a GPU both are replaced by cuda/gated.py.
 T tokens, D hidden size, F neurons.
 """
 
@@ -164,6 +165,11 @@ def why_not_dense(mlp: Any) -> str:
 
 def attach(mlp: Any, name: str, layer: int, state: State, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
     """Gate the MLP of decoder layer `layer`, called `name` in the model; `neurons` where the probe set has reduced levels."""
+    if state.device_forms is not None:
+        from sedac.engine.cuda import gated
+
+        gated.attach(mlp, name, layer, state, neurons, scores_activation=scores_activation, lora=lora)
+        return
     _MLPS[name] = mlp
     mlp.sedac_name, mlp.sedac_layer, mlp.sedac_state = name, layer, state
     mlp.register_buffer("sedac_level_T", state.level_T, persistent=False)
@@ -180,7 +186,12 @@ def attach(mlp: Any, name: str, layer: int, state: State, neurons: Neurons | Non
 
 
 def finish(mlp: Any) -> None:
-    """After the weights are loaded: hand the MLP to the native kernels, or keep to plain torch."""
+    """After the weights are loaded: hand the MLP to the native kernels or to the GPU's, or keep to plain torch."""
+    if mlp.sedac_state.device_forms is not None:
+        from sedac.engine.cuda import gated
+
+        gated.finish(mlp, why_not_dense(mlp))
+        return
     activation = find_activation(getattr(mlp, "act_fn", None))
     if mlp.sedac_copies:
         source: Neurons = mlp.sedac_source

@@ -35,6 +35,7 @@ from sedac.probe.draft_manifest import DraftManifest, read_draft_manifest
 CONFIG_KEY = "sedac"
 """the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
 _USUAL_RANK, _MAX_RANK = 128, 4096  # the kernels take no more
+_MIN_CUDA = (12, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def find_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
 
 
 def _refuse_layout(vllm_config: VllmConfig) -> None:
-    parallel, compilation = vllm_config.parallel_config, vllm_config.compilation_config
+    parallel = vllm_config.parallel_config
     if parallel.pipeline_parallel_size > 1:
         raise UnsupportedModel(
             f"pipeline_parallel_size is {parallel.pipeline_parallel_size}; SEDAC decides across all layers and supports 1: use tensor parallelism"
@@ -111,14 +112,24 @@ def _refuse_layout(vllm_config: VllmConfig) -> None:
     if parallel.num_ubatches > 1:
         raise UnsupportedModel(f"{parallel.num_ubatches} micro-batches per step; SEDAC supports 1: turn dual batch overlap off")
     if vllm_config.use_v2_model_runner:
+        # It replays full graphs without calling the model (v1/worker/gpu/model_runner.py, 0.32), where SEDAC begins and ends a step.
         raise UnsupportedModel("Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0")
-    if compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE) and compilation.mode != CompilationMode.NONE and parallel.world_size:
-        from vllm.platforms import current_platform
 
-        if not current_platform.is_cpu():
-            raise UnsupportedModel(
-                f"cudagraph_mode is {compilation.cudagraph_mode.name}; decisions inside CUDA graphs are not supported yet: set NONE"
-            )
+
+def _refuse_graphs(static: StaticConfig, vllm_config: VllmConfig, cuda: str | None = torch.version.cuda) -> None:
+    """Refuse what can't run inside CUDA graphs: whatever the host must see or change within a pass."""
+    mode = vllm_config.compilation_config.cudagraph_mode
+    if mode in (None, CUDAGraphMode.NONE) or cuda is None:
+        return
+    reason = ""
+    if static.record:
+        reason = "recording copies every pass's streams to the host"
+    elif static.draft:
+        reason = "self-speculation sets levels from the host within a pass"
+    elif tuple(int(part) for part in cuda.split(".")[:2]) < _MIN_CUDA:
+        reason = f"this torch is built for CUDA {cuda}, conditional nodes need {_MIN_CUDA[0]}.{_MIN_CUDA[1]}"
+    if reason:
+        raise UnsupportedModel(f'cudagraph_mode is {mode.name}, but {reason}: set --compilation-config \'{{"cudagraph_mode": "NONE"}}\'')
 
 
 def _is_draft(vllm_config: VllmConfig) -> bool:
@@ -139,6 +150,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
     if static is None or _is_draft(vllm_config):
         return None  # a draft model proposes; decisions belong to the model that verifies
     _refuse_layout(vllm_config)
+    _refuse_graphs(static, vllm_config)
     text_config = vllm_config.model_config.hf_text_config
     num_layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
     list_name, layers = find_layers(model, num_layers)

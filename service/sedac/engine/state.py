@@ -229,21 +229,22 @@ class State:
         return end
 
     def is_watching(self, layer: int) -> bool:
-        """Whether the checkpoint after `layer` has anything to do in this step."""
-        return self.recorder is not None or self.is_active
+        """Whether the checkpoint after `layer` has anything to do in this step; on a GPU also in passes that warm up or are captured."""
+        return self.recorder is not None or self.is_active or (self.device_forms is not None and self._num_tokens == 0)
 
     def observe(self, layer: int, hidden_TD: Tensor, residual_TD: Tensor | None = None) -> None:
         """Run the checkpoint after `layer` on the residual stream (T, D), given whole or in two parts, and set the levels of the confident."""
         if self.recorder is None and self.native and self.is_active:
             torch.ops.sedac.checkpoint_parts(hidden_TD, residual_TD, self.level_T, self.index_of_layer[layer])
             return
-        if self.device_forms is None or self.recorder is not None:
-            stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
-        if self.recorder is not None and self._num_tokens:
-            self.recorder.add_stream(layer, stream_TD[: self._num_tokens])
         if self.device_forms is not None:
             self.device_forms.observe(self.index_of_layer[layer], hidden_TD, residual_TD)
-        elif self.is_active:
+            if self.recorder is None:
+                return
+        stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
+        if self.recorder is not None and self._num_tokens:
+            self.recorder.add_stream(layer, stream_TD[: self._num_tokens])
+        if self.device_forms is None and self.is_active:
             for arm in self.arms:
                 plain.observe(self.buffers, self.table, arm, self.index_of_layer[layer], stream_TD[: self._num_tokens])
 

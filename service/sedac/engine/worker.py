@@ -85,7 +85,7 @@ class SedacWorker(_Worker):
             layout.probe_set,
             layout.max_rank,
             ", ".join(layout.levels),
-            "native" if self.sedac_state.native else "plain torch",
+            "native" if self.sedac_state.native else "plain torch" if self.sedac_state.device_forms is None else "Triton",
             ", recording" if self.sedac_state.recorder else "",
         )
         self.model_runner._model_forward = functools.partial(self._sedac_forward, self.model_runner._model_forward)

@@ -4,4 +4,10 @@ from __future__ import annotations
 
 import os
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if IS_INTERPRETED else ["test_*.py"]
+
+if IS_INTERPRETED:
+    from benchmarks.cuda.interpreter import use_interpreter
+
+    use_interpreter()

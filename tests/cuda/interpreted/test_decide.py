@@ -18,7 +18,9 @@ from torch.nn import functional
 
 CPU = torch.device("cpu")
 D, LAYERS, ROOM = 40, 7, 48
-LEVELS = tuple(Level(name=f"contextual-{s}", reduction="contextual", parameters_L=torch.full((LAYERS,), s / 100)) for s in (10, 20)) + (
+LEVELS = (
+    Level(name="contextual-10", reduction="contextual", parameters_L=torch.full((LAYERS,), 0.1)),
+    Level(name="contextual-20", reduction="contextual", parameters_L=torch.full((LAYERS,), 0.2)),
     Level(name="width-50", reduction="width", parameters_L=torch.tensor([64, 32, 0, 32, 16, 64, 8], dtype=torch.int32)),
 )
 LAYOUT = Layout(
@@ -146,7 +148,9 @@ def test_a_swap_reaches_the_next_launch_in_place():
     state = make_state(8, on_device=True)
     state.apply(make_policy("first", "token", 0.0), 1)
     forms = state.device_forms
-    addresses = [t.data_ptr() for t in (*state.buffers.tensors, forms.rules_A3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)]
+    addresses = [
+        t.data_ptr() for t in (*state.buffers.tensors, forms.rules_A3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)
+    ]
     tokens = make_tokens(torch.Generator().manual_seed(1), 6)
     tokens.role_T[:], tokens.floor_T[:], tokens.goal_T[:], tokens.scale_T[:] = DECIDES, 0, 1, 1
     tokens = Tokens(role_T=tokens.role_T, floor_T=tokens.floor_T, goal_T=tokens.goal_T, scale_T=tokens.scale_T, tier_T=tokens.tier_T)

@@ -138,8 +138,8 @@ def _decide(
 
 @triton.jit
 def checkpoint_kernel(
-    hidden_ptr, residual_ptr, level_ptr, role_ptr, done_ptr, goal_ptr, scale_ptr, confidence_ptr, risk_ptr, active_ptr, live_ptr, ladder_ptr, shares_ptr,
-    down0_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, rank0_ptr, knobs0_ptr, counts0_ptr,
+    hidden_ptr, residual_ptr, level_ptr, role_ptr, done_ptr, goal_ptr, scale_ptr, confidence_ptr, risk_ptr, active_ptr, live_ptr,
+    ladder_ptr, shares_ptr, down0_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, rank0_ptr, knobs0_ptr, counts0_ptr,
     down1_ptr, norm_weight1_ptr, norm_bias1_ptr, out_weight1_ptr, out_bias1_ptr, rank1_ptr, knobs1_ptr, counts1_ptr,
     rules_ptr, z_ptr, sure_ptr, arrived_ptr, kind_ptr, whole_ptr, dense_ptr, repair_ptr,
     T, D, L, MAX_RANK, stride_h, stride_r,
@@ -176,14 +176,10 @@ def checkpoint_kernel(
         t_N = block * BLOCK_T + start + tl.arange(0, ROWS)
         if has0:
             seen0_N = _find_seen(role_ptr, done_ptr, t_N, t_N < num_tokens, 0, rank0, is_on0)
-            _write_risk(
-                z_ptr, risk_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, t_N, seen0_N, rank0, MAX_RANK, BLOCK_RANK
-            )
+            _write_risk(z_ptr, risk_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, t_N, seen0_N, rank0, MAX_RANK, BLOCK_RANK)
         if has1:
             seen1_N = _find_seen(role_ptr, done_ptr, t_N, t_N < num_tokens, 1, rank1, is_on1)
-            _write_risk(
-                z_ptr, risk_ptr, norm_weight1_ptr, norm_bias1_ptr, out_weight1_ptr, out_bias1_ptr, t_N, seen1_N, rank1, MAX_RANK, BLOCK_RANK
-            )
+            _write_risk(z_ptr, risk_ptr, norm_weight1_ptr, norm_bias1_ptr, out_weight1_ptr, out_bias1_ptr, t_N, seen1_N, rank1, MAX_RANK, BLOCK_RANK)
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + num_blocks, 1, sem="acq_rel") != num_blocks - 1:
         return

@@ -75,7 +75,7 @@ class DeviceForms:
         """Run checkpoint `index` on the residual stream (T, D), fp32, bf16 or fp16, whole or in two parts; returns at once in an idle step."""
         b, (num_rows, hidden_size) = self.buffers, hidden_TD.shape
         num_rows = min(num_rows, b.level_T.shape[0])
-        assert hidden_TD.stride(1) == 1 and (residual_TD is None or residual_TD.stride(1) == 1), "rows of the stream are contiguous"
+        assert all(part.stride(1) == 1 for part in (hidden_TD, residual_TD) if part is not None), "rows of the stream are contiguous"
         is_dot = num_rows >= _DOT_ROWS
         block_t, block_r = (_DOT_ROWS, _DOT_ROWS) if is_dot else (1, 1 if num_rows <= 2 else 4)
         rank_size = next_power(self.max_rank)

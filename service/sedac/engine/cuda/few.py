@@ -90,7 +90,7 @@ def down_kernel(
     if tl.load(dense_ptr) != 0:
         return
     t_T = tl.arange(0, BLOCK_T)
-    kind_T, parameter_T, limit_T = read_levels(level_ptr, live_ptr, kind_ptr, parameter_ptr, t_T, F)
+    kind_T, _, limit_T = read_levels(level_ptr, live_ptr, kind_ptr, parameter_ptr, t_T, F)
     limit_T = tl.where(t_T < T, limit_T, 0)
     limit = tl.max(limit_T, axis=0)
     block, part = tl.program_id(0), tl.program_id(1)

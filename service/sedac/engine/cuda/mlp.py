@@ -76,14 +76,17 @@ class DeviceMlp:
         wanted = forms.choose(num_tokens, has_neurons=self.neurons is not None, is_dense=self.weights is not None, weight_bytes=size)
         return wanted if self.form is None else self.form
 
-    def compute(self, x_TD: Tensor) -> Tensor:
-        """Return (T, D), each row at its level as the buffers say while the device runs; padding rows hold no meaning."""
+    def compute(self, x_TD: Tensor, *, always: bool = False) -> Tensor:
+        """Return (T, D), each row at its level as the buffers say while the device runs; padding rows hold no meaning.
+
+        `always` launches everything that a graph of this size may launch, whatever the flags say: a warm-up of an idle engine.
+        """
         x_TD = x_TD.contiguous()
         num_rows = x_TD.shape[0]
         outside = not is_capturing() and num_rows > MAX_HOST_ROWS
         form = forms.MIDDLE if outside else self.choose_form(num_rows)
-        dense = self.device.dense_GL[form, self.layer]
-        out_TD = run_if(dense, lambda: self._run_dense(x_TD, form), always=outside)
+        dense, always = self.device.dense_GL[form, self.layer], always or outside
+        out_TD = run_if(dense, lambda: self._run_dense(x_TD, form, always=always), always=always)
         if out_TD is None:
             out_TD = torch.empty_like(x_TD)
         if form == forms.FEW:
@@ -99,7 +102,7 @@ class DeviceMlp:
     def _levels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.device.buffers.level_T, self.device.live, self.kind_V, self.parameter_V
 
-    def _run_dense(self, x_TD: Tensor, form: int) -> Tensor:
+    def _run_dense(self, x_TD: Tensor, form: int, *, always: bool) -> Tensor:
         """Run the module's own products over all rows, reduced ones masked between them."""
         num_rows = x_TD.shape[0]
         neurons = self.neurons
@@ -116,7 +119,7 @@ class DeviceMlp:
             out_TD = self.down(h_TF)
             if neurons.repaired:
                 wanted = self.device.repair_GL[form, self.layer]
-                run_if(wanted, lambda: self._repair(h_TF, neurons, out_TD), always=not is_capturing() and num_rows > MAX_HOST_ROWS)
+                run_if(wanted, lambda: self._repair(h_TF, neurons, out_TD), always=always)
         if form != forms.MIDDLE:
             self._finish(out_TD, self.device.dense_GL[form, self.layer], when=1)
         return out_TD
@@ -132,7 +135,8 @@ class DeviceMlp:
         finish_kernel[grid](out_TD, *self._levels, b.saved_T, dense.view(torch.int8), b.active, size, out_TD.stride(0), WHEN=when, BLOCK_D=_ROW_BLOCK)
 
     def _run_few(self, x_TD: Tensor, dense: Tensor, out_TD: Tensor) -> None:
-        assert self.weights is not None and self.neurons is not None
+        assert self.weights is not None
+        assert self.neurons is not None
         (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.device.buffers
         gate_up_FD = self.weights[0]
         size, flag, rows = gate_up_FD.shape[0] // 2, dense.view(torch.int8), max(forms.MAX_FEW, next_power(num_rows))

@@ -1,0 +1,28 @@
+"""The kernels' tests under Triton's interpreter, in processes of their own: it must be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FILES = sorted(path.name for path in (Path(__file__).parent / "interpreted").glob("test_*.py"))
+
+
+def make_environment(**more: str) -> dict[str, str]:
+    roots = [str(REPOSITORY / "service"), str(REPOSITORY / "probes"), str(REPOSITORY)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_under_the_interpreter(file):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/cuda/interpreted/{file}"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=make_environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-2000:]
+    assert "skipped" not in done.stdout
