@@ -1,0 +1,163 @@
+"""A decoder of random weights with a real model's shapes and a static KV cache: one step of it, dense, reduced, or in float64.
+
+Left out on all sides alike: embedding, rotary positions, logits, sampling. Attention is torch's, over the whole cache.
+T tokens, one of each sequence; D hidden size, S tokens in the cache, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from cases import CONTEXTUAL, FULL, SKIP, WIDTH, Case, Mlps, Shape, run_dense
+from checkpoints import NEVER
+from sedac.engine.levels import LevelTable
+from sedac.engine.state import State
+from sedac.policy import Checkpoint, Layout, Policy
+from sedac.probe.probe import LREProbe
+from torch import Tensor
+from torch.nn import functional
+
+EXITS = (0.25, 0.5, 0.75)
+"""where checkpoints are, as shares of the layers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step's rows get: a case from the first layer on, or a skip of all rows from a share of the layers on."""
+
+    name: str
+    case: Case
+    exits_at: float | None = None
+
+
+PLANS = (
+    Plan(name="checkpoints on, nothing reduced", case=Case(name="full", level=FULL)),
+    *(Plan(name=f"skip from {round(100 * at)} % of the layers", case=Case(name="full", level=FULL), exits_at=at) for at in reversed(EXITS)),
+    *(Plan(name=f"skip everywhere, {round(100 * r)} % of rows", case=Case(name="skip", level=SKIP, rows=r)) for r in (0.25, 0.5, 0.75, 1.0)),
+    *(Plan(name=f"contextual, {round(100 * a)} % active", case=Case(name="contextual", level=CONTEXTUAL, active=a)) for a in (0.75, 0.5, 0.25)),
+    *(Plan(name=f"width, {round(100 * a)} %", case=Case(name="width", level=WIDTH, active=a)) for a in (0.75, 0.5, 0.25)),
+)
+
+
+class Decoder:
+    """All layers of one shape; see the module's docstring."""
+
+    def __init__(
+        self, shape: Shape, num_tokens: int, cache_size: int, dtype: torch.dtype, device: torch.device, *, num_caches: int, rank: int
+    ) -> None:
+        def make(*size: int) -> Tensor:
+            return (torch.randn(size, device=device) / size[-1] ** 0.5).to(dtype)
+
+        self.shape, self.num_tokens, self.cache_size, self.dtype, self.device = shape, num_tokens, cache_size, dtype, device
+        self.mlps = Mlps(shape, shape.num_layers, dtype, device, max_num_tokens=max(16, num_tokens))
+        self.layers = [max(0, min(shape.num_layers - 2, round(at * shape.num_layers) - 1)) for at in EXITS]
+        self.mlps.state = self._make_state(rank)
+        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size
+        self.qkv = [make(width, shape.hidden_size) for _ in range(shape.num_layers)]
+        self.out = [make(shape.hidden_size, shape.num_heads * shape.head_size) for _ in range(shape.num_layers)]
+        size = (num_caches, num_tokens, shape.num_kv_heads, cache_size, shape.head_size)
+        self.keys, self.values = (torch.randn(size, device=device).to(dtype) for _ in range(2))
+        self.hidden_TD = torch.randn(num_tokens, shape.hidden_size, device=device).to(dtype)
+
+    def _make_state(self, rank: int) -> State:
+        table: LevelTable = self.mlps.table
+        layout = Layout(
+            num_layers=self.shape.num_layers, hidden_size=self.shape.hidden_size, checkpoint_layers=tuple(sorted(set(self.layers))), probe_set="b",
+            probe_set_sha256="0" * 64, levels=table.names, max_rank=rank,
+        )  # fmt: skip
+        probes = {layer: LREProbe(self.shape.hidden_size, rank).requires_grad_(False).to(self.device) for layer in layout.checkpoint_layers}
+        state = State(layout, probes, table, max_num_tokens=max(16, self.num_tokens), device=self.device, allow_native=False)
+        if state.device_forms is None:
+            state.use_device_forms()
+        return state
+
+    def attend(self, layer: int, hidden_TD: Tensor) -> Tensor:
+        """Return attention's output (T, D) over the cache, whose last place the step's own token takes."""
+        shape, cache = self.shape, layer % self.keys.shape[0]
+        sizes = [shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size, shape.num_kv_heads * shape.head_size]
+        parts = functional.linear(hidden_TD, self.qkv[layer]).split(sizes, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in parts)
+        self.keys[cache][:, :, -1], self.values[cache][:, :, -1] = k, v
+        seen = functional.scaled_dot_product_attention(q[:, :, None], self.keys[cache], self.values[cache], enable_gqa=True)
+        return functional.linear(seen.flatten(1), self.out[layer])
+
+    def prepare(self, plan: Plan) -> None:
+        """Begin a step under a plan: thresholds by the gates that these inputs really have, levels, and the policy."""
+        state, mlps = self.mlps.state, self.mlps
+        if state.is_active:
+            state.end_step()
+        exits = None if plan.exits_at is None else self.layers[EXITS.index(plan.exits_at)]
+        checkpoints = tuple(Checkpoint(layer=layer, threshold=1e9 if layer == exits else NEVER) for layer in state.layout.checkpoint_layers)
+        state.apply(Policy(enabled=True, checkpoints=checkpoints), 1)
+        mlps.prepare(plan.case, self.hidden_TD)
+        state.buffers.goal_T[: self.num_tokens] = SKIP
+        self.floor_T = state.level_T.clone()
+        if plan.case.level == CONTEXTUAL:
+            self._calibrate(plan.case)
+
+    def _calibrate(self, case: Case) -> None:
+        """Set every layer's threshold so that its own inputs keep the wanted share of neurons."""
+        size = self.shape.num_neurons
+        for layer, normed_TD in enumerate(self.run(reduced=False, keep=True)):
+            gate = functional.linear(normed_TD[:16], self.mlps.weights[layer][0][:size]).abs().float().flatten()
+            rank = max(1, min(gate.numel() - 1, round(case.active * gate.numel())))
+            self.mlps.mlps[layer].parameter_V[CONTEXTUAL] = gate.sort(descending=True).values[rank - 1 : rank + 1].mean()
+
+    def restart(self) -> None:
+        """Put the step back to its start, as the engine does before each pass: without it, a replay would go on where the last one ended."""
+        state = self.mlps.state
+        assert state.device_forms is not None
+        state.level_T.copy_(self.floor_T)
+        state.buffers.done_T.zero_()
+        state.device_forms.begin(self.num_tokens, is_active=True)
+
+    def run(self, *, reduced: bool, keep: bool = False) -> list[Tensor]:
+        """Run the step from its start; returns the inputs of all MLPs where they are asked for, else the last stream alone."""
+        stream_TD, kept = self.hidden_TD, []
+        if reduced:
+            self.restart()
+        for layer in range(self.shape.num_layers):
+            stream_TD = stream_TD + self.attend(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]))
+            normed_TD = functional.rms_norm(stream_TD, stream_TD.shape[-1:])
+            if reduced:
+                added_TD = self.mlps.mlps[layer].compute(normed_TD)
+            else:
+                gate_up, down, _ = self.mlps.weights[layer]
+                added_TD = run_dense(normed_TD, gate_up=gate_up, down=down)
+            if reduced and layer in self.layers:
+                self.mlps.state.observe(layer, added_TD, stream_TD)
+            stream_TD = stream_TD + added_TD
+            if keep:
+                kept.append(normed_TD)
+        return kept if keep else [stream_TD]
+
+    def expect(self, plan: Plan) -> Tensor:
+        """Return the last stream (T, D) in float64, by the definition of the levels."""
+        levels = plan.case.get_levels(self.num_tokens)
+        exits = None if plan.exits_at is None else self.layers[EXITS.index(plan.exits_at)]
+        stream_TD = self.hidden_TD.double()
+        held = (self.keys, self.values, self.qkv, self.out)
+        self.keys, self.values = self.keys.double(), self.values.double()
+        self.qkv, self.out = [w.double() for w in self.qkv], [w.double() for w in self.out]
+        for layer in range(self.shape.num_layers):
+            stream_TD = stream_TD + self.attend(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]))
+            now = [SKIP] * len(levels) if exits is not None and layer > exits else levels
+            stream_TD = stream_TD + self.mlps.expect(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]), now)[0]
+        self.keys, self.values, self.qkv, self.out = held
+        return stream_TD
+
+    def get_bound(self, plan: Plan) -> float:
+        """Return what the plan ideally costs as a share of the dense step, if time were bytes or FLOPs, part by part."""
+        from cases import PEAK_BYTES, PEAK_FLOPS
+
+        shape, count = self.shape, self.num_tokens
+        attention = self.qkv[0].numel() + self.out[0].numel()
+        cache = 2 * count * shape.num_kv_heads * self.cache_size * shape.head_size
+        mlp = 3 * shape.hidden_size * shape.num_neurons
+        rest = max(2 * attention / PEAK_BYTES, 2 * attention * count / PEAK_FLOPS) + 2 * cache / PEAK_BYTES
+        whole = max(2 * mlp / PEAK_BYTES, 2 * mlp * count / PEAK_FLOPS)
+        share = plan.case.get_ideal(shape, count)
+        if plan.exits_at is not None:
+            share = (self.layers[EXITS.index(plan.exits_at)] + 1) / shape.num_layers
+        return (rest + share * whole) / (rest + whole)
