@@ -135,9 +135,14 @@ class Arm:
         policy = self.policy
         return Knobs(threshold=threshold, weight=weight, target=target, rule=policy.rule, scope=policy.scope, decay=policy.decay)
 
-    def follow(self, risk_CT: np.ndarray[Any, Any], scale_T: np.ndarray[Any, Any], mine_T: np.ndarray[Any, Any]) -> None:
-        """Take a step's exits into the moving rates and, where adaptation is on, the risks of this arm's tokens `mine_T` into the thresholds."""
-        counts = self.counts_C2.tolist()
+    def follow(
+        self, risk_CT: np.ndarray[Any, Any], scale_T: np.ndarray[Any, Any], mine_T: np.ndarray[Any, Any], counts: list[list[int]] | None = None
+    ) -> None:
+        """Take a step's exits into the moving rates and, where adaptation is on, the risks of this arm's tokens `mine_T` into the thresholds.
+
+        `counts`: the totals as they were after the step, where the host reads them later; None: as they are.
+        """
+        counts = self.counts_C2.tolist() if counts is None else counts
         for i, (now, before) in enumerate(zip(counts, self._last_counts, strict=True)):
             if now[0] > before[0]:
                 self.exit_rates[i] += _RATE_ALPHA * ((now[1] - before[1]) / (now[0] - before[0]) - self.exit_rates[i])

@@ -91,6 +91,10 @@ class Requests:
             may_draft=may_draft and str(extra.get(SPECULATION_KEY, "true")).lower() not in ("false", "0", "no", "off"),
         )
 
+    def has(self, request_id: str) -> bool:
+        """Whether a request with this id runs, or has finished without having been counted."""
+        return request_id in self._running
+
     def finish(self, request_ids: Iterable[str]) -> None:
         """Keep only the reports of finished requests, and of these the newest."""
         for request_id in request_ids:
@@ -192,7 +196,7 @@ class Requests:
             self._count_risks(request_ids, bounds)
 
     def _count_risks(self, request_ids: Sequence[str], bounds: Array) -> None:
-        tokens = self._state.last_tokens
+        tokens = self._state.observed_tokens
         assert tokens is not None
         observed_T = tokens.role_T & OBSERVED > 0
         for request_id, start, end in zip(request_ids, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):

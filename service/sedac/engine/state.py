@@ -21,7 +21,7 @@ from sedac.engine.arms import ARMS, Arm
 from sedac.engine.levels import LevelTable
 from sedac.engine.probe_sets import Loaded, ProbeSets
 from sedac.engine.record import Recorder
-from sedac.engine.tokens import CANARY_ARM, TokenBuffers, Tokens
+from sedac.engine.tokens import CANARY_ARM, Array, TokenBuffers, Tokens
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.fit import ProbeSetSummary
 from sedac.policy import Canary, Layout, Policy, validate
@@ -60,7 +60,9 @@ class State:
         self._num_tokens = 0
         self._tokens: Tokens | None = None
         self.last_tokens: Tokens | None = None
-        """of the last step in which anything was decided or observed, with its risks (C, T), NaN where not evaluated"""
+        """of the last step in which anything was decided or observed"""
+        self.observed_tokens: Tokens | None = None
+        """of the last step whose results the host has read, with its risks (C, T), NaN where not evaluated"""
         self.risk_CT = np.zeros((num_checkpoints, 0), dtype=np.float32)
         self._step_version = 0
         self._totals = {"num_steps": 0, "num_torn_steps": 0, "num_tokens": 0, "num_decode_tokens": 0}
@@ -110,6 +112,7 @@ class State:
         Raises:
             PolicyInvalid: all stays as it was; the candidate's fields begin with `canary.policy.`.
         """
+        self.settle()
         summaries = self.probe_sets.get_summaries()
         bad = self._find_violations(policy, summaries)
         if canary is not None:
@@ -152,6 +155,8 @@ class State:
 
     def begin_step(self, num_tokens: int, tokens: Tokens | None) -> None:
         """Start a forward pass over `num_tokens` tokens; None: all of them in full."""
+        if self.device_forms is not None:
+            self.settle(keep=1)
         self._num_tokens, self._step_version = num_tokens, self.version
         previous, self._tokens = self.last_tokens, tokens
         self.is_active = False
@@ -170,43 +175,66 @@ class State:
         """Tokens of the running step; 0 between steps, where warm-up and dummy passes run."""
         return self._num_tokens
 
-    def end_step(self) -> np.ndarray[Any, Any] | None:
-        """Finish the pass: count it and clear what belongs to it alone; returns the MLPs saved per token (T,), None: none."""
+    def end_step(self) -> Array | None:
+        """Finish the pass: count it and clear what belongs to it alone; returns the MLPs saved per token (T,), None: none.
+
+        On a GPU always None: the pass may still run, and what it saved is counted later (`settle`).
+        """
         totals, num_tokens, tokens = self._totals, self._num_tokens, self._tokens
         totals["num_steps"] += 1
         totals["num_tokens"] += num_tokens
         totals["num_torn_steps"] += self._step_version != self.version
         saved_T = None
-        if self.is_active:
+        if self.device_forms is not None:
+            self.device_forms.end(tokens, num_tokens, is_active=self.is_active)
+            self.last_tokens = tokens if self.is_active else self.last_tokens
+            self.is_active = False
+        elif self.is_active:
             assert tokens is not None
-            saved_T, done_T, self.risk_CT = self.buffers.read(num_tokens)
-            if self.device_forms is not None:
-                self.device_forms.begin(0, is_active=False)
-            self._num_saved += float(saved_T.sum())
-            self._count_tiers(tokens, saved_T, done_T)
+            saved_T, done_T, risk_CT = self.buffers.read(num_tokens)
             self.last_tokens = tokens
-            if tokens.num_decides:
-                self._follow(tokens)
+            self._count(tokens, saved_T, done_T, risk_CT)
             self.is_active = False
         elif tokens is not None:
             self._count_tiers(tokens, None, None)
         self._tokens, self._num_tokens = None, 0
         return saved_T
 
-    def _count_tiers(self, tokens: Tokens, saved_T: np.ndarray[Any, Any] | None, done_T: np.ndarray[Any, Any] | None) -> None:
+    def settle(self, *, keep: int = 0) -> None:
+        """On a GPU: count what all passes but the last `keep` have left; elsewhere nothing waits to be counted."""
+        for step in self.device_forms.waiting.take(keep) if self.device_forms is not None else ():
+            saved_T = None
+            if step.tensors:
+                assert step.tokens is not None
+                saved_T, done_T, risk_CT, *counts = step.read()
+                self._count(step.tokens, saved_T, done_T, risk_CT, [c.tolist() for c in counts])
+            elif step.tokens is not None:
+                self._count_tiers(step.tokens, None, None)
+            for action in step.then:
+                action(saved_T)
+
+    def _count(self, tokens: Tokens, saved_T: Array, done_T: Array, risk_CT: Array, counts: list[Any] | None = None) -> None:
+        """Count one pass and let the arms learn from it; `counts`: each arm's totals after it, None: as they are."""
+        self.risk_CT, self.observed_tokens = risk_CT, tokens
+        self._num_saved += float(saved_T.sum())
+        self._count_tiers(tokens, saved_T, done_T)
+        if tokens.num_decides:
+            self._follow(tokens, counts)
+
+    def _count_tiers(self, tokens: Tokens, saved_T: Array | None, done_T: Array | None) -> None:
         size, counts = len(self._tier_totals), tokens.tier_counts
         self._tier_totals[: len(counts), 0] += counts
         if saved_T is not None and done_T is not None:
             self._tier_totals[:, 1] += np.bincount(tokens.tier_T, weights=done_T, minlength=size)
             self._tier_totals[:, 2] += np.bincount(tokens.tier_T, weights=saved_T, minlength=size)
 
-    def _follow(self, tokens: Tokens) -> None:
+    def _follow(self, tokens: Tokens, counts: list[Any] | None) -> None:
         """Let each arm learn from its own tokens."""
         for arm in self.arms:
             mine_T = tokens.decides_T
             if self.rollout:
                 mine_T = mine_T & (tokens.role_T & CANARY_ARM == arm.role)
-            arm.follow(self.risk_CT, tokens.scale_T, mine_T)
+            arm.follow(self.risk_CT, tokens.scale_T, mine_T, counts[arm.number] if counts else None)
 
     def begin_draft(self, level: int, num_tokens: int) -> Callable[[], None]:
         """Let the next passes run the MLPs of their first rows at a level, without decisions; call what it returns when they are over."""
@@ -250,6 +278,7 @@ class State:
 
     def get_stats(self) -> Stats:
         """Return the totals since the worker started, of both arms; thresholds, exit rates and adaptations are the stable arm's."""
+        self.settle()
         totals, num_layers = self._totals, self.layout.num_layers
         counts = (self.stable.counts_C2 + self.canary.counts_C2).tolist()
         thresholds, rates = self.stable.knobs_CK[:, 0].tolist(), self.stable.exit_rates

@@ -93,10 +93,7 @@ class TokenBuffers:
         """Return MLPs saved (T,), whether decided (T,) and risks (C, T), and clear what belongs to the step."""
         if not self._is_cpu:
             values = tuple(t[..., :num_tokens].cpu().numpy() for t in self._read)
-            for buffer in self._cleared:
-                buffer[:num_tokens].zero_()
-            self.risk_CT[:, :num_tokens] = float("nan")
-            self.active.zero_()
+            self.clear(num_tokens)
             return values[0], values[1], values[2]
         arrays = self._arrays
         saved_T, done_T, risk_CT = (arrays[id(t)][..., :num_tokens].copy() for t in self._read)
@@ -105,3 +102,10 @@ class TokenBuffers:
         arrays[id(self.risk_CT)][:, :num_tokens] = np.nan
         arrays[id(self.active)][0] = 0
         return saved_T, done_T, risk_CT
+
+    def clear(self, num_tokens: int) -> None:
+        """Clear what belongs to a step, on any device."""
+        for buffer in self._cleared:
+            buffer[:num_tokens].zero_()
+        self.risk_CT[:, :num_tokens] = float("nan")
+        self.active.zero_()

@@ -102,10 +102,16 @@ class SedacWorker(_Worker):
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one step, remembering what each new request asked for."""
+        waiting = self.sedac_state.device_forms and self.sedac_state.device_forms.waiting
         for new in scheduler_output.scheduled_new_reqs:
+            if waiting and self._sedac_requests.has(new.req_id):
+                self.sedac_state.settle()  # the one before it under this id has finished, but was not counted
             extra = new.sampling_params.extra_args if new.sampling_params else None
             self._sedac_requests.add(new.req_id, extra or {}, may_draft=sampling.can_verify(new.sampling_params))
-        self._sedac_requests.finish(scheduler_output.finished_req_ids)
+        if waiting:
+            waiting.then(lambda _, ids=tuple(scheduler_output.finished_req_ids): self._sedac_requests.finish(ids))
+        else:
+            self._sedac_requests.finish(scheduler_output.finished_req_ids)
         if self.sedac_drafter is not None:
             self.sedac_drafter.forget(scheduler_output.finished_req_ids)
             self._sedac_drafts = scheduler_output.scheduled_spec_decode_tokens
@@ -131,7 +137,10 @@ class SedacWorker(_Worker):
             hidden = forward(**inputs)
         finally:
             saved_T = state.end_step()
-        self._sedac_requests.count_step(batch.req_ids, bounds, saved_T)
+        if state.device_forms is not None:
+            state.device_forms.waiting.then(functools.partial(self._sedac_requests.count_step, tuple(batch.req_ids), bounds.copy()))
+        else:
+            self._sedac_requests.count_step(batch.req_ids, bounds, saved_T)
         if self.sedac_drafter is not None:
             is_decode = bool((starts >= batch.num_prompt_tokens[: batch.num_reqs]).all())
             self.sedac_drafter.begin_step(
@@ -177,6 +186,7 @@ class SedacWorker(_Worker):
 
     def sedac_get_report(self, request_id: str) -> dict[str, Any] | None:
         """Return what a running or recently finished request was computed with; None where it is unknown."""
+        self.sedac_state.settle()
         return self._sedac_requests.get_report(request_id)
 
     def sedac_take_records(self) -> list[dict[str, Any]]:

@@ -15,11 +15,12 @@ from torch import Tensor
 from sedac.engine.cuda.decide import checkpoint_kernel
 from sedac.engine.cuda.flags import begin_kernel
 from sedac.engine.cuda.forms import NUM_FORMS
+from sedac.engine.cuda.results import Waiting
 
 if TYPE_CHECKING:
     from sedac.engine.arms import Arm
     from sedac.engine.levels import LevelTable
-    from sedac.engine.tokens import TokenBuffers
+    from sedac.engine.tokens import TokenBuffers, Tokens
 
 _MAX_CHUNK = 1024
 _MAX_BLOCKS = 1024  # of an output row
@@ -41,6 +42,7 @@ class DeviceForms:
         self.buffers, self.table, self.arms, self.device = buffers, table, arms, device
         max_num_tokens, num_layers = buffers.level_T.shape[0], table.kind_LV.shape[0]
         self.max_rank = max((b.down_RD.shape[0] for arm in arms for b in arm.probes), default=0)
+        self.waiting = Waiting()
         self.live = make(torch.int32, 1)
         """tokens of the step; rows past it are padding of the graph"""
         self.dense_GL = make(torch.bool, NUM_FORMS, num_layers, fill=1)
@@ -70,6 +72,17 @@ class DeviceForms:
             num_tokens, int(is_active), min(num_tokens, size), num_layers, CHUNK=min(_MAX_CHUNK, next_power(size)), BLOCK_L=next_power(num_layers),
             num_warps=4,
         )  # fmt: skip
+
+    def end(self, tokens: Tokens | None, num_tokens: int, *, is_active: bool) -> None:
+        """Finish a pass: send what it left to the host (saved, done, risks, counts of the arms), and put the buffers back to rest."""
+        if not is_active:
+            self.waiting.add(tokens)
+            return
+        b = self.buffers
+        counts = [arm.counts_C2 for arm in self.arms]
+        self.waiting.add(tokens, [b.saved_T[:num_tokens], b.done_T[:num_tokens], b.risk_CT[:, :num_tokens], *counts])
+        b.clear(num_tokens)
+        self.begin(0, is_active=False)
 
     def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Run checkpoint `index` on the residual stream (T, D), fp32, bf16 or fp16, whole or in two parts; returns at once in an idle step."""
