@@ -188,7 +188,7 @@ def run_dense(x_TD: Tensor, *, gate_up: Tensor, down: Tensor) -> Tensor:
     h_TF = product_TF.new_empty((num_rows, width // 2))
     none, zero = _make_idle(product_TF.device)
     activation_kernel[(num_rows, -(-width // 2 // block))](
-        product_TF, h_TF, none, zero, none, none, none, zero, width // 2, product_TF.stride(0),
+        product_TF, h_TF, none, zero, none, none, none, zero, zero, width // 2, product_TF.stride(0),
         ACTIVATION=0, SCORES_ACTIVATION=False, ROUNDS_TWICE=False, BLOCK_F=block,
     )  # fmt: skip
     return functional.linear(h_TF, down)

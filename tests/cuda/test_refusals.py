@@ -14,8 +14,9 @@ from vllm.config.compilation import CUDAGraphMode
 from tests.cuda.test_interpreted import REPOSITORY, make_environment
 
 
-def make_config(mode: CUDAGraphMode) -> SimpleNamespace:
-    return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
+def make_config(mode: CUDAGraphMode, *, num_experts_ranks: int = 1) -> SimpleNamespace:
+    parallel = SimpleNamespace(enable_expert_parallel=num_experts_ranks > 1, world_size_across_dp=num_experts_ranks)
+    return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode), parallel_config=parallel)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,11 @@ def test_what_graphs_cannot_hold_is_refused_with_the_remedy(static, cuda, said):
             _refuse_graphs(static, make_config(mode), cuda)
     _refuse_graphs(static, make_config(CUDAGraphMode.NONE), cuda)
     _refuse_graphs(static, make_config(CUDAGraphMode.FULL), None)
+
+
+def test_exchanges_inside_mlps_are_refused():
+    with pytest.raises(UnsupportedModel, match=r"expert parallelism.*NONE"):
+        _refuse_graphs(StaticConfig(probe_set="p"), make_config(CUDAGraphMode.FULL, num_experts_ranks=2), "13.0")
 
 
 def test_decisions_and_reductions_inside_graphs_are_served():

@@ -118,7 +118,7 @@ def _refuse_layout(vllm_config: VllmConfig) -> None:
 
 def _refuse_graphs(static: StaticConfig, vllm_config: VllmConfig, cuda: str | None = torch.version.cuda) -> None:
     """Refuse what can't run inside CUDA graphs: whatever the host must see or change within a pass."""
-    mode = vllm_config.compilation_config.cudagraph_mode
+    mode, parallel = vllm_config.compilation_config.cudagraph_mode, vllm_config.parallel_config
     if mode in (None, CUDAGraphMode.NONE) or cuda is None:
         return
     reason = ""
@@ -126,6 +126,8 @@ def _refuse_graphs(static: StaticConfig, vllm_config: VllmConfig, cuda: str | No
         reason = "recording copies every pass's streams to the host"
     elif static.draft:
         reason = "self-speculation sets levels from the host within a pass"
+    elif parallel.enable_expert_parallel and parallel.world_size_across_dp > 1:
+        reason = "expert parallelism exchanges tokens inside the MLPs, which conditional nodes may leave out"
     elif tuple(int(part) for part in cuda.split(".")[:2]) < _MIN_CUDA:
         reason = f"this torch is built for CUDA {cuda}, conditional nodes need {_MIN_CUDA[0]}.{_MIN_CUDA[1]}"
     if reason:

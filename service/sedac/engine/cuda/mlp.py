@@ -93,9 +93,9 @@ class DeviceMlp:
             self._run_few(x_TD, dense, out_TD)
         elif form == forms.MANY:
             self._run_many(x_TD, dense, out_TD)
-            self._finish(out_TD, dense, when=2)
-        else:
-            self._finish(out_TD, dense, when=0)
+            self._finish(out_TD, dense, after_dense=False, counts=False)
+        else:  # without neurons nothing has masked the skipped rows yet
+            self._finish(out_TD, dense, after_dense=self.neurons is None, counts=True)
         return out_TD
 
     @property
@@ -108,20 +108,20 @@ class DeviceMlp:
         neurons = self.neurons
         if neurons is None:
             out_TD = self.base(x_TD)
+            if form != forms.MIDDLE:
+                self._finish(out_TD, self.device.dense_GL[form, self.layer], after_dense=True, counts=True)
         else:
             gate_up_TF = self.gate_up(x_TD)
             size = gate_up_TF.shape[1] // 2
             h_TF = gate_up_TF.new_empty((num_rows, size))
             activation_kernel[(num_rows, -(-size // _ROW_BLOCK))](
-                gate_up_TF, h_TF, neurons.rank_F, neurons.natural_scale_F, *self._levels, size, gate_up_TF.stride(0),
+                gate_up_TF, h_TF, neurons.rank_F, neurons.natural_scale_F, *self._levels, self.device.buffers.saved_T, size, gate_up_TF.stride(0),
                 ACTIVATION=self.activation, SCORES_ACTIVATION=neurons.scores_activation, ROUNDS_TWICE=self.rounds_twice, BLOCK_F=_ROW_BLOCK,
             )  # fmt: skip
             out_TD = self.down(h_TF)
             if neurons.repaired:
                 wanted = self.device.repair_GL[form, self.layer]
                 run_if(wanted, lambda: self._repair(h_TF, neurons, out_TD), always=always)
-        if form != forms.MIDDLE:
-            self._finish(out_TD, self.device.dense_GL[form, self.layer], when=1)
         return out_TD
 
     def _repair(self, h_TF: Tensor, neurons: DeviceNeurons, out_TD: Tensor) -> None:
@@ -129,10 +129,13 @@ class DeviceMlp:
         grid = (num_rows, -(-size // _ROW_BLOCK))
         merge_kernel[grid](out_TD, repaired_TD, *self._levels, size, out_TD.stride(0), repaired_TD.stride(0), BLOCK_D=_ROW_BLOCK)
 
-    def _finish(self, out_TD: Tensor, dense: Tensor, when: int) -> None:
+    def _finish(self, out_TD: Tensor, dense: Tensor, *, after_dense: bool, counts: bool) -> None:
         (num_rows, size), b = out_TD.shape, self.device.buffers
         grid = (num_rows, -(-size // _ROW_BLOCK))
-        finish_kernel[grid](out_TD, *self._levels, b.saved_T, dense.view(torch.int8), b.active, size, out_TD.stride(0), WHEN=when, BLOCK_D=_ROW_BLOCK)
+        finish_kernel[grid](
+            out_TD, *self._levels, b.saved_T, dense.view(torch.int8), b.active, size, out_TD.stride(0),
+            AFTER_DENSE=after_dense, COUNTS=counts, BLOCK_D=_ROW_BLOCK,
+        )  # fmt: skip
 
     def _run_few(self, x_TD: Tensor, dense: Tensor, out_TD: Tensor) -> None:
         assert self.weights is not None

@@ -11,12 +11,12 @@ from sedac.engine.cuda.few import KIND_CONTEXTUAL, KIND_SKIP, KIND_WIDTH, activa
 
 @triton.jit
 def activation_kernel(
-    gate_up_ptr, h_ptr, rank_ptr, scale_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr,
+    gate_up_ptr, h_ptr, rank_ptr, scale_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, saved_ptr,
     F, stride_g, ACTIVATION: tl.constexpr, SCORES_ACTIVATION: tl.constexpr, ROUNDS_TWICE: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Write h (T, F) = act(gate) * up of the products (T, 2F), 0 where a reduced row leaves a neuron out; grid: (rows, blocks of F).
+    """Write h (T, F) = act(gate) * up of the products (T, 2F), 0 where a reduced row leaves a neuron out; count what skips save.
 
-    `rank_F`: a neuron's place in the order of importance. `ROUNDS_TWICE`: the activation is rounded before it is multiplied, as
+    Grid: (rows, blocks of F). `rank_F`: a neuron's place in the order of importance. `ROUNDS_TWICE`: the activation is rounded first, as
     vLLM's own kernel does (csrc/activation_kernels.cu); else once at the end, as the compiler's fused form does.
     """
     t = tl.program_id(0)
@@ -37,22 +37,23 @@ def activation_kernel(
             h_F = tl.where(tl.load(rank_ptr + f_F, mask=in_F, other=0) < limit, h_F, 0.0)
         elif kind == KIND_SKIP:
             h_F = tl.zeros([BLOCK_F], tl.float32)
+            if tl.program_id(1) == 0:
+                tl.store(saved_ptr + t, tl.load(saved_ptr + t) + 1.0)
     tl.store(h_ptr + t.to(tl.int64) * F + f_F, h_F.to(h_ptr.dtype.element_ty), mask=in_F)
 
 
 @triton.jit
 def finish_kernel(
     out_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, saved_ptr, dense_ptr, active_ptr,
-    D, stride_out, WHEN: tl.constexpr, BLOCK_D: tl.constexpr,
+    D, stride_out, AFTER_DENSE: tl.constexpr, COUNTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Clear skipped rows of the output (T, D), padding among them; grid: (rows, blocks of D).
 
-    `WHEN` 0: in every active step, and count what skips save; 1: the same, called only where the layer's own products ran;
-    2: only where they did not, without counting.
+    `AFTER_DENSE`: also where the layer's own products ran; `COUNTS`: add what skips save.
     """
     if tl.load(active_ptr) == 0:
         return
-    if WHEN == 2:
+    if not AFTER_DENSE:
         if tl.load(dense_ptr) != 0:
             return
     t = tl.program_id(0)
@@ -61,7 +62,7 @@ def finish_kernel(
         return
     d_D = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     tl.store(out_ptr + t.to(tl.int64) * stride_out + d_D, tl.zeros([BLOCK_D], out_ptr.dtype.element_ty), mask=d_D < D)
-    if WHEN < 2:
+    if COUNTS:
         if (tl.program_id(1) == 0) & (t < tl.load(live_ptr)):
             tl.store(saved_ptr + t, tl.load(saved_ptr + t) + 1.0)
 
