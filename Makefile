@@ -86,6 +86,11 @@ bench-quality: $(KERNELS) ## quality against saved FLOPs of every mechanism on h
 bench-speculation: $(KERNELS) ## every way of speculation against plain vLLM, demo and mid-size (ARGS=--help); writes benchmarks/results/speculation.*
 	for model in demo mid; do $(BIN)/python benchmarks/speculation.py --model $$model --out benchmarks/results/speculation $(ARGS); done
 
+.PHONY: bench-cuda
+bench-cuda: ## on a GPU: every form of the reduced MLP, then whole decoder steps (ARGS=--help); writes benchmarks/results/cuda-*
+	$(BIN)/python benchmarks/cuda/kernels.py --out benchmarks/results/cuda-kernels $(ARGS)
+	$(BIN)/python benchmarks/cuda/step.py --out benchmarks/results/cuda-step $(ARGS)
+
 .PHONY: bench-control
 bench-control: $(KERNELS) ## the control plane under load, under faults, with a fleet; writes benchmarks/results/control.*
 	for part in fleet load away; do $(BIN)/python benchmarks/control.py $$part $(ARGS); done

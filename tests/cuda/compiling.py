@@ -56,7 +56,7 @@ def _compile(kernel: JITFunction, arguments: tuple[Any, ...], keywords: dict[str
             signature[parameter.name], attributes[(i,)] = f"*{NAMES[value.dtype]}", [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

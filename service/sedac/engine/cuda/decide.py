@@ -136,7 +136,7 @@ def _decide(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # a new number of tokens must not wait for the compiler
 def checkpoint_kernel(
     hidden_ptr, residual_ptr, level_ptr, role_ptr, done_ptr, goal_ptr, scale_ptr, confidence_ptr, risk_ptr, active_ptr, live_ptr,
     ladder_ptr, shares_ptr, down0_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, rank0_ptr, knobs0_ptr, counts0_ptr,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sedac.engine.levels import LevelTable
     from sedac.engine.tokens import TokenBuffers, Tokens
 
-_MAX_CHUNK = 1024
+_CHUNKS = (16, 256, 1024)  # few, so that few kernels are built
 _MAX_BLOCKS = 1024  # of an output row
 _DOT_ROWS = 16  # the least that a matrix unit takes
 
@@ -30,6 +30,10 @@ _DOT_ROWS = 16  # the least that a matrix unit takes
 def next_power(n: int) -> int:
     """Return the smallest power of 2 that is at least n, and at least 1."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def _choose_chunk(num_tokens: int) -> int:
+    return next((chunk for chunk in _CHUNKS if num_tokens <= chunk), _CHUNKS[-1])
 
 
 class DeviceForms:
@@ -59,6 +63,7 @@ class DeviceForms:
         self.count_T = make(torch.int32, max_num_tokens)
         """active neurons of contextual rows, from one launch to the next"""
         self.arrived = make(torch.int32, _MAX_BLOCKS)
+        self.begin(0, is_active=False)  # builds the kernel now, not in the first step
 
     def set_rule(self, arm: int, rule: int, scope: int, decay: float) -> None:
         """Put an arm's rule into force for the launches that follow on this stream."""
@@ -69,7 +74,7 @@ class DeviceForms:
         b, size, num_layers = self.buffers, self.buffers.level_T.shape[0], self.table.kind_LV.shape[0]
         begin_kernel[(1,)](
             b.level_T, b.role_T, self.table.kind_LV, self.live, self.whole, self.dense_GL.view(torch.int8), self.repair_GL.view(torch.int8),
-            num_tokens, int(is_active), min(num_tokens, size), num_layers, CHUNK=min(_MAX_CHUNK, next_power(size)), BLOCK_L=next_power(num_layers),
+            num_tokens, int(is_active), min(num_tokens, size), num_layers, CHUNK=_choose_chunk(size), BLOCK_L=next_power(num_layers),
             num_warps=4,
         )  # fmt: skip
 
@@ -104,5 +109,5 @@ class DeviceForms:
             self.dense_GL.view(torch.int8), self.repair_GL.view(torch.int8),
             num_rows, hidden_size, num_layers, self._z_TR.shape[1], hidden_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0),
             HAS_RESIDUAL=residual_TD is not None, BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_D=64 if is_dot else 1024, BLOCK_RANK=rank_size,
-            ROWS=max(1, min(block_t, 4096 // rank_size)), CHUNK=min(_MAX_CHUNK, next_power(num_rows)), BLOCK_L=next_power(num_layers), num_warps=4,
+            ROWS=max(1, min(block_t, 4096 // rank_size)), CHUNK=_choose_chunk(num_rows), BLOCK_L=next_power(num_layers), num_warps=4,
         )  # fmt: skip

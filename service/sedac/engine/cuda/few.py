@@ -36,7 +36,7 @@ def read_levels(level_ptr, live_ptr, kind_ptr, parameter_ptr, t_T, F):
     return kind_T, parameter_T, limit_T
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gate_up_kernel(
     x_ptr, gate_up_ptr, order_ptr, scale_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr, h_ptr, count_ptr,
     T, D, F, stride_x, stride_w,
@@ -78,7 +78,7 @@ def gate_up_kernel(
     tl.atomic_add(count_ptr + t_T, tl.sum(keep_TK.to(tl.int32), axis=1), mask=(t_T < T) & (kind_T == KIND_CONTEXTUAL), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def down_kernel(
     h_ptr, down_ptr, order_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr, part_ptr, arrived_ptr, count_ptr, saved_ptr, out_ptr,
     T, D, F, PART, stride_out, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,

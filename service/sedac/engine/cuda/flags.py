@@ -45,7 +45,7 @@ def write_flags(dense_ptr, repair_ptr, kind_ptr, present_V, whole, L, BLOCK_L: t
     tl.store(repair_ptr + 2 * L + l_L, (many_L * reduced_L).to(tl.int8), mask=is_layer_L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "is_active", "T"])
 def begin_kernel(
     level_ptr, role_ptr, kind_ptr, live_ptr, whole_ptr, dense_ptr, repair_ptr,
     num_tokens, is_active, T, L, CHUNK: tl.constexpr, BLOCK_L: tl.constexpr,

@@ -79,7 +79,7 @@ def merge_kernel(out_ptr, repaired_ptr, level_ptr, live_ptr, kind_ptr, parameter
     tl.store(out_ptr + t.to(tl.int64) * stride_out + d_D, value_D, mask=d_D < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def compact_kernel(
     level_ptr, live_ptr, kind_ptr, parameter_ptr, falling_ptr, dense_ptr, index_ptr, bounds_ptr, saved_ptr,
     T, F, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
