@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sedac.engine.tokens import TokenBuffers, Tokens
 
 _CHUNKS = (16, 256, 1024)  # few, so that few kernels are built
-_MAX_BLOCKS = 1024  # of an output row
+_MAX_BLOCKS = 4096  # of an output
 _DOT_ROWS = 16  # the least that a matrix unit takes
 
 

@@ -38,11 +38,15 @@ def read_levels(level_ptr, live_ptr, kind_ptr, parameter_ptr, t_T, F):
 
 @triton.jit(do_not_specialize=["T"])
 def gate_up_kernel(
-    x_ptr, gate_up_ptr, order_ptr, scale_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr, h_ptr, count_ptr,
+    x_ptr, gate_up_ptr, order_ptr, scale_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr, h_ptr, wanted_ptr, count_ptr,
     T, D, F, stride_x, stride_w,
     ACTIVATION: tl.constexpr, SCORES_ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write h (T, F) in order of importance, fp32, 0 where a row leaves a neuron out; grid: (blocks of neurons,)."""
+    """Write h (T, F) in order of importance, fp32, 0 where a row leaves a neuron out; grid: (blocks of neurons,).
+
+    `wanted` (F): the model's own neuron of each place, -1 where no row wants it: one load says where down's row lies and whether it
+    is read, so that the next kernel can fetch ahead.
+    """
     if tl.load(dense_ptr) != 0:
         return
     t_T = tl.arange(0, BLOCK_T)
@@ -66,6 +70,7 @@ def gate_up_kernel(
     score_TK = tl.abs(active_TK if SCORES_ACTIVATION else gate_TK) * scale_K[None, :]
     keep_TK = reach_TK & ((kind_T != KIND_CONTEXTUAL)[:, None] | (score_TK >= parameter_T[:, None]))
     any_K = tl.max(keep_TK.to(tl.int32), axis=0) > 0
+    tl.store(wanted_ptr + n_K, tl.where(any_K, f_K, -1).to(tl.int32), mask=n_K < F)
     up_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     if tl.max(any_K.to(tl.int32), axis=0) > 0:
         for start in range(0, D, BLOCK_D):
@@ -80,7 +85,7 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["T"])
 def down_kernel(
-    h_ptr, down_ptr, order_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr, part_ptr, arrived_ptr, count_ptr, saved_ptr, out_ptr,
+    h_ptr, down_ptr, wanted_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr, part_ptr, arrived_ptr, count_ptr, saved_ptr, out_ptr,
     T, D, F, PART, stride_out, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write every row of the output (T, D), 0 for skipped ones, and what the rows saved; grid: (blocks of D, parts of F).
@@ -104,9 +109,8 @@ def down_kernel(
     for start in range(part * PART, tl.minimum(limit, (part + 1) * PART), BLOCK_K):
         n_K = start + tl.arange(0, BLOCK_K)
         h_TK = tl.load(h_ptr + t_T[:, None] * F + n_K[None, :], mask=(n_K[None, :] < limit_T[:, None]), other=0.0)
-        any_K = tl.max((h_TK != 0.0).to(tl.int32), axis=0) > 0
-        f_K = tl.load(order_ptr + n_K, mask=any_K, other=0).to(tl.int64)
-        w_KD = tl.load(down_ptr + f_K[:, None] * D + d_D[None, :], mask=any_K[:, None] & in_D[None, :], other=0.0)
+        f_K = tl.load(wanted_ptr + n_K, mask=n_K < limit, other=-1).to(tl.int64)
+        w_KD = tl.load(down_ptr + f_K[:, None] * D + d_D[None, :], mask=(f_K >= 0)[:, None] & in_D[None, :], other=0.0)
         acc_TD = tl.dot(h_TK.to(w_KD.dtype), w_KD, acc_TD, input_precision="ieee")
     if num_parts > 1:
         tl.store(part_ptr + (part * T + t_T)[:, None].to(tl.int64) * D + d_D[None, :], acc_TD, mask=is_row_TD)

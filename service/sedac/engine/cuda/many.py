@@ -1,7 +1,7 @@
 """The MLP of many rows, the skipped ones left out and the narrow ones ended early; no host knows how many are left.
 
 Grids are sized for all rows: blocks past the list of rows, or past the width of their rows, return at once. Each row's sum has a
-fixed order, so its result does not depend on which rows share its step; no atomics.
+fixed order, so its result does not depend on which rows share its step; atomics count arrivals alone.
 Rows at level `full` are computed here too, rounded another way than the layer's own products: steps with tokens that were
 promised those run them instead (flags.py).
 M rows of a block, D hidden size, F neurons, N columns of a block, K of the summed dimension.
@@ -70,10 +70,14 @@ def grouped_gate_up_kernel(
 
 @triton.jit
 def grouped_down_kernel(
-    h_ptr, own_ptr, neurons_ptr, order_ptr, index_ptr, bounds_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr, out_ptr,
-    D, F, stride_own, stride_out, HAS_NEURONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    h_ptr, own_ptr, neurons_ptr, order_ptr, index_ptr, bounds_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, dense_ptr,
+    part_ptr, arrived_ptr, out_ptr, D, F, PART, NUM_ROWS, stride_own, stride_out,
+    HAS_NEURONS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write the listed rows of the output (T, D): full ones by the model's own down (D, F), reduced ones by the neuron-major (F, D)."""
+    """Write the listed rows of the output (T, D): full ones by the model's own down (D, F), reduced ones by the neuron-major (F, D).
+
+    Grid: (D, rows, parts of F). A part has PART neurons, a multiple of BLOCK_K; the last to arrive adds the parts (parts, NUM_ROWS, D).
+    """
     if tl.load(dense_ptr) != 0:
         return
     first, begin = tl.program_id(1) * BLOCK_M, tl.load(bounds_ptr)
@@ -81,24 +85,38 @@ def grouped_down_kernel(
         return
     row_M, _, _, limit_M = _read_rows(index_ptr, bounds_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, first, F, BLOCK_M)
     limit = tl.max(limit_M, axis=0)
+    part, num_parts = tl.program_id(2), tl.maximum(tl.cdiv(limit, PART), 1)
+    if part >= num_parts:
+        return
+    low, high = part * PART, tl.minimum(limit, (part + 1) * PART)
     m_M = first + tl.arange(0, BLOCK_M)
     d_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_N = d_N < D
     acc_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     is_own = first < begin
     if is_own:
-        for start in range(0, limit, BLOCK_K):
+        for start in range(low, high, BLOCK_K):
             n_K = start + tl.arange(0, BLOCK_K)
             h_MK = tl.load(h_ptr + m_M[:, None].to(tl.int64) * F + n_K[None, :], mask=n_K[None, :] < limit_M[:, None], other=0.0)
             w_KN = tl.load(own_ptr + d_N[None, :].to(tl.int64) * stride_own + n_K[:, None], mask=(n_K < F)[:, None] & in_N[None, :], other=0.0)
             acc_MN = tl.dot(h_MK, w_KN, acc_MN, input_precision="ieee")
     if HAS_NEURONS:
         if not is_own:
-            for start in range(0, limit, BLOCK_K):
+            for start in range(low, high, BLOCK_K):
                 n_K = start + tl.arange(0, BLOCK_K)
                 f_K = tl.load(order_ptr + n_K, mask=n_K < F, other=0).to(tl.int64)
                 h_MK = tl.load(h_ptr + m_M[:, None].to(tl.int64) * F + n_K[None, :], mask=n_K[None, :] < limit_M[:, None], other=0.0)
                 w_KN = tl.load(neurons_ptr + f_K[:, None] * D + d_N[None, :], mask=(n_K < F)[:, None] & in_N[None, :], other=0.0)
                 acc_MN = tl.dot(h_MK, w_KN, acc_MN, input_precision="ieee")
+    if num_parts > 1:
+        place_MN = m_M[:, None].to(tl.int64) * D + d_N[None, :]
+        tl.store(part_ptr + part.to(tl.int64) * NUM_ROWS * D + place_MN, acc_MN, mask=in_N[None, :])
+        tl.debug_barrier()
+        if tl.atomic_add(arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel") != num_parts - 1:
+            return
+        tl.store(arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), 0)
+        acc_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in range(0, num_parts):
+            acc_MN += tl.load(part_ptr + tl.cast(i, tl.int64) * NUM_ROWS * D + place_MN, mask=in_N[None, :], other=0.0, cache_modifier=".cg")
     row_ptr = out_ptr + tl.maximum(row_M, 0)[:, None].to(tl.int64) * stride_out + d_N[None, :]
     tl.store(row_ptr, acc_MN.to(out_ptr.dtype.element_ty), mask=(row_M >= 0)[:, None] & in_N[None, :])

@@ -22,7 +22,8 @@ from sedac.engine.cuda.rows import activation_kernel, compact_kernel, finish_ker
 MAX_HOST_ROWS = 512
 """of a pass outside CUDA graphs: up to so many rows the host reads the flags, longer ones run dense and masked"""
 _FEW_K, _FEW_D, _DOWN_K, _DOWN_D, _PARTS = 16, 256, 32, 256, 32
-_MANY_M, _MANY_N, _MANY_K = 64, 128, 64
+_MANY_M, _MANY_F, _MANY_D, _MANY_K = 64, 64, 128, 64
+_MANY_BLOCKS = 256  # that down's work is cut into where one block of rows is left: about two for each multiprocessor
 _ROW_BLOCK = 1024
 
 
@@ -143,9 +144,9 @@ class DeviceMlp:
         (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.device.buffers
         gate_up_FD = self.weights[0]
         size, flag, rows = gate_up_FD.shape[0] // 2, dense.view(torch.int8), max(forms.MAX_FEW, next_power(num_rows))
-        h_TF = x_TD.new_empty((num_rows, size), dtype=torch.float32)
+        h_TF, wanted_F = x_TD.new_empty((num_rows, size), dtype=torch.float32), x_TD.new_empty(size, dtype=torch.int32)
         gate_up_kernel[(-(-size // _FEW_K),)](
-            x_TD, gate_up_FD, neurons.order_F, neurons.scale_F, *self._levels, flag, h_TF, self.device.count_T,
+            x_TD, gate_up_FD, neurons.order_F, neurons.scale_F, *self._levels, flag, h_TF, wanted_F, self.device.count_T,
             num_rows, hidden_size, size, x_TD.stride(0), gate_up_FD.stride(0),
             ACTIVATION=self.activation, SCORES_ACTIVATION=neurons.scores_activation, BLOCK_T=rows, BLOCK_K=_FEW_K, BLOCK_D=_FEW_D,
             num_warps=4, num_stages=4,
@@ -153,8 +154,8 @@ class DeviceMlp:
         part = -(-size // (_PARTS * _DOWN_K)) * _DOWN_K
         parts_PTD = x_TD.new_empty((-(-size // part), num_rows, hidden_size), dtype=torch.float32)
         down_kernel[(-(-hidden_size // _DOWN_D), parts_PTD.shape[0])](
-            h_TF, neurons.down_FD, neurons.order_F, *self._levels, flag, parts_PTD, self.device.arrived, self.device.count_T, b.saved_T, out_TD,
-            num_rows, hidden_size, size, part, out_TD.stride(0), BLOCK_T=rows, BLOCK_K=_DOWN_K, BLOCK_D=_DOWN_D, num_warps=4, num_stages=4,
+            h_TF, neurons.down_FD, wanted_F, *self._levels, flag, parts_PTD, self.device.arrived, self.device.count_T, b.saved_T, out_TD,
+            num_rows, hidden_size, size, part, out_TD.stride(0), BLOCK_T=rows, BLOCK_K=_DOWN_K, BLOCK_D=_DOWN_D, num_warps=4, num_stages=7,
         )  # fmt: skip
 
     def _run_many(self, x_TD: Tensor, dense: Tensor, out_TD: Tensor) -> None:
@@ -171,13 +172,17 @@ class DeviceMlp:
         order_F, scale_F = (neurons.order_F, neurons.scale_F) if neurons else (index, b.scale_T)  # never read without neurons
         num_blocks = -(-num_rows // _MANY_M) + 1  # full and reduced rows share no block
         common = (index, bounds, *self._levels, flag)
-        grouped_gate_up_kernel[(-(-size // _MANY_N), num_blocks)](
+        grouped_gate_up_kernel[(-(-size // _MANY_F), num_blocks)](
             x_TD, gate_up_FD, order_F, scale_F, *common, h_MF, hidden_size, size, x_TD.stride(0), gate_up_FD.stride(0),
             ACTIVATION=self.activation, SCORES_ACTIVATION=neurons is not None and neurons.scores_activation, HAS_NEURONS=neurons is not None,
-            BLOCK_M=_MANY_M, BLOCK_N=_MANY_N, BLOCK_K=_MANY_K, num_warps=8, num_stages=3,
+            BLOCK_M=_MANY_M, BLOCK_N=_MANY_F, BLOCK_K=_MANY_K, num_warps=4, num_stages=3,
         )  # fmt: skip
         down_FD = neurons.down_FD if neurons else down_DF
-        grouped_down_kernel[(-(-hidden_size // _MANY_N), num_blocks)](
-            h_MF, down_DF, down_FD, order_F, *common, out_TD, hidden_size, size, down_DF.stride(0), out_TD.stride(0),
-            HAS_NEURONS=neurons is not None, BLOCK_M=_MANY_M, BLOCK_N=_MANY_N, BLOCK_K=_MANY_K, num_warps=4, num_stages=4,
+        columns = -(-hidden_size // _MANY_D)
+        part = -(-size // (max(1, _MANY_BLOCKS // columns) * _MANY_K)) * _MANY_K
+        parts_PMD = x_TD.new_empty((-(-size // part), num_blocks * _MANY_M, hidden_size), dtype=torch.float32)
+        grouped_down_kernel[(columns, num_blocks, parts_PMD.shape[0])](
+            h_MF, down_DF, down_FD, order_F, *common, parts_PMD, self.device.arrived, out_TD,
+            hidden_size, size, part, parts_PMD.shape[1], down_DF.stride(0), out_TD.stride(0),
+            HAS_NEURONS=neurons is not None, BLOCK_M=_MANY_M, BLOCK_N=_MANY_D, BLOCK_K=_MANY_K, num_warps=4, num_stages=4,
         )  # fmt: skip
