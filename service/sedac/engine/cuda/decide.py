@@ -181,9 +181,10 @@ def checkpoint_kernel(
             seen1_N = _find_seen(role_ptr, done_ptr, t_N, t_N < num_tokens, 1, rank1, is_on1)
             _write_risk(z_ptr, risk_ptr, norm_weight1_ptr, norm_bias1_ptr, out_weight1_ptr, out_bias1_ptr, t_N, seen1_N, rank1, MAX_RANK, BLOCK_RANK)
     tl.debug_barrier()
-    if tl.atomic_add(arrived_ptr + num_blocks, 1, sem="acq_rel") != num_blocks - 1:
-        return
-    tl.store(arrived_ptr + num_blocks, 0)
+    if num_blocks > 1:
+        if tl.atomic_add(arrived_ptr + num_blocks, 1, sem="acq_rel") != num_blocks - 1:
+            return
+        tl.store(arrived_ptr + num_blocks, 0)
     _decide(
         level_ptr, role_ptr, done_ptr, goal_ptr, scale_ptr, confidence_ptr, risk_ptr, sure_ptr, ladder_ptr, shares_ptr,
         knobs0_ptr, knobs1_ptr, counts0_ptr, counts1_ptr, rules_ptr, rank0, rank1, num_tokens, T, CHUNK,
