@@ -109,7 +109,8 @@ class SedacWorker(_Worker):
             extra = new.sampling_params.extra_args if new.sampling_params else None
             self._sedac_requests.add(new.req_id, extra or {}, may_draft=sampling.can_verify(new.sampling_params))
         if waiting:
-            waiting.then(lambda _, ids=tuple(scheduler_output.finished_req_ids): self._sedac_requests.finish(ids))
+            finished = tuple(scheduler_output.finished_req_ids)
+            waiting.then(lambda _: self._sedac_requests.finish(finished))
         else:
             self._sedac_requests.finish(scheduler_output.finished_req_ids)
         if self.sedac_drafter is not None:

@@ -65,7 +65,7 @@ def attach(mlp: Any, name: str, layer: int, state: State, neurons: Neurons | Non
     mlp.sedac_sums = False
     if get_tensor_model_parallel_world_size() > 1:
         down = getattr(mlp, "down_proj", None)
-        if not getattr(down, "reduce_results", False):
+        if down is None or not getattr(down, "reduce_results", False):
             raise UnsupportedModel(
                 f"{name} ({base.__name__}) adds up its ranks' parts inside; SEDAC on CUDA needs a down_proj that does: use tensor_parallel_size 1"
             )
