@@ -121,7 +121,7 @@ def _policy(demo_probes, **knobs) -> dict:
     from sedac.probe.manifest import read_manifest
 
     checkpoints = [{"layer": p.layer, "threshold": p.metrics["risk_q0.4"]} for p in read_manifest(demo_probes).probes]
-    tiers = [{"name": "balanced"}, {"name": "deep", "level": "contextual-50", "floor": "contextual-20"}]
+    tiers = [{"name": "balanced"}, {"name": "deep", "level": "skip", "floor": "contextual-40"}]
     return {"enabled": True, "checkpoints": checkpoints, "tiers": tiers, "speculation": {"adaptive": False, **knobs}}
 
 
