@@ -26,7 +26,7 @@ from sedac_probes.drafts.fit import FitSettings, compare, evaluate, fit
 from sedac_probes.drafts.states import Source, States, collect_states, read_states
 from sedac_probes.drafts.target import count_parameters, make_head, make_manifest, read_target
 
-from tests.engine.conftest import run_engine
+from tests.engine.conftest import read_heldout_prompts, run_engine
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
 LENGTH, PIECES, PROMPT = 80, 12, 24
@@ -170,13 +170,13 @@ def guess_with_transformers(reference, head, depth, prompt, answer):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("kind", "depth"), [(ADAPTER, 9), (EXIT_HEAD, 10)])
-def test_the_head_that_serves_is_the_head_that_was_trained(kind, depth, target, reference, heldout_prompts, tmp_path):
+def test_the_head_that_serves_is_the_head_that_was_trained(kind, depth, target, reference, tmp_path):
     """What the engine drafts and accepts, step by step, follows from the plain head on the whole text: its keys and values too."""
     manifest = replace(make_manifest(target, kind, depth), max_tokens=4)
     directory = tmp_path / kind
     save_draft(directory, manifest, disturb(make_head(target, manifest)))
     head = load_saved(directory)
-    prompts, tokens = heldout_prompts[:10], 48
+    prompts, tokens = read_heldout_prompts(10), 48
     speculation = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": 4}
     steps = []
     for confidence in (0.0, 0.5):
