@@ -193,7 +193,10 @@ def test_the_head_that_serves_is_the_head_that_was_trained(kind, depth, target, 
         expected = roll_out(texts, 4, confidence)
         found = {name: [a - b for a, b in zip(after["drafting"][name], before["drafting"][name], strict=True)] for name in ("lengths", "accepted_at")}
         found["lengths"][0] -= len(prompts)  # a prompt's own step
-        assert (found["lengths"], found["accepted_at"]) == (list(expected.lengths), list(expected.accepted_at))
+        assert found["accepted_at"] == list(expected.accepted_at)
+        assert sum(found["lengths"]) == expected.num_steps
+        if confidence == 0.0:  # else the engine's confidence behind a wrong draft, which is that of another text, decides when to stop
+            assert found["lengths"] == list(expected.lengths)
         assert 0 < expected.accepted_at[3] < expected.accepted_at[0] < expected.num_steps
     if kind == ADAPTER:  # the keys and values matter here: without them the head says something else
         head.o_proj.weight.data.zero_()
