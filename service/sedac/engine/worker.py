@@ -44,6 +44,7 @@ class SedacWorker(_Worker):
             ConfigError: the engine was started without SEDAC's layout.
         """
         super().load_model(*args, **kwargs)
+        sampling.mend_seeds(self.model_runner)
         if self.vllm_config.speculative_config is not None:
             sampling.mend()
         model = self.model_runner.get_model()
