@@ -5,7 +5,7 @@
     python benchmarks/control.py away       the same load while the control service is killed, frozen and replaced by garbage
 
 Each prints a table and writes its part of benchmarks/results/control.json. `load` and `away` start the real `sedac serve` on the demo
-model. Absolute times of a shared machine are noise; ratios are taken between windows of one run that lie beside each other.
+model, without drafts. Absolute times of a shared machine are noise; ratios are taken between windows of one run that lie beside each other.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def load(
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         sets = _make_sets(directory / "sets", swaps)
-        served = start(directory, "--dtype", "float32", **({"VLLM_CPU_OMP_THREADS_BIND": "0"} if pin else {}))
+        served = start(directory, "--draft", "none", "--dtype", "float32", **({"VLLM_CPU_OMP_THREADS_BIND": "0"} if pin else {}))
         try:
             if pin:
                 for thread in (*psutil.Process().threads(), *served.find_control().threads()):
@@ -361,7 +361,7 @@ def away(
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         service = ControlProcess(directory / "control-away.sqlite3", SEDAC_CONTROL_PORT=str(find_free_port()))
-        served = start(directory, "--dtype", "float32", "--control", service.address)
+        served = start(directory, "--draft", "none", "--dtype", "float32", "--control", service.address)
         traffic = Traffic(served.url, num_streams=streams, max_tokens=max_tokens)
         try:
             time.sleep(8)

@@ -230,9 +230,7 @@ def main() -> None:
     """Start the engines, run every setting, print the table; written after each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["demo", "mid"], default="demo")
-    parser.add_argument(
-        "--draft", type=Path, nargs="*", default=[p for p in [DEMO / "draft"] if p.exists()], help="drafts of the demo model, one of a kind"
-    )
+    parser.add_argument("--draft", type=Path, nargs="*", help="drafts of the demo model, one of a kind; default: those that it brings")
     parser.add_argument("--variant", action="append", help="only plain and these (repeat); default: all")
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--temperature", type=float, nargs="+", default=list(TEMPERATURES))
@@ -245,6 +243,7 @@ def main() -> None:
     parser.add_argument("--lock", type=Path, help="hold this file's lock while an engine works: for machines shared with others who do")
     parser.add_argument("--quick", action="store_true", help="two rounds of little in few settings")
     args = parser.parse_args()
+    args.draft = args.draft if args.draft is not None else [DEMO / "draft", *sorted((DEMO / "drafts").iterdir())]
     if args.quick:
         args.batch, args.temperature, args.context, args.rounds, args.tokens, args.requests = [1, 4], [0.0], ["short"], 2, 32, 2
     logs = HERE.parent / "build" / "speculation-logs"

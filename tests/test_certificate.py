@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac.certificate import get_knobs_digest
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import Adaptation, Audit, Checkpoint, Layout, Policy, Speculation, Tier, validate
+from sedac.policy import Adaptation, Audit, Checkpoint, Layout, Policy, Speculation, Tier
+from sedac.validation import validate
 from sedac.weights import get_weights_digest
 
 from tests.strategies import certify, valid_policies

@@ -271,6 +271,7 @@ def test_a_draft_beside_the_users_own_speculation_is_refused_by_name(tmp_path, o
 
 def test_the_demo_model_drafts_with_its_own_unless_told_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "_SHIPPED", tmp_path)
+    monkeypatch.setattr(launch, "read_manifest", lambda _: MANIFEST)
     for name in ("model", "probe-set"):
         (tmp_path / name).mkdir()
     demo = launch.with_demo_defaults(EngineSettings())
@@ -285,13 +286,22 @@ def test_the_demo_model_drafts_with_its_own_unless_told_otherwise(tmp_path, monk
         assert launch.with_draft(demo, flags).draft_dir == Path(), "vLLM's own speculation was asked for"
 
 
+def test_the_demo_models_draft_is_left_out_where_its_level_is_not_there(caplog):
+    demo = launch.with_demo_defaults(EngineSettings())
+    assert launch.with_draft(demo).draft_dir.name == "draft"
+    with caplog.at_level("INFO", "sedac"):
+        assert launch.with_draft(demo.model_copy(update={"levels": False})).draft_dir == Path()
+    assert "the demo model's draft is left out: " in caplog.text
+    assert "width-50" in caplog.text
+
+
 def test_the_shipped_draft_fits_the_demo_model():
     settings = launch.with_draft(launch.with_demo_defaults(EngineSettings()))
     assert settings.draft_dir.parts[-3:] == ("probes", "demo", "draft")
     manifest = read_manifest(settings.probe_dir)
     draft = launch.read_draft(settings, manifest)
     speculation = settings.make_policy(manifest).speculation
-    assert (draft.kind, speculation) == ("adapter", Speculation())
+    assert (draft.kind, speculation) == ("reduced", Speculation())
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from typing import Any
 from sedac.control.settings import ControlSettings
 from sedac.control.tls import check_exposure
 from sedac.engine.drafting.setup import DRAFTER
-from sedac.errors import ConfigError
+from sedac.errors import ArtifactError, ConfigError
 from sedac.policy import FULL, SKIP
 from sedac.probe.draft_manifest import DraftManifest, check_fit, read_draft_manifest
 from sedac.probe.manifest import Manifest, read_manifest
@@ -63,7 +63,7 @@ def with_draft(settings: EngineSettings, vllm_args: Sequence[str] = ()) -> Engin
     """
     draft_dir, own = settings.draft_dir, _find_speculation(vllm_args)
     if draft_dir == Path() and not own and settings.model == str(_SHIPPED / "model") and (_SHIPPED / "draft").is_dir():
-        draft_dir = _SHIPPED / "draft"
+        draft_dir = _find_shipped_draft(settings)
     if draft_dir in (Path(), _NO_DRAFT):
         if settings.draft_tokens is not None:
             raise ConfigError(f"SEDAC_DRAFT_TOKENS is {settings.draft_tokens}, but there is no draft; name one with --draft or SEDAC_DRAFT_DIR")
@@ -71,6 +71,17 @@ def with_draft(settings: EngineSettings, vllm_args: Sequence[str] = ()) -> Engin
     if own:
         raise ConfigError(f"{own} and --draft {draft_dir} (SEDAC_DRAFT_DIR) are two ways to speculate; leave one out, `--draft none` keeps vLLM's")
     return settings.model_copy(update={"draft_dir": draft_dir.resolve()})
+
+
+def _find_shipped_draft(settings: EngineSettings) -> Path:
+    """Return the demo model's draft, or an empty path where the probe set, or the lack of levels, leaves it none that fits."""
+    own = _SHIPPED / "draft"
+    try:
+        read_draft(settings.model_copy(update={"draft_dir": own}), read_manifest(settings.probe_dir))
+    except ArtifactError as error:
+        _log.info("the demo model's draft is left out: %s", error)
+        return Path()
+    return own
 
 
 def read_draft(settings: EngineSettings, manifest: Manifest) -> DraftManifest | None:

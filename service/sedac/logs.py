@@ -30,8 +30,8 @@ _TOKEN = re.compile(r"\bsedac_[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
 """what `sedac control token` makes"""
 _PEM = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?(?:-----END \1-----|\Z)", re.DOTALL)
 _MASK = "***"
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-"""what every record has; the rest came as `extra`"""
+_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "vllm_process_name"}
+"""what every record has, in vLLM's processes too; the rest came as `extra`"""
 
 
 def configure(environ: Mapping[str, str] = os.environ) -> None:

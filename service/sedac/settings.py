@@ -20,8 +20,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sedac import logs
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Speculation, Tier, validate
+from sedac.policy import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Speculation, Tier
 from sedac.probe.manifest import Manifest
+from sedac.validation import validate
 
 _PREFIX = "SEDAC_"
 _ELSEWHERE = ("SEDAC_CONTROL_", "SEDAC_TEST_", "SEDAC_COMPOSE_", *logs.VARIABLES)

@@ -11,7 +11,8 @@ from sedac import wire
 from sedac.agent.pushes import Orders, read_push
 from sedac.control.v1 import control_pb2
 from sedac.errors import PolicyInvalid
-from sedac.policy import Policy, validate
+from sedac.policy import Policy
+from sedac.validation import validate
 
 from tests.strategies import any_policies, valid_policies
 

@@ -7,8 +7,9 @@ import json
 from dataclasses import asdict, replace
 
 from sedac.errors import PolicyInvalid
-from sedac.policy import Layout, Policy, validate
+from sedac.policy import Layout, Policy
 from sedac.stats import Stats
+from sedac.validation import validate
 
 LAYOUT = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5, 8), probe_set="demo", levels=("full", "skip", "width-25"))
 

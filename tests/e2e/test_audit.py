@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from sedac import wire
 from sedac.control.v1 import rollouts_pb2, rollouts_pb2_grpc
-from sedac.policy import Audit, Checkpoint, Policy, Tier
+from sedac.policy import Audit, Checkpoint, Policy, Speculation, Tier
 from sedac_probes import corpus
 
 pytestmark = pytest.mark.e2e
@@ -45,7 +45,7 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def _set_policy(control, served, threshold: float, audit_share: float, *, last_only: bool = False) -> Policy:
+def _set_policy(control, served, threshold: float, audit_share: float, *, last_only: bool = False, drafts: bool = True) -> Policy:
     """Audit under one threshold for every checkpoint, or for the last while the others are off."""
     layers = _read_status(served)["layout"]["checkpoint_layers"]
     policy = Policy(
@@ -53,6 +53,7 @@ def _set_policy(control, served, threshold: float, audit_share: float, *, last_o
         checkpoints=tuple(Checkpoint(layer=layer, threshold=threshold if layer == layers[-1] or not last_only else 0.0) for layer in layers),
         tiers=(Tier(name="balanced", level="skip"),),
         audit=Audit(share=audit_share),
+        speculation=Speculation(enabled=drafts),
     )
     made = control.update_policy(policy)
     control.wait_until_synced(made.revision, 30)
@@ -142,10 +143,11 @@ def test_responses_are_the_same_with_audits_and_without(served, control):
         # Tokens that come while a chunk is on its way share the next one, so that chunks differ from one time to the next.
         return whole + [("".join(text or "" for text, _ in stream), {logprobs for _, logprobs in stream}) for stream in streams]
 
-    _set_policy(control, served, 1e9, 0.0)
+    # Without drafts: their lengths follow measured time, and log-probabilities follow by rounding, and answers with a seed at a temperature.
+    _set_policy(control, served, 1e9, 0.0, drafts=False)
     ask()  # so that both find the same prefixes cached
     plain = ask()
-    _set_policy(control, served, 1e9, 1.0)
+    _set_policy(control, served, 1e9, 1.0, drafts=False)
     assert ask() == plain
     _until(lambda: _find_page(served)["num_audited"] == 8)
     assert _find_page(served)["num_audit_failures"] == 0

@@ -53,13 +53,12 @@ class Streams:
         while not self._stopping.is_set():
             prompt = PROMPTS[(number * 7 + self.num_done) % len(PROMPTS)]
             try:
-                pieces = [
-                    chunk.choices[0].text
-                    for chunk in client.completions.create(
-                        model="sedac-demo", prompt=prompt, max_tokens=48, temperature=0, stream=True, extra_body={"ignore_eos": True}
-                    )
-                ]
-                assert len(pieces) >= 40, f"stream broke off after {len(pieces)} pieces"
+                *chunks, last = client.completions.create(
+                    model="sedac-demo", prompt=prompt, max_tokens=48, temperature=0, stream=True, stream_options={"include_usage": True},
+                    extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                assert chunks[-1].choices[0].finish_reason == "length"
+                assert last.usage.completion_tokens == 48, f"stream broke off after {last.usage.completion_tokens} tokens"
                 self.num_done += 1
             except Exception as error:  # noqa: BLE001  whatever a client may see counts as a failed request
                 self.failures.append(error)

@@ -121,7 +121,7 @@ def _policy(demo_probes, **knobs) -> dict:
     from sedac.probe.manifest import read_manifest
 
     checkpoints = [{"layer": p.layer, "threshold": p.metrics["risk_q0.4"]} for p in read_manifest(demo_probes).probes]
-    tiers = [{"name": "balanced"}, {"name": "deep", "level": "contextual-50", "floor": "contextual-20"}]
+    tiers = [{"name": "balanced"}, {"name": "deep", "level": "skip", "floor": "contextual-40"}]
     return {"enabled": True, "checkpoints": checkpoints, "tiers": tiers, "speculation": {"adaptive": False, **knobs}}
 
 
@@ -148,7 +148,7 @@ def test_mixed_traffic_in_one_batch_is_each_as_its_own_run(demo_model, demo_prob
     for i in range(16):
         if _TIERS[i % 4] == "exact":
             assert expected[i] == plain[i]
-    assert [e != p for e, p in zip(expected, plain[:16], strict=True)].count(True) >= 6, "bounded tiers must show"
+    assert [e != p for e, p in zip(expected, plain[:16], strict=True)].count(True) >= 4, "bounded tiers must show"
     for name, run_results in (("alone", alone), ("together", together), ("while knobs change", swapped["results"]), ("off", off), ("tiered", tiered)):
         assert _tokens(run_results) == expected, name
 

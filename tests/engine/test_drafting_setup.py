@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -36,3 +37,32 @@ def test_requests_that_cannot_be_verified_are_served_without_drafts(knobs):
 
     assert not sampling.can_verify(SamplingParams(**knobs))
     assert sampling.can_verify(SamplingParams(temperature=0.7, top_p=0.9, top_k=20, seed=1, repetition_penalty=1.1))
+
+
+def test_drafts_come_with_a_steps_result(monkeypatch):
+    """And are asked for where they do not, as with vLLM's own methods."""
+    from sedac.engine.drafting.setup import DRAFTS, prepare
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds
+
+    prepare()
+    executor, asked = MultiprocExecutor.__new__(MultiprocExecutor), []
+    results = []
+    monkeypatch.setattr(MultiprocExecutor, "collective_rpc", lambda self, method, **_: asked.append(method) or results.pop(0))
+    monkeypatch.setattr(MultiprocExecutor, "kv_output_aggregator", None, raising=False)
+    monkeypatch.setattr(MultiprocExecutor, "ec_output_aggregator", None, raising=False)
+    monkeypatch.setattr(MultiprocExecutor, "output_rank", 0, raising=False)
+
+    for drafts in (DraftTokenIds(["a"], [[1, 2]]), None):
+        made = copy.copy(EMPTY_MODEL_RUNNER_OUTPUT)
+        setattr(made, DRAFTS, drafts)
+        results[:] = [pickle.loads(pickle.dumps(made))]
+        executor.sample_tokens(None)
+        assert executor.take_draft_token_ids() == drafts
+        assert asked.pop() == "sample_tokens"
+        assert not asked
+    results[:] = [copy.copy(EMPTY_MODEL_RUNNER_OUTPUT), "theirs", "theirs again"]
+    executor.sample_tokens(None)
+    assert executor.take_draft_token_ids() == "theirs"
+    assert executor.take_draft_token_ids() == "theirs again", "a step without a result is asked for its own"
+    assert asked == ["sample_tokens", "take_draft_token_ids", "take_draft_token_ids"]

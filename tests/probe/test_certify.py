@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from sedac.certificate import get_knobs_digest
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import Policy, validate
+from sedac.policy import Policy
 from sedac.probe.manifest import LevelRecord, TierRecord, read_manifest
+from sedac.validation import validate
 from sedac.weights import get_weights_digest
 from sedac_probes.certification import certify, losses, policy_file, prompts
 from sedac_probes.certification.family import TIER, Member, make_family, make_layout, make_policy, parse_member

@@ -26,7 +26,7 @@ from sedac_probes.drafts.fit import FitSettings, compare, evaluate, fit
 from sedac_probes.drafts.states import Source, States, collect_states, read_states
 from sedac_probes.drafts.target import count_parameters, make_head, make_manifest, read_target
 
-from tests.engine.conftest import run_engine
+from tests.engine.conftest import read_heldout_prompts, run_engine
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
 LENGTH, PIECES, PROMPT = 80, 12, 24
@@ -170,13 +170,13 @@ def guess_with_transformers(reference, head, depth, prompt, answer):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("kind", "depth"), [(ADAPTER, 9), (EXIT_HEAD, 10)])
-def test_the_head_that_serves_is_the_head_that_was_trained(kind, depth, target, reference, heldout_prompts, tmp_path):
+def test_the_head_that_serves_is_the_head_that_was_trained(kind, depth, target, reference, tmp_path):
     """What the engine drafts and accepts, step by step, follows from the plain head on the whole text: its keys and values too."""
     manifest = replace(make_manifest(target, kind, depth), max_tokens=4)
     directory = tmp_path / kind
     save_draft(directory, manifest, disturb(make_head(target, manifest)))
     head = load_saved(directory)
-    prompts, tokens = heldout_prompts[:10], 48
+    prompts, tokens = read_heldout_prompts(10), 48
     speculation = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": 4}
     steps = []
     for confidence in (0.0, 0.5):
@@ -193,7 +193,10 @@ def test_the_head_that_serves_is_the_head_that_was_trained(kind, depth, target, 
         expected = roll_out(texts, 4, confidence)
         found = {name: [a - b for a, b in zip(after["drafting"][name], before["drafting"][name], strict=True)] for name in ("lengths", "accepted_at")}
         found["lengths"][0] -= len(prompts)  # a prompt's own step
-        assert (found["lengths"], found["accepted_at"]) == (list(expected.lengths), list(expected.accepted_at))
+        assert found["accepted_at"] == list(expected.accepted_at)
+        assert sum(found["lengths"]) == expected.num_steps
+        if confidence == 0.0:  # else the engine's confidence behind a wrong draft, which is that of another text, decides when to stop
+            assert found["lengths"] == list(expected.lengths)
         assert 0 < expected.accepted_at[3] < expected.accepted_at[0] < expected.num_steps
     if kind == ADAPTER:  # the keys and values matter here: without them the head says something else
         head.o_proj.weight.data.zero_()

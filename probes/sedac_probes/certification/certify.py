@@ -14,8 +14,9 @@ from pathlib import Path
 
 from sedac.certificate import Certificate, get_knobs_digest
 from sedac.errors import ConfigError
-from sedac.policy import Policy, validate
+from sedac.policy import Policy
 from sedac.probe.manifest import read_manifest
+from sedac.validation import validate
 from sedac.weights import get_weights_digest
 
 from sedac_probes.certification import bounds

@@ -58,7 +58,7 @@ class Settings:
     """of the answers to search with"""
     check_tokens: int = 128
     """of the answers kept aside"""
-    max_tokens: int = 5
+    max_tokens: int = 8
     """drafts per step at most"""
     max_trials: int = 300
     """drafts that the search measures at most"""

@@ -24,9 +24,10 @@ from sedac.agent.promise import Terms
 from sedac.agent.pushes import Fetch, Orders, Preparation, ProbeSetSource
 from sedac.control.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import EXACT, FULL, Canary, Layout, Policy, Tier, validate
+from sedac.policy import EXACT, FULL, Canary, Layout, Policy, Tier
 from sedac.settings import EngineSettings
 from sedac.stats import Stats
+from sedac.validation import validate
 
 _log = logging.getLogger(__name__)
 _PREPARE_SECONDS = 180.0  # for fetching, verifying and preloading probe sets

@@ -23,8 +23,9 @@ from sedac.control.v1 import control_pb2
 from sedac.credentials import Credentials
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.fit import ProbeSetSummary
-from sedac.policy import Canary, Layout, Policy, validate
+from sedac.policy import Canary, Layout, Policy
 from sedac.settings import EngineSettings
+from sedac.validation import validate
 
 _log = logging.getLogger(__name__)
 _MAX_PUSH_BYTES = 2**18  # the largest policy that is valid takes a tenth of it

@@ -17,7 +17,8 @@ from sedac.control.fleet import Fleet
 from sedac.control.rollout_metrics import RolloutMetrics
 from sedac.control.rollouts import Rollout, RolloutStore
 from sedac.control.store import Revision, Store
-from sedac.policy import Policy, validate
+from sedac.policy import Policy
+from sedac.validation import validate
 
 ROLLOUT = Caller(principal="rollout", author="rollout", peer="")
 GUARD = Caller(principal="guard", author="guard", peer="")

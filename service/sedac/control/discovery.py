@@ -24,7 +24,8 @@ from sedac.control.status import answering, refuse
 from sedac.control.store import Store
 from sedac.control.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import ControlUnavailable, EngineReplaced, FieldViolation, PolicyInvalid, StaleEtag
-from sedac.policy import Policy, validate
+from sedac.policy import Policy
+from sedac.validation import validate
 
 _log = logging.getLogger(__name__)
 _MAX_ID_CHARS = 128

@@ -24,7 +24,8 @@ from sedac.control.store import Revision
 from sedac.control.v1 import control_pb2, evidence_pb2, rollouts_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.fit import ProbeSetSummary
-from sedac.policy import Layout, Policy, validate
+from sedac.policy import Layout, Policy
+from sedac.validation import validate
 
 _FORGET_AFTER = datetime.timedelta(days=1)
 _MAX_GONE = 1024

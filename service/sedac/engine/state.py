@@ -24,9 +24,10 @@ from sedac.engine.record import Recorder
 from sedac.engine.tokens import CANARY_ARM, Array, TokenBuffers, Tokens
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.fit import ProbeSetSummary
-from sedac.policy import Canary, Layout, Policy, validate
+from sedac.policy import Canary, Layout, Policy
 from sedac.probe.probe import LREProbe
 from sedac.stats import CheckpointStats, Stats, TierStats
+from sedac.validation import validate
 
 if TYPE_CHECKING:
     from sedac.engine.cuda.device import DeviceForms

@@ -17,6 +17,7 @@ import torch
 from vllm.config.compilation import CompilationMode
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
+from vllm.v1.outputs import ModelRunnerOutput
 
 from sedac.engine import mlp, sampling
 from sedac.engine.drafting import setup
@@ -121,6 +122,13 @@ class SedacWorker(_Worker):
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
             self._sedac_in_step = False
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample, draft, and send the drafts along (see sedac.engine.drafting.setup)."""
+        result = super().sample_tokens(grammar_output)
+        if self.sedac_drafter is not None and isinstance(result, ModelRunnerOutput):
+            setattr(result, setup.DRAFTS, self.take_draft_token_ids())
+        return result
 
     def _sedac_forward(self, forward: Any, **inputs: Any) -> Any:
         """Wrap the model's forward pass in a step; dummy and profile runs pass through."""

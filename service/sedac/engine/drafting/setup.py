@@ -6,6 +6,8 @@
   (v1/core/sched/scheduler.py); where lengths are said to depend on the size of the batch, it gets none.
 - Requests with min_p or logit_bias are refused, and custom logits processors too, because the rejection sampler does not apply them. SEDAC
   drafts nothing for such requests, so that the usual sampler serves them.
+- After each step vLLM asks the worker's process for drafts (v1/engine/core.py), though they were made within the step: they come with its
+  result instead, which saves a message there and back.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 DRAFTER = "sedac.engine.drafting.drafter.Drafter"
 """`model` of the speculative configuration"""
+DRAFTS = "sedac_drafts"
+"""attribute of a step's result (ModelRunnerOutput): the drafts made in it, or None"""
 
 
 def is_ours(speculative: Any) -> bool:
@@ -52,6 +56,29 @@ def prepare() -> None:
     VllmConfig.num_lookahead_tokens = property(count)
     VllmConfig.__post_init__ = finish_config
     SamplingParams._validate_spec_decode = validate
+    _take_drafts_from_results()
+
+
+def _take_drafts_from_results() -> None:
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    sample: Any = MultiprocExecutor.sample_tokens
+    ask: Any = MultiprocExecutor.take_draft_token_ids
+
+    @functools.wraps(sample)
+    def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = sample(self, *args, **kwargs)
+        vars(self).pop(DRAFTS, None)
+        if hasattr(result, DRAFTS):
+            setattr(self, DRAFTS, getattr(result, DRAFTS))
+        return result
+
+    @functools.wraps(ask)
+    def take_draft_token_ids(self: Any) -> Any:
+        return vars(self).pop(DRAFTS) if DRAFTS in vars(self) else ask(self)
+
+    executor: Any = MultiprocExecutor
+    executor.sample_tokens, executor.take_draft_token_ids = sample_tokens, take_draft_token_ids
 
 
 def restore_processors() -> None:
