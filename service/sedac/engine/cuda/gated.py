@@ -75,6 +75,7 @@ def attach(mlp: Any, name: str, layer: int, state: State, neurons: Neurons | Non
     mlp.register_buffer("sedac_level_T", state.level_T, persistent=False)
     mlp.sedac_native, mlp.sedac_handlers, mlp.sedac_lora, mlp.sedac_device = False, {}, lora, None
     mlp.sedac_source, mlp.sedac_scores_activation = neurons, scores_activation
+    mlp.sedac_rounds_twice = _has_own_kernel(mlp)
     mlp.sedac_base = functools.partial(base.forward, mlp)
     mlp.__class__ = _gated(base)
 
@@ -101,7 +102,7 @@ def finish(mlp: Any, problem: str) -> None:
     mlp.sedac_device = DeviceMlp(
         device=device_forms, layer=layer, kind_V=kind_V, parameter_V=parameter_V, falling_V=width_V.argsort(descending=True, stable=True).int(),
         base=mlp.sedac_base, gate_up=functools.partial(_multiply, mlp, "gate_up_proj"), down=functools.partial(_multiply, mlp, "down_proj"),
-        weights=weights, neurons=neurons, activation=ACTIVATIONS[activation] if activation else 0, rounds_twice=_has_own_kernel(mlp),
+        weights=weights, neurons=neurons, activation=ACTIVATIONS[activation] if activation else 0, rounds_twice=mlp.sedac_rounds_twice,
     )  # fmt: skip
     mlp.sedac_source = None
 
@@ -132,6 +133,6 @@ def _multiply(mlp: Any, name: str, x: Tensor) -> Tensor:
 
 
 def _has_own_kernel(mlp: Any) -> bool:
-    """Whether vLLM runs its own activation kernel, which rounds twice, and leaves nothing to the compiler."""
+    """Whether vLLM runs its own activation kernel, which rounds twice, and leaves nothing to the compiler; known while vLLM builds the model."""
     enabled = getattr(type(getattr(mlp, "act_fn", None)), "enabled", None)
     return bool(enabled and enabled())
