@@ -31,6 +31,8 @@ class _Engine:
     overconfidence: float = 0.0
     """what confidences are beyond the chance of being accepted"""
     max_tokens: int = 4
+    num_cold: int = 0
+    """first steps with drafts, which take five times as long"""
     controller: Controller = field(default_factory=Controller)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -43,6 +45,9 @@ class _Engine:
         counts = [1 + self._count_accepted(chances) for chances in self.drafts]
         rows = sum(len(chances) + 1 for chances in self.drafts)
         cost = 1 + self.row * (rows - self.num_sequences)
+        if self.num_passes and self.num_cold:
+            self.num_cold -= 1
+            cost *= 5
         true_cost = cost + self.num_passes * self.draft_pass
         self.controller.learn(
             num_sequences=self.num_sequences,
@@ -156,6 +161,15 @@ def test_loses_at_most_3_percent_over_any_500_tokens_of_a_sequence(name, num_seq
     steps = engine.run(10_000 * num_sequences)
     assert engine.get_worst(steps, 500 * num_sequences) > 0.97
     assert engine.get_worst(steps, 500) > 0.9, "31 steps of 16 sequences"
+
+
+@pytest.mark.parametrize("num_sequences", [1, 4])
+@pytest.mark.parametrize("num_cold", [1, 3])
+def test_slow_first_drafts_do_not_keep_it_from_drafting(num_cold, num_sequences):
+    engine = _Engine(acceptance=0.7, num_sequences=num_sequences, num_cold=num_cold, rng=np.random.default_rng(num_cold))
+    engine.run(250 * num_sequences)
+    assert engine.controller.get_stats()[0].state in ("drafting", "measuring")
+    assert engine.get_speed(engine.run(1000 * num_sequences)) > 1.15
 
 
 def test_takes_up_drafting_again_when_it_pays_again():

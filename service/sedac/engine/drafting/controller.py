@@ -29,7 +29,9 @@ _PLAIN_EVERY, _PLAIN_STEPS = 256, 1
 """while drafting pays: look again at what a plain step costs"""
 _PLAIN_KEPT = 15
 _MIN_PAUSE, _MAX_PAUSE = 40, 640
-"""steps without drafting between two that try it, after a trial that did not pay; doubled after each such trial"""
+"""steps without drafting after a trial that did not pay, doubled each time: the first is made again whole, for first drafts are slow ones"""
+_COLD_STEPS = 1
+"""that verify drafts and are left out of the costs: the first of a size"""
 _MIN_GAIN, _LEAST_GAIN = 1.01, 0.99
 """drafting begins where its rate is at least the first times the plain rate, and goes on until it is below the second"""
 
@@ -101,7 +103,8 @@ class Model:
     """expected acceptance of a draft token"""
     state: str = "measuring"
     steps_left: int = _FIRST_STEPS
-    pause: int = _MIN_PAUSE
+    pause: int = _MIN_PAUSE // 2
+    cold_steps_left: int = _COLD_STEPS
     trials_left: int = 0
     """steps of the next trial; after one that did not pay they are made one at a time"""
 
@@ -152,8 +155,8 @@ class Controller:
 
     def _pause(self, model: Model, pause: int) -> None:
         model.state, model.steps_left, model.pause, model.trials_left = "paused", pause, pause, model.num_trials
-        for mean in (model.drafted_seconds, model.drafted_tokens):
-            mean.count = min(mean.count, 2)
+        for mean in (model.drafted_seconds, model.drafted_tokens, model.step, model.rows):
+            mean.count = 0 if pause == _MIN_PAUSE else min(mean.count, 2)  # after a short pause the whole trial is made again
 
     def _make_limits(self, model: Model, num_sequences: int, max_tokens: int, min_confidence: float) -> Limits:
         if not (model.plain.value and model.draft_pass.count and model.step.count):
@@ -179,6 +182,8 @@ class Controller:
         extra = num_rows - num_sequences
         if extra == 0 and num_passes == 0:
             model.plain.values.append(seconds)
+        elif extra > 0 and model.cold_steps_left:
+            model.cold_steps_left -= 1
         elif extra > 0:
             usual = model.drafted_seconds.value
             bounded = min(seconds, 3 * usual) if model.drafted_seconds.count > 3 else seconds
