@@ -7,6 +7,7 @@ vLLM does it right, `mend` changes nothing. Greedy requests were never touched b
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from vllm.platforms import current_platform
 from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 _log = logging.getLogger(__name__)
 
@@ -80,14 +83,29 @@ def skip_empty_verification(runner: Any) -> None:
     """Give steps without any draft token to the usual sampler, which does the same with less.
 
     vLLM sends all steps of a speculating engine through the rejection sampler (v1/worker/gpu_model_runner.py, 0.32), prompts too, and there
-    a request with top_k and no top_p ends the engine on the CPU: `apply_top_k_only` looks for the largest of no values.
+    a request with top_k and no top_p ends the engine on the CPU: `apply_top_k_only` looks for the largest of no values. What such a
+    step hands on depends on the batch's size alone, but for the places of the logits, and is made once.
     """
-    sample = runner._sample
+    sample, calculate = runner._sample, runner._calc_spec_decode_metadata
+
+    @functools.cache
+    def make_parts(num: int) -> dict[str, torch.Tensor]:
+        empty, rows_N = (torch.arange(n, dtype=torch.int32, device=runner.device) for n in (0, num))
+        return {
+            "draft_token_ids": empty, "cu_num_draft_tokens": torch.zeros_like(rows_N), "cu_num_sampled_tokens": rows_N + 1,
+            "target_logits_indices": empty, "bonus_logits_indices": rows_N,
+        }  # fmt: skip
+
+    def calculate_step(num_draft_tokens: Any, cu_num_scheduled_tokens: Any) -> Any:
+        if num_draft_tokens.any():
+            return calculate(num_draft_tokens, cu_num_scheduled_tokens)
+        last_N = async_tensor_h2d(cu_num_scheduled_tokens - 1, device=runner.device)
+        return SpecDecodeMetadata(num_draft_tokens=num_draft_tokens.tolist(), logits_indices=last_N, **make_parts(len(num_draft_tokens)))
 
     def sample_step(logits: Any, metadata: Any) -> Any:
-        return sample(logits, metadata if metadata is not None and any(metadata.num_draft_tokens) else None)
+        return sample(logits, metadata if metadata is not None and metadata.max_spec_len else None)
 
-    runner._sample = sample_step
+    runner._sample, runner._calc_spec_decode_metadata = sample_step, calculate_step
 
 
 def mend() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,12 @@ class Drafter:
             else:
                 keys, values = self.head_cache(step.positions_T[:num], self.stream_TD[:num])
                 self.head.write_cache(keys, values, step.slots_T[:num])
-        self._learn_acceptance(step, sampled_token_ids)
-        generated = [(drafted, len(ids) - 1) for drafted, ids in zip(step.num_drafts, sampled_token_ids, strict=True) if ids]
-        self.totals.count_verified(generated)
+        if any(step.num_drafts):
+            self._learn_acceptance(step, sampled_token_ids)
+            self.totals.count_verified([(drafted, len(ids) - 1) for drafted, ids in zip(step.num_drafts, sampled_token_ids, strict=True) if ids])
+        else:
+            self._unverified.clear()
+            self.totals.count_undrafted(sum(1 for ids in sampled_token_ids if ids))
         self._learn(step, sampled_token_ids)
         began = time.perf_counter()
         self._num_passes = 0
@@ -231,25 +235,27 @@ class Drafter:
 
     def _choose(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any) -> tuple[list[int], list[int], Limits]:
         """Return the rows that draft, how many tokens each may, and the stopping rules."""
-        runner, batch = self.runner, self.runner.input_batch
-        knobs: list[tuple[int, int, Speculation]] = []
-        for row, request_id in enumerate(batch.req_ids):
-            if not sampled_token_ids[row]:
-                continue
-            speculation = self.requests.get_speculation(request_id)
-            if speculation is None:
-                continue
-            room = self._get_room(runner.requests[request_id], int(num_tokens_no_spec[row]), speculation)
-            if room > 0:
-                knobs.append((row, room, speculation))
-        if not knobs:
+        found = self._walk_rooms(sampled_token_ids, num_tokens_no_spec)
+        first = next(found, None)
+        if first is None:
             return [], [], Limits(max_tokens=0, min_confidence=1.0)
-        first = knobs[0][2]
-        own = self.manifest.min_confidence if first.min_confidence is None else first.min_confidence
-        limits = self.controller.choose(batch.num_reqs, max_tokens=self.max_tokens, min_confidence=own, adaptive=first.adaptive)
+        knobs = first[2]
+        own = self.manifest.min_confidence if knobs.min_confidence is None else knobs.min_confidence
+        limits = self.controller.choose(len(sampled_token_ids), max_tokens=self.max_tokens, min_confidence=own, adaptive=knobs.adaptive)
         if limits.max_tokens == 0:
             return [], [], limits
-        return [row for row, _, _ in knobs], [min(room, limits.max_tokens) for _, room, _ in knobs], limits
+        rooms = [first, *found]
+        return [row for row, _, _ in rooms], [min(room, limits.max_tokens) for _, room, _ in rooms], limits
+
+    def _walk_rooms(self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any) -> Iterator[tuple[int, int, Speculation]]:
+        """Yield each row that may draft, how many tokens, and its knobs."""
+        requests = self.runner.requests
+        for row, request_id in enumerate(self.runner.input_batch.req_ids):
+            speculation = self.requests.get_speculation(request_id) if sampled_token_ids[row] else None
+            if speculation is not None:
+                room = self._get_room(requests[request_id], int(num_tokens_no_spec[row]), speculation)
+                if room > 0:
+                    yield row, room, speculation
 
     def _get_room(self, state: Any, num_tokens: int, speculation: Speculation) -> int:
         """Return how many tokens may be drafted after the request's first `num_tokens`, before the controller is asked."""

@@ -24,6 +24,10 @@ class Totals:
             self._lengths[drafted] += 1
             self._accepted_at[:accepted] += 1
 
+    def count_undrafted(self, num_sequences: int) -> None:
+        """Count sequences that generated in a step that verified nothing."""
+        self._lengths[0] += num_sequences
+
     def count_drafting(self, num_passes: int, seconds: float) -> None:
         """Count a step's draft passes."""
         self._num_passes += num_passes
