@@ -151,8 +151,8 @@ class Prompts:
         self._places = {length: self._walk(length) for length in CONTEXTS.values()}
 
     def _walk(self, length: int) -> Iterator[list[int]]:
-        for start in range(0, 1 << 20, 512):
-            yield from (text[start : start + length] for text in self._texts if len(text) >= start + 512)
+        for start in range(0, 1 << 20, length):
+            yield from (text[start : start + length] for text in self._texts if len(text) >= start + length)
         raise SystemExit("the held-out files have no more prompts; ask for fewer rounds")
 
     def take(self, length: int, waves: int, batch: int) -> list[list[list[int]]]:
@@ -200,7 +200,7 @@ def measure(
     runs: dict[str, list[dict[str, Any]]] = {}
     rounds = args.rounds + 1
     for number in tqdm(range(rounds), desc=", ".join(map(str, setting.values())), unit="round", leave=False):
-        waves = prompts.take(CONTEXTS[setting["context"]], max(1, args.requests // batch), batch)
+        waves = prompts.take(CONTEXTS[setting["context"]], args.waves, batch)
         order = [(engine, mode) for engine in engines.values() for mode in (OURS if engine.is_ours else ("",))]
         random.Random(number).shuffle(order)
         with locked(args.lock):
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--context", choices=list(CONTEXTS), nargs="+", default=list(CONTEXTS), help="prompts of 64 or 384 tokens")
     parser.add_argument("--rounds", type=int, default=5, help="per setting, after one to warm up")
     parser.add_argument("--tokens", type=int, default=96, help="that a request generates at most, up to 127")
-    parser.add_argument("--requests", type=int, default=4, help="per round at least; smaller batches come in several waves")
+    parser.add_argument("--waves", type=int, default=4, help="per round: as many requests at once as the batch has, one wave after the other")
     parser.add_argument("--grown", type=Path, default=HERE.parent / "build" / "grown", help="where the grown model is kept (1 GB)")
     parser.add_argument("--out", type=Path, help="write NAME.json and NAME.png; other settings and variants in NAME.json are kept")
     parser.add_argument("--lock", type=Path, help="hold this file's lock while an engine works: for machines shared with others who do")
@@ -245,7 +245,7 @@ def main() -> None:
     args = parser.parse_args()
     args.draft = args.draft if args.draft is not None else [DEMO / "draft", *sorted((DEMO / "drafts").iterdir())]
     if args.quick:
-        args.batch, args.temperature, args.context, args.rounds, args.tokens, args.requests = [1, 4], [0.0], ["short"], 2, 32, 2
+        args.batch, args.temperature, args.context, args.rounds, args.tokens, args.waves = [1, 4], [0.0], ["short"], 2, 32, 2
     logs = HERE.parent / "build" / "speculation-logs"
     logs.mkdir(parents=True, exist_ok=True)
     prompts, engines, records = Prompts(), {}, []

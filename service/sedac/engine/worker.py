@@ -127,7 +127,8 @@ class SedacWorker(_Worker):
         """Sample, draft, and send the drafts along (see sedac.engine.drafting.setup)."""
         result = super().sample_tokens(grammar_output)
         if self.sedac_drafter is not None and isinstance(result, ModelRunnerOutput):
-            setattr(result, setup.DRAFTS, self.take_draft_token_ids())
+            drafts = self.take_draft_token_ids()
+            setattr(result, setup.DRAFTS, drafts if drafts is not None and any(drafts.draft_token_ids) else None)
         return result
 
     def _sedac_forward(self, forward: Any, **inputs: Any) -> Any:
