@@ -14,11 +14,14 @@ from tests.engine.conftest import DRAFTER, run_engine, speculation
 
 pytestmark = pytest.mark.engine
 
-_LLM = {"enforce_eager": True, "dtype": "float32", "max_model_len": 256}
+_LLM = {
+    "enforce_eager": True, "dtype": "float32", "max_model_len": 256,
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},  # else the model fills its answers with spaces
+}  # fmt: skip
 _TAGS = {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2}
 _SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"type": "integer"}, "tags": _TAGS},
+    "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"type": "integer", "maximum": 9999}, "tags": _TAGS},
     "required": ["name", "size", "tags"],
     "additionalProperties": False,
 }  # fmt: skip
