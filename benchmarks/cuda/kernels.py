@@ -13,10 +13,10 @@ own. `ideal` shortens it as bytes or FLOPs do, whichever rule (cases.py). `reach
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import table
 from interpreter import use_interpreter
 
 TOKENS = (1, 4, 16, 64, 256)
@@ -115,7 +115,7 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                                 "reached": reached,
                             }
                         rows.append(row)
-                        print(format_row(row), flush=True)
+                        print(table.format_row(COLUMNS, row), flush=True)
             for num_tokens in arguments.tokens or ((1, 3, 20) if arguments.check else TOKENS):
                 error = check_probe(shape, num_tokens, dtype, device)
                 row = {"shape": shape.name, "dtype": str(dtype), "tokens": num_tokens, "case": "probe + rule", "error": error}
@@ -124,21 +124,9 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     dense = next((r["dense us"] for r in rows if r["shape"] == shape.name and r["tokens"] == num_tokens and "dense us" in r), None)
                     row |= {"dense us": dense, "ours / dense": row["ours us"] / dense if dense else None}
                 rows.append(row)
-                print(format_row(row), flush=True)
+                print(table.format_row(COLUMNS, row), flush=True)
             del mlps
     return rows
-
-
-def format_row(row: dict[str, Any]) -> str:
-    """Return one line of the table."""
-
-    def show(column: str) -> str:
-        value = row.get(column)
-        if value is None:
-            return "-"
-        return f"{value:.1e}" if column == "error" else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    return "| " + " | ".join(show(column) for column in COLUMNS) + " |"
 
 
 def main() -> None:
@@ -156,17 +144,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         use_interpreter()
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
+    print(table.format_header(COLUMNS), flush=True)
     rows = run_all(arguments)
     from swaps import run_swaps
 
     swaps = run_swaps(arguments.swaps or (40 if arguments.check else 10000), on_gpu=not arguments.check)
     print(f"swaps: {swaps['swaps']} between passes, {swaps['mixed']} mixed, {swaps['late']} late, {swaps['moved']} buffers moved")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        table = "\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *map(format_row, rows)])
-        arguments.out.with_suffix(".md").write_text(table + "\n")
-        arguments.out.with_suffix(".json").write_text(json.dumps({"rows": rows, "swaps": swaps}, indent=1) + "\n")
+        table.write(arguments.out, COLUMNS, rows, swaps=swaps)
     if swaps["mixed"] or swaps["late"] or swaps["moved"]:
         raise SystemExit("swaps: a pass saw parts of two policies, or a policy that was replaced")
 

@@ -12,11 +12,11 @@ tiny decoder and for finite values on the real ones. Times are medians over roun
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+import table
 from interpreter import use_interpreter
 
 SIZES = ("3B", "7B", "14B")
@@ -45,7 +45,7 @@ def run_checks() -> list[dict[str, Any]]:
             if not error < 1e-4:  # NaN too
                 raise SystemExit(f"{plan.name}, {num_tokens} tokens: error {error} passes 1e-4")
             rows.append({"shape": "tiny", "tokens": num_tokens, "cache": 9, "plan": plan.name, "error": error})
-            print(format_row(rows[-1]), flush=True)
+            print(table.format_row(COLUMNS, rows[-1]), flush=True)
     return rows
 
 
@@ -79,23 +79,11 @@ def run_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                     row = {"shape": shape.name, "tokens": num_tokens, "cache": cache_size, "plan": plan.name}
                     row |= {"dense us": 1e6 * found["dense"], "ours us": 1e6 * found["ours"], "speed-up": found["dense"] / found["ours"]}
                     rows.append(row | {"bound": 1 / decoder.get_bound(plan)})
-                    print(format_row(rows[-1]), flush=True)
+                    print(table.format_row(COLUMNS, rows[-1]), flush=True)
                     del ours
                 del decoder, dense
                 torch.cuda.empty_cache()
     return rows
-
-
-def format_row(row: dict[str, Any]) -> str:
-    """Return one line of the table."""
-
-    def show(column: str) -> str:
-        value = row.get(column)
-        if value is None:
-            return "-"
-        return f"{value:.1e}" if column == "error" else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    return "| " + " | ".join(show(column) for column in COLUMNS) + " |"
 
 
 def main() -> None:
@@ -111,13 +99,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         use_interpreter()
-    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
+    print(table.format_header(COLUMNS), flush=True)
     rows = run_checks() if arguments.check else run_all(arguments)
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        table = "\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), *map(format_row, rows)])
-        arguments.out.with_suffix(".md").write_text(table + "\n")
-        arguments.out.with_suffix(".json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        table.write(arguments.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

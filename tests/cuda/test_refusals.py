@@ -42,7 +42,7 @@ def test_exchanges_inside_mlps_are_refused():
 
 def test_decisions_and_reductions_inside_graphs_are_served():
     for mode in CUDAGraphMode:
-        _refuse_graphs(StaticConfig(probe_set="p"), make_config(mode), "12.4")
+        assert _refuse_graphs(StaticConfig(probe_set="p"), make_config(mode), "12.4") is None, mode
 
 
 def test_the_cpu_loads_nothing_of_the_cuda_room():
