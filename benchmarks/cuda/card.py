@@ -15,10 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import planning
 import table
+from kernels import add_arguments, make_runner
 from planning import Row
 from runner import Interrupted, Runner
 
@@ -37,7 +37,8 @@ def make_parts() -> list[Part]:
     """Return the parts in their order, the most telling rows of each first."""
     small, middle = "Qwen2.5-0.5B", "Qwen2.5-7B"
     captured = planning.plan_captured(small, "bfloat16", weights=("levels", "plain"))
-    captured += planning.plan_captured_checkpoints(small, "bfloat16", (1, 16, 200, 256)) + planning.plan_captured(small, "bfloat16", weights=("repaired",))
+    captured += planning.plan_captured_checkpoints(small, "bfloat16", (1, 16, 200, 256))
+    captured += planning.plan_captured(small, "bfloat16", weights=("repaired",))
     captured += planning.plan_captured(middle, "bfloat16", weights=("levels",))
     captured += planning.plan_captured_checkpoints(small, "float32", (5, 64))
     captured += planning.plan_captured(small, "float16", weights=("levels",)) + planning.plan_captured(small, "float32", weights=("levels",))
@@ -52,22 +53,28 @@ def make_parts() -> list[Part]:
 
 
 def shrink(part: Part) -> Part:
-    """Return a part for a dry run: few rows of every kind, which the interpreter can do."""
-    rows: list[Row] = []
+    """Return a part for a dry run: a row of every kind, on tiny shapes, which the interpreter can do in seconds."""
+    rows, seen = [], set()
     for row in part.rows:
         form = row.get("form") or planning.find_form(row.get("tokens", 0))
-        tiny = dict(row)
-        if "tokens" in row:
-            tiny["tokens"] = min(row["tokens"], 5 if form != "many" else 20)
+        tiny = row | {"tokens": {"few": min(row["tokens"], 2), "middle": 5, "many": 20}[form]} if "tokens" in row else dict(row)
+        kind: tuple[object, ...] = (row["part"], form)
+        if row["part"] == "captured checkpoints":
+            tiny["tokens"], kind = 17, (row["part"],)
+        if row["part"] == "captured":
+            kind = (row["weights"], form if row["weights"] == "levels" else "")
         if row["part"] == "kernels":
-            tiny["form"] = form
+            tiny["form"], kind = form, (row["shape"], form)
+        if row["part"] == "probe":
+            kind = (row["part"], row["shape"])
         if row["part"] == "step":
             tiny |= {"cache": 9, "dtype": "float32"}
+            kind = (row["tokens"], row["plan"].startswith("skip from"))
         if row["part"] == "swaps":
-            tiny["swaps"] = 10
-        kinds = [(r["part"], r.get("shape"), r.get("form"), r.get("weights"), r.get("tokens") == 1) for r in rows]
-        if kinds.count((tiny["part"], tiny.get("shape"), tiny.get("form"), tiny.get("weights"), tiny.get("tokens") == 1)) < 1:
+            tiny["swaps"] = 4
+        if kind not in seen:
             rows.append(tiny)
+        seen.add(kind)
     return Part(name=part.name, rows=rows, until=part.until)
 
 
@@ -97,15 +104,11 @@ def run_parts(runner: Runner, parts: list[Part], seconds: float) -> list[Row]:
 def main() -> None:
     """Plan and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="a dry run on tiny shapes, under Triton's interpreter")
-    parser.add_argument("--out", type=Path, help="folder for card.jsonl, card.json, card.md and card.log")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of the whole: no row is begun afterwards")
-    parser.add_argument("--row-seconds", type=float, default=60.0, help="of one row, weights and compilation among them; then it is given up")
-    parser.add_argument("--rounds", type=int, default=11, help="in which what is timed takes turns")
+    add_arguments(parser, seconds=300.0, out="folder for card.jsonl, card.json, card.md and card.log")
     arguments = parser.parse_args()
     parts = [shrink(part) for part in make_parts()] if arguments.check else make_parts()
     out = arguments.out / "card" if arguments.out else None
-    with Runner(out, is_check=arguments.check, seconds=arguments.seconds, row_seconds=arguments.row_seconds, rounds=arguments.rounds) as runner:
+    with make_runner(out, arguments) as runner:
         sys.exit(runner.finish(run_parts(runner, parts, arguments.seconds)))
 
 

@@ -38,12 +38,17 @@ def run_row(spec: dict[str, Any], context: dict[str, Any]) -> dict[str, Any]:
 
 def measure(device: torch.device, *, copy_bytes: int, size: int) -> tuple[float, float]:
     """Return bytes per second of a copy on the device, read and written, and FLOPs per second of a square bf16 product; the best of six."""
-    source, target = torch.randn(copy_bytes // 4, device=device), torch.empty(copy_bytes // 4, device=device)
-    copied = min(time_once(lambda: target.copy_(source), 4) for _ in range(6))
-    del source, target
+    return 2 * copy_bytes / _time_copy(device, copy_bytes), 2 * size**3 / _time_product(device, size)
+
+
+def _time_copy(device: torch.device, num_bytes: int) -> float:
+    source, target = torch.randn(num_bytes // 4, device=device), torch.empty(num_bytes // 4, device=device)
+    return min(time_once(lambda: target.copy_(source), 4) for _ in range(6))
+
+
+def _time_product(device: torch.device, size: int) -> float:
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    multiplied = min(time_once(lambda: a @ b, 5) for _ in range(6))
-    return 2 * copy_bytes / copied, 2 * size**3 / multiplied
+    return min(time_once(lambda: a @ b, 5) for _ in range(6))
 
 
 def _get_driver() -> str:

@@ -24,13 +24,23 @@ from cases import FORMS, SHAPES
 from runner import Interrupted, Runner
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(
+    parser: argparse.ArgumentParser, *, seconds: float = math.inf, out: str = "write OUT.jsonl row by row, OUT.json, OUT.md and OUT.log"
+) -> None:
     """Add what every benchmark here takes."""
     parser.add_argument("--check", action="store_true", help="only check, on tiny shapes, under Triton's interpreter")
-    parser.add_argument("--out", type=Path, help="write OUT.jsonl row by row, OUT.json, OUT.md and OUT.log")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="of the whole: no row is begun afterwards, and those left out are named")
+    parser.add_argument("--out", type=Path, help=out)
+    parser.add_argument("--eager", action="store_true", help="capture nothing: times have the host's own among them")
+    parser.add_argument("--seconds", type=float, default=seconds, help="of the whole: no row is begun afterwards, and those left out are named")
     parser.add_argument("--row-seconds", type=float, default=60.0, help="of one row, weights and compilation among them; then it is given up")
     parser.add_argument("--rounds", type=int, default=15, help="in which what is timed takes turns")
+
+
+def make_runner(out: Path | None, arguments: argparse.Namespace) -> Runner:
+    """Return a runner as the arguments say."""
+    return Runner(
+        out, is_check=arguments.check, is_eager=arguments.eager, seconds=arguments.seconds, row_seconds=arguments.row_seconds, rounds=arguments.rounds
+    )
 
 
 def run_to_the_end(runner: Runner, specs: list[planning.Row]) -> int:
@@ -65,10 +75,7 @@ def main() -> None:
         more = {"form": arguments.form, "repaired": arguments.repaired}
         specs = planning.plan_kernels(shapes, arguments.tokens or planning.TOKENS, dtype=arguments.dtype, **more)
     specs += planning.plan_swaps(arguments.swaps or (40 if arguments.check else 10000))
-    runner = Runner(
-        arguments.out, is_check=arguments.check, seconds=arguments.seconds, row_seconds=arguments.row_seconds, rounds=arguments.rounds
-    )
-    sys.exit(run_to_the_end(runner, specs))
+    sys.exit(run_to_the_end(make_runner(arguments.out, arguments), specs))
 
 
 if __name__ == "__main__":

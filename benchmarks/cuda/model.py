@@ -53,11 +53,12 @@ class Decoder:
         """Return attention's output (T, D) over the cache, whose last place the step's own token takes."""
         shape, cache = self.shape, layer % self.keys.shape[0]
         sizes = [shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size, shape.num_kv_heads * shape.head_size]
-        parts = functional.linear(hidden_TD, self.qkv[layer]).split(sizes, dim=-1)
+        parts = functional.linear(hidden_TD, self.qkv[layer].to(hidden_TD.dtype)).split(sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in parts)
-        self.keys[cache][:, :, -1], self.values[cache][:, :, -1] = k, v
-        seen = functional.scaled_dot_product_attention(q[:, :, None], self.keys[cache], self.values[cache], enable_gqa=True)
-        return functional.linear(seen.flatten(1), self.out[layer])
+        keys, values = (held[cache].to(hidden_TD.dtype) for held in (self.keys, self.values))  # in float64 a copy, which the write below stays in
+        keys[:, :, -1], values[:, :, -1] = k, v
+        seen = functional.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)
+        return functional.linear(seen.flatten(1), self.out[layer].to(hidden_TD.dtype))
 
     def prepare(self, plan: Plan) -> None:
         """Make the MLPs for a plan, with thresholds by the gates that these inputs really have, and put its policy into force; no step runs."""
@@ -105,19 +106,20 @@ class Decoder:
                 kept.append(normed_TD)
         return kept if keep else [stream_TD]
 
+    @property
+    def can_expect(self) -> bool:
+        """Whether a layer's cache fits the memory in float64 beside all else."""
+        return 16 * self.keys[0].numel() < 8 << 30
+
     def expect(self, plan: Plan) -> Tensor:
         """Return the last stream (T, D) in float64, by the definition of the levels."""
         levels = plan.case.get_levels(self.num_tokens)
         exits = None if plan.exits_at is None else self.layers[EXITS.index(plan.exits_at)]
         stream_TD = self.hidden_TD.double()
-        held = (self.keys, self.values, self.qkv, self.out)
-        self.keys, self.values = self.keys.double(), self.values.double()
-        self.qkv, self.out = [w.double() for w in self.qkv], [w.double() for w in self.out]
         for layer in range(self.shape.num_layers):
             stream_TD = stream_TD + self.attend(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]))
             now = [SKIP] * len(levels) if exits is not None and layer > exits else levels
             stream_TD = stream_TD + self.mlps.expect(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]), now)[0]
-        self.keys, self.values, self.qkv, self.out = held
         return stream_TD
 
     def get_bound(self, plan: Plan, ceilings: Ceilings) -> float:

@@ -20,7 +20,9 @@ from torch.utils._pytree import tree_leaves
 class Replay:
     """Runs `run`, which returns tensors, as one graph or, with `captures` false, anew each time."""
 
-    def __init__(self, run: Callable[[], Sequence[Tensor]], *, captures: bool, warm_up: Callable[[], object] | None = None, keeps: bool = False) -> None:
+    def __init__(
+        self, run: Callable[[], Sequence[Tensor]], *, captures: bool, warm_up: Callable[[], object] | None = None, keeps: bool = False
+    ) -> None:
         """Capture; `warm_up` (default: `run`) builds before it what the capture launches.
 
         `keeps`: hold every tensor that the capture made, so that none shares its memory with another and all can be poisoned; else the

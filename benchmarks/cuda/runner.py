@@ -47,11 +47,14 @@ class Runner:
 
     def __init__(
         self, out: Path | None, *, is_check: bool, seconds: float = math.inf, row_seconds: float = 60.0, rounds: int = 15,
-        command: Sequence[str] = CHILD,
+        is_eager: bool = False, command: Sequence[str] = CHILD,
     ) -> None:  # fmt: skip
-        """`seconds`: of the whole, from now on; `row_seconds`: of one row, making its weights and compiling its kernels among them."""
+        """`seconds`: of the whole, from now on; `row_seconds`: of one row, making its weights and compiling its kernels among them.
+
+        `is_eager`: capture nothing, so that times have the host's own among them.
+        """
         self.out, self.is_check, self.row_seconds, self.command = out, is_check, row_seconds, tuple(command)
-        self.context: dict[str, Any] = {"is_check": is_check, "captures": not is_check, "rounds": rounds}
+        self.context: dict[str, Any] = {"is_check": is_check, "captures": not (is_check or is_eager), "rounds": rounds}
         self.rows: list[Row] = []
         self.pending: list[Row] = []
         """of those given to `run` last, not done; at an interrupt the one that ran among them"""
@@ -81,6 +84,9 @@ class Runner:
         self._kill()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        for file in (self._lines, self._log):
+            if file is not None:
+                file.close()
 
     @property
     def elapsed(self) -> float:
@@ -124,7 +130,7 @@ class Runner:
                 if not row.get("gpu") and not self.is_check and "failed" not in row:
                     raise SystemExit(NO_GPU)
                 self.context |= {name: row[name] for name in CEILINGS if name in row}
-            if row["part"] == "nodes" and not self.is_check:
+            if row["part"] == "nodes" and self.context["captures"]:
                 problem = row.get("failed") or row.get("if nodes")
                 self.context["captures"] = not problem
                 if problem:
@@ -244,4 +250,3 @@ def _name(code: int | None) -> str:
     if code is None:
         return "no answer"
     return f"status {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-

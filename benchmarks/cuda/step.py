@@ -17,8 +17,7 @@ import sys
 
 import planning
 from cases import SHAPES, TINY
-from kernels import add_arguments, run_to_the_end
-from runner import Runner
+from kernels import add_arguments, make_runner, run_to_the_end
 
 SIZES = ("7B", "3B", "14B")
 
@@ -37,10 +36,7 @@ def main() -> None:
     else:
         shapes = [s.name for s in SHAPES if any(s.name.endswith(f"-{size}") for size in arguments.size)]
         specs = planning.plan_steps(shapes, arguments.tokens, arguments.cache, pattern=arguments.plan)
-    runner = Runner(
-        arguments.out, is_check=arguments.check, seconds=arguments.seconds, row_seconds=arguments.row_seconds, rounds=arguments.rounds
-    )
-    sys.exit(run_to_the_end(runner, specs))
+    sys.exit(run_to_the_end(make_runner(arguments.out, arguments), specs))
 
 
 if __name__ == "__main__":

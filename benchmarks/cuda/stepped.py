@@ -41,13 +41,13 @@ def run_row(spec: dict[str, Any], context: dict[str, Any]) -> dict[str, Any]:
         times = measure(decoder, context)
         row |= times["dense"].show("dense") | times["ours"].show("ours")
         row |= {"speed-up": times["dense"].median / times["ours"].median, "bound": 1 / decoder.get_bound(plan, get_ceilings(context))}
-    elif plan.is_telling:
+    elif plan.is_telling and plan.exits_at is not None:
         measure(decoder, context)  # for the code's sake: the interpreter's times say nothing
     return row
 
 
-def check(decoder: Decoder, plan: Plan, *, captures: bool) -> float:
-    """Return the relative error of the last stream, captured between steps as an engine does, of the second replay.
+def check(decoder: Decoder, plan: Plan, *, captures: bool) -> float | None:
+    """Return the relative error of the last stream of the second replay, captured between steps as an engine does; None: too large to tell.
 
     Raises:
         CheckFailed: it passes the bound of its type, or is not finite.
@@ -57,10 +57,14 @@ def check(decoder: Decoder, plan: Plan, *, captures: bool) -> float:
     decoder.begin()
     replay.run_poisoned()
     out_TD = replay.run_poisoned()[0].double()
+    if not bool(out_TD.isfinite().all()):
+        raise CheckFailed(f"{decoder.shape.name}, {decoder.num_tokens} tokens, {plan.name}: the stream holds NaN or infinity")
+    if not decoder.can_expect:
+        return None
     expected_TD = decoder.expect(plan)
     error, bound = float((out_TD - expected_TD).norm() / expected_TD.norm()), BOUNDS[decoder.dtype]
     is_loose = plan.case.level == CONTEXTUAL and decoder.dtype != torch.float32
-    if not bool(out_TD.isfinite().all()) or not (error < bound or is_loose):
+    if not (error < bound or is_loose):
         raise CheckFailed(f"{decoder.shape.name}, {decoder.num_tokens} tokens, {plan.name}: error {error:.2e} passes {bound:g}")
     return error
 

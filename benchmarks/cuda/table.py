@@ -13,7 +13,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "captured": ("shape", "dtype", "tokens", "form", "weights", "replays", "error"),
     "captured checkpoints": ("shape", "dtype", "tokens", "replays", "error"),
     "kernels": (
-        "shape", "dtype", "tokens", "case", "form", "error", "dense us", "ours us", "ours min us", "ours max us", "ideal us", "ours / dense", "reached",
+        "shape", "dtype", "tokens", "case", "form", "error", "dense us", "ours us", "ours min us", "ours max us", "ideal us", "ours / dense",
+        "reached",
     ),
     "probe": ("shape", "dtype", "tokens", "error", "ours us", "ours min us", "ours max us"),
     "step": ("shape", "tokens", "cache", "plan", "error", "dense us", "ours us", "ours min us", "ours max us", "speed-up", "bound"),
