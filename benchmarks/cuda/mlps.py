@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import CONTEXTUAL, FULL, SKIP, WIDTH, Case, Shape
-from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons
+from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.levels import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
 from sedac.engine.state import State
 from sedac.engine.tokens import DECIDES, Tokens
@@ -102,12 +102,14 @@ class Mlps:
                 repaired=self.repaired, scores_activation=False,
             )  # fmt: skip
             width = torch.where(kind == KIND_WIDTH, parameter, torch.where(kind == KIND_CONTEXTUAL, math.inf, 0.0))
+            parts = Parts(
+                weights=(gate_up, down), gate_up=functools.partial(functional.linear, weight=gate_up),
+                down=functools.partial(functional.linear, weight=down), activation=0,
+            )  # fmt: skip
             self.mlps.append(
                 DeviceMlp(
                     device=forms_of, layer=layer, kind_V=kind, parameter_V=parameter, falling_V=width.argsort(descending=True, stable=True).int(),
-                    base=functools.partial(run_dense, gate_up=gate_up, down=down), gate_up=functools.partial(functional.linear, weight=gate_up),
-                    down=functools.partial(functional.linear, weight=down), weights=(gate_up, down), neurons=neurons if has_neurons else None,
-                    activation=0, form=form,
+                    base=functools.partial(run_dense, gate_up=gate_up, down=down), parts=parts, neurons=neurons if has_neurons else None, form=form,
                 )
             )  # fmt: skip
 
@@ -183,5 +185,5 @@ def silu_kernel(product_ptr, h_ptr, F, stride, BLOCK_F: tl.constexpr):
     row_ptr = product_ptr + tl.program_id(0).to(tl.int64) * stride + f_F
     gate_F = tl.load(row_ptr, mask=f_F < F, other=0.0).to(tl.float32)
     up_F = tl.load(row_ptr + F, mask=f_F < F, other=0.0).to(tl.float32)
-    h_F = gate_F / (1.0 + tl.exp(-gate_F)) * up_F
+    h_F = gate_F * tl.sigmoid(gate_F) * up_F
     tl.store(h_ptr + tl.program_id(0).to(tl.int64) * F + f_F, h_F.to(h_ptr.dtype.element_ty), mask=f_F < F)
