@@ -5,6 +5,7 @@ Skipped where there is none; benchmarks/cuda runs the same checks of captured gr
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -75,15 +76,12 @@ def test_the_activation_has_the_compilers_bits(dtype, num_rows):
     mlps = importlib.import_module("mlps")
     cases = importlib.import_module("cases")
     device, size = torch.device("cuda"), 1024
-    shape = cases.Shape(name="square", hidden_size=size, num_neurons=size, num_layers=1)
-    made = mlps.Mlps(shape, 1, dtype, device)
+    shape = cases.Shape(name="square", hidden_size=size, num_neurons=size, num_layers=2)
+    made = mlps.Mlps(shape, 2, dtype, device)
     product_TF = (torch.randn(num_rows, 2 * size, device=device) * 4).to(dtype)
     compiled = torch.compile(lambda product: functional.silu(product[:, :size]) * product[:, size:], dynamic=False)
-    expected_TF = compiled(product_TF)
     x_TD = torch.randn(num_rows, size, device=device).to(dtype)
-    made.prepare(cases.get_case("nothing reduced"), [x_TD], 1)
-    mlp = made.mlps[0]
-    object.__setattr__(mlp, "gate_up", lambda x: product_TF)
-    object.__setattr__(mlp, "down", lambda h: h.clone())
-    made.begin([0] * num_rows)
-    assert torch.equal(mlp.compute(x_TD), expected_TF)
+    made.prepare(cases.get_case("nothing reduced"), [x_TD, x_TD], cases.FORMS.index("middle"))
+    mlp = dataclasses.replace(made.mlps[0], gate_up=lambda x: product_TF, down=lambda h: h.clone())
+    made.begin([cases.FULL] * num_rows)
+    assert torch.equal(mlp.compute(x_TD), compiled(product_TF))
