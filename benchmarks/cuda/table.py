@@ -9,7 +9,7 @@ from typing import Any
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "card": ("gpu", "driver", "cuda", "torch", "triton", "bytes per second", "flops per second"),
-    "nodes": ("if nodes",),
+    "nodes": ("if nodes", "source"),
     "captured": ("shape", "dtype", "tokens", "form", "weights", "replays", "error"),
     "captured checkpoints": ("shape", "dtype", "tokens", "replays", "error"),
     "kernels": (
