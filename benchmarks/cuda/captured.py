@@ -85,9 +85,8 @@ def check_mlps(mlps: Mlps, form: int, num_rows: int, kind: str, *, keeps: bool, 
         levels = scene.levels or [FULL] * num_rows
         if kind in ("plain", "other"):
             levels = [level if level <= SKIP else FULL for level in levels]
-        where = (
-            f"{mlps.shape.name}, {mlps.dtype}, {FORMS[form]}, {kind}, {num_rows} rows, {scene.name}, {'all poisoned' if keeps else 'memory shared'}"
-        )
+        memory = "memory shared" if captures and not keeps else "all poisoned"
+        where = f"{mlps.shape.name}, {mlps.dtype}, {FORMS[form]}, {kind}, {num_rows} rows, {scene.name}, {memory}"
         x_TD.copy_(torch.randn_like(x_TD, dtype=torch.float32))
         if scene.levels is not None:
             x_TD[len(levels) :] = math.nan
