@@ -201,5 +201,5 @@ def silu_kernel(product_ptr, h_ptr, F, stride, BLOCK_F: tl.constexpr):
     row_ptr = product_ptr + tl.program_id(0).to(tl.int64) * stride + f_F
     gate_F = tl.load(row_ptr, mask=f_F < F, other=0.0).to(tl.float32)
     up_F = tl.load(row_ptr + F, mask=f_F < F, other=0.0).to(tl.float32)
-    h_F = gate_F / (1.0 + tl.exp(-gate_F)) * up_F
+    h_F = gate_F * tl.sigmoid(gate_F) * up_F
     tl.store(h_ptr + tl.program_id(0).to(tl.int64) * F + f_F, h_F.to(h_ptr.dtype.element_ty), mask=f_F < F)
