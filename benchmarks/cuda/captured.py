@@ -64,30 +64,29 @@ def run_row(spec: dict[str, Any], context: dict[str, Any]) -> dict[str, Any]:
     mlps = hold(("captured", shape, dtype, repaired), lambda: Mlps(shape, 2, dtype, device, repaired=repaired))
     num_replays, worst = 0, 0.0
     for keeps in (True, False) if context["captures"] else (False,):
-        done, error = check_mlps(
-            mlps, FORMS.index(spec["form"]), spec["tokens"], spec["weights"] != "plain", keeps=keeps, captures=context["captures"]
-        )
+        done, error = check_mlps(mlps, FORMS.index(spec["form"]), spec["tokens"], spec["weights"], keeps=keeps, captures=context["captures"])
         num_replays, worst = num_replays + done, max(worst, error)
     return {"replays": num_replays, "error": worst}
 
 
-def check_mlps(mlps: Mlps, form: int, num_rows: int, has_neurons: bool, *, keeps: bool, captures: bool) -> tuple[int, float]:
+def check_mlps(mlps: Mlps, form: int, num_rows: int, kind: str, *, keeps: bool, captures: bool) -> tuple[int, float]:
     """Capture once and replay under every scene, a graph twice; return the number of replays and the largest relative error of a row.
 
     Raises:
         CheckFailed: see `run_row`.
     """
     x_TD = torch.randn(num_rows, mlps.shape.hidden_size, device=mlps.device).to(mlps.dtype)
-    mlps.prepare(HALF, [x_TD] * len(mlps.weights), form, has_neurons=has_neurons)
+    mlps.prepare(HALF, [x_TD] * len(mlps.weights), form, kind=kind)
     replay = Replay(
         lambda: [mlp.compute(x_TD) for mlp in mlps.mlps], captures=captures, warm_up=lambda: warm_up(mlps, [x_TD] * len(mlps.mlps)), keeps=keeps
     )
     num_replays, worst, state = 0, 0.0, mlps.state
     for scene in make_scenes(num_rows):
         levels = scene.levels or [FULL] * num_rows
-        if scene.levels is not None and not has_neurons:
+        if kind in ("plain", "other"):
             levels = [level if level <= SKIP else FULL for level in levels]
-        where = f"{mlps.shape.name}, {mlps.dtype}, {FORMS[form]}, {num_rows} rows, {scene.name}, {'all poisoned' if keeps else 'memory shared'}"
+        memory = "memory shared" if captures and not keeps else "all poisoned"
+        where = f"{mlps.shape.name}, {mlps.dtype}, {FORMS[form]}, {kind}, {num_rows} rows, {scene.name}, {memory}"
         x_TD.copy_(torch.randn_like(x_TD, dtype=torch.float32))
         if scene.levels is not None:
             x_TD[len(levels) :] = math.nan

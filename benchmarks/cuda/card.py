@@ -36,7 +36,7 @@ class Part:
 def make_parts() -> list[Part]:
     """Return the parts in their order, the most telling rows of each first."""
     small, middle = "Qwen2.5-0.5B", "Qwen2.5-7B"
-    captured = planning.plan_captured(small, "bfloat16", weights=("levels", "plain"))
+    captured = planning.plan_captured(small, "bfloat16", weights=("levels", "plain", "other", "own"))
     captured += planning.plan_captured_checkpoints(small, "bfloat16", (1, 16, 200, 256))
     captured += planning.plan_captured(small, "bfloat16", weights=("repaired",))
     captured += planning.plan_captured(middle, "bfloat16", weights=("levels",))

@@ -30,6 +30,11 @@ NEVER = 1e-30
 """a threshold that decides about every token and makes none confident, so that each checkpoint of a pass does all its work"""
 
 
+MLPS = ("levels", "plain", "other", "own", "repaired")
+"""what an MLP is: with neuron levels; without; a module of another make, which is full or skipped; with levels and an activation kernel of
+the model's own, which rounds in between; with levels whose down projection is repaired (this one is asked for when weights are made)"""
+
+
 class CheckFailed(Exception):
     """A result is wrong, or holds what was never written; says where."""
 
@@ -82,8 +87,11 @@ class Mlps:
         self.state.apply(Policy(enabled=True, checkpoints=(Checkpoint(layer=0, threshold=NEVER),)), 1)
         self.mlps: list[DeviceMlp] = []
 
-    def prepare(self, case: Case, x_NTD: Sequence[Tensor], form: int | None = None, *, has_neurons: bool = True) -> None:
-        """Make the MLPs for a case, with thresholds by which the wanted share of their inputs' neurons is active; no step runs afterwards."""
+    def prepare(self, case: Case, x_NTD: Sequence[Tensor], form: int | None = None, *, kind: str = "levels") -> None:
+        """Make the MLPs for a case, with thresholds by which the wanted share of their inputs' neurons is active; no step runs afterwards.
+
+        `kind`: of MLPS; without neuron levels a row at one of them is full.
+        """
         self.end()
         forms_of = self.state.device_forms
         assert forms_of is not None
@@ -93,23 +101,25 @@ class Mlps:
         ones = torch.ones(size, device=device)
         self.mlps = []
         for layer, ((gate_up, down, down_neurons), x_TD) in enumerate(zip(self.weights, x_NTD, strict=True)):
-            kind, parameter = self.table.kind_LV[layer].clone(), self.table.parameter_LV[layer].clone()
-            parameter[CONTEXTUAL], parameter[WIDTH] = self.find_threshold(layer, x_TD, case.active), round(case.active * size)
-            if not has_neurons:
-                kind[kind > KIND_SKIP] = KIND_FULL
-            neurons = DeviceNeurons(
+            kind_V, parameter_V = self.table.kind_LV[layer].clone(), self.table.parameter_LV[layer].clone()
+            parameter_V[CONTEXTUAL], parameter_V[WIDTH] = self.find_threshold(layer, x_TD, case.active), round(case.active * size)
+            neurons: DeviceNeurons | None = DeviceNeurons(
                 order_F=self.order.int(), rank_F=place.int(), natural_scale_F=ones, scale_F=ones, down_FD=down_neurons,
                 repaired=self.repaired, scores_activation=False,
             )  # fmt: skip
-            width = torch.where(kind == KIND_WIDTH, parameter, torch.where(kind == KIND_CONTEXTUAL, math.inf, 0.0))
+            if kind in ("plain", "other"):
+                neurons = None
+                kind_V[kind_V > KIND_SKIP] = KIND_FULL
             parts = Parts(
                 weights=(gate_up, down), gate_up=functools.partial(functional.linear, weight=gate_up),
-                down=functools.partial(functional.linear, weight=down), activation=0,
+                down=functools.partial(functional.linear, weight=down), activation=0, own_activation=activate_in_two if kind == "own" else None,
             )  # fmt: skip
+            width_V = torch.where(kind_V == KIND_WIDTH, parameter_V, torch.where(kind_V == KIND_CONTEXTUAL, math.inf, 0.0))
             self.mlps.append(
                 DeviceMlp(
-                    device=forms_of, layer=layer, kind_V=kind, parameter_V=parameter, falling_V=width.argsort(descending=True, stable=True).int(),
-                    base=functools.partial(run_dense, gate_up=gate_up, down=down), parts=parts, neurons=neurons if has_neurons else None, form=form,
+                    device=forms_of, layer=layer, kind_V=kind_V, parameter_V=parameter_V,
+                    falling_V=width_V.argsort(descending=True, stable=True).int(), base=functools.partial(run_dense, gate_up=gate_up, down=down),
+                    parts=None if kind == "other" else parts, neurons=neurons, form=form,
                 )
             )  # fmt: skip
 
@@ -176,6 +186,12 @@ def run_dense(x_TD: Tensor, *, gate_up: Tensor, down: Tensor) -> Tensor:
     h_TF = product_TF.new_empty((num_rows, size))
     silu_kernel[(num_rows, -(-size // block))](product_TF, h_TF, size, product_TF.stride(0), BLOCK_F=block)
     return functional.linear(h_TF, down)
+
+
+def activate_in_two(product_TF: Tensor) -> Tensor:
+    """Return silu(gate) * up (T, F) of the products (T, 2F), rounded after either: as a kernel of the model's own does."""
+    gate_TF, up_TF = product_TF.chunk(2, dim=-1)
+    return functional.silu(gate_TF) * up_TF
 
 
 @triton.jit

@@ -14,6 +14,8 @@ PREPARATION: tuple[Row, ...] = ({"part": "card"}, {"part": "nodes"})
 """before any other row: what the card is and reaches, and whether it can run what is captured"""
 CAPTURED_ROWS = {"few": (1, 2, 5, 16), "middle": (1, 16, 17, 33, 64, 127), "many": (128, 200, 256)}
 """of the graphs that are checked: the bounds of each form and something between them"""
+CAPTURED_FORMS = {"levels": FORMS, "plain": ("middle", "many"), "other": ("middle",), "own": ("few", "middle"), "repaired": FORMS}
+"""that each kind of MLP (mlps.MLPS) is captured in"""
 
 
 def plan_kernels(shapes: Sequence[str], tokens: Sequence[int] = TOKENS, *, dtype: str = "bfloat16", **more: Any) -> list[Row]:
@@ -56,14 +58,14 @@ def plan_steps(shapes: Sequence[str], tokens: Sequence[int], caches: Sequence[in
     return rows
 
 
-def plan_captured(shape: str, dtype: str, *, weights: Sequence[str] = ("levels", "plain", "repaired"), forms: Sequence[str] = FORMS) -> list[Row]:
-    """Return the rows that check captured graphs of every form and number of rows; `weights`: with levels, without, with a repaired projection."""
+def plan_captured(shape: str, dtype: str, *, weights: Sequence[str] = tuple(CAPTURED_FORMS), forms: Sequence[str] = FORMS) -> list[Row]:
+    """Return the rows that check captured graphs of every form that these kinds of MLPs have, at the numbers of rows around its bounds."""
     return [
         {"part": "captured", "shape": shape, "dtype": dtype, "tokens": t, "form": form, "weights": kind}
         for kind in weights
         for form in forms
         for t in CAPTURED_ROWS[form]
-        if not (form == "few" and kind == "plain")
+        if form in CAPTURED_FORMS[kind]
     ]
 
 

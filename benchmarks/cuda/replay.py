@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from sedac.engine.cuda import if_nodes
 from sedac.engine.state import State
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,6 +34,9 @@ class Replay:
         self._made: list[Tensor] = []
         if not captures:
             return
+        problem = if_nodes.check()  # before the capture, in which it could not look
+        if problem:
+            raise RuntimeError(f"nothing can be captured here: {problem}")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

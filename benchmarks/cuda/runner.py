@@ -26,6 +26,8 @@ import table
 CHILD = (sys.executable, str(Path(__file__).with_name("child.py")))
 START_SECONDS = 180.0
 """that a child may take to import torch and to reach the device"""
+PREPARATION_SECONDS = 150.0
+"""that a row may take which the others rest on: a compiler may run"""
 GRACE_SECONDS = 15.0
 """that the last row may run past the end of the whole"""
 MAX_HANGS = 2
@@ -124,7 +126,9 @@ class Runner:
         Raises:
             SystemExit: there is no GPU, and this is no check.
         """
+        usual, self.row_seconds = self.row_seconds, max(self.row_seconds, PREPARATION_SECONDS)
         self.run(specs)
+        self.row_seconds = usual
         for row in self.rows:
             if row["part"] == "card":
                 if not row.get("gpu") and not self.is_check and "failed" not in row:

@@ -9,7 +9,7 @@ from typing import Any
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "card": ("gpu", "driver", "cuda", "torch", "triton", "bytes per second", "flops per second"),
-    "nodes": ("if nodes",),
+    "nodes": ("if nodes", "source"),
     "captured": ("shape", "dtype", "tokens", "form", "weights", "replays", "error"),
     "captured checkpoints": ("shape", "dtype", "tokens", "replays", "error"),
     "kernels": (
@@ -51,7 +51,12 @@ def write(out: Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     card = next((row for row in rows if row["part"] == "card"), None)
     parts = dict.fromkeys(row["part"] for row in rows)
-    text = []
+    how = "inside CUDA graphs" if more.get("captures") else "launched eagerly, the host's own time among what was measured"
+    text = (
+        [f"{card['gpu']}, driver {card['driver']}, CUDA {card['cuda']}, torch {card['torch']}, Triton {card['triton']}; {how}."]
+        if card and card.get("gpu")
+        else []
+    )
     for part in parts:
         mine = [format_row(COLUMNS[part], row) for row in rows if row["part"] == part]
         text.append(f"## {part}\n\n" + "\n".join([format_header(COLUMNS[part]), *mine]))

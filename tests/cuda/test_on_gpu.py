@@ -5,6 +5,7 @@ Skipped where there is none; benchmarks/cuda runs the same checks of captured gr
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,11 @@ def test_if_nodes_work():
     assert if_nodes.check() == ""
 
 
-@pytest.mark.parametrize("form", ["few", "middle", "many"])
-@pytest.mark.parametrize("weights", ["levels", "plain", "repaired"])
+@pytest.mark.parametrize("weights", ["levels", "plain", "other", "own", "repaired"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("shape", ["tiny", "Qwen2.5-0.5B"])
-def test_a_captured_mlp_gives_every_step_its_own_levels(shape, dtype, weights, form):
-    if (form, weights) == ("few", "plain"):
-        pytest.skip("this form needs neuron levels")
-    run_rows("captured", plan("plan_captured", shape, dtype, weights=(weights,), forms=(form,)))
+def test_a_captured_mlp_gives_every_step_its_own_levels(shape, dtype, weights):
+    run_rows("captured", plan("plan_captured", shape, dtype, weights=(weights,)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -68,22 +66,21 @@ def test_a_swap_between_replays_is_seen_whole_by_the_next():
     assert [found[name] for name in ("swaps", "mixed", "late", "moved")] == [500, 0, 0, 0]
 
 
+@pytest.mark.parametrize("kind", ["levels", "plain"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_rows", [1, 16, 200])
-def test_the_activation_has_the_compilers_bits(dtype, num_rows):
+def test_the_activation_has_the_compilers_bits(dtype, num_rows, kind):
     """Rows at level `full` of an MLP whose products are given: what is left is the activation, which plain vLLM leaves to the compiler."""
     mlps = importlib.import_module("mlps")
     cases = importlib.import_module("cases")
     device, size = torch.device("cuda"), 1024
-    shape = cases.Shape(name="square", hidden_size=size, num_neurons=size, num_layers=1)
-    made = mlps.Mlps(shape, 1, dtype, device)
+    shape = cases.Shape(name="square", hidden_size=size, num_neurons=size, num_layers=2)
+    made = mlps.Mlps(shape, 2, dtype, device)
     product_TF = (torch.randn(num_rows, 2 * size, device=device) * 4).to(dtype)
     compiled = torch.compile(lambda product: functional.silu(product[:, :size]) * product[:, size:], dynamic=False)
-    expected_TF = compiled(product_TF)
     x_TD = torch.randn(num_rows, size, device=device).to(dtype)
-    made.prepare(cases.get_case("nothing reduced"), [x_TD], 1)
-    mlp = made.mlps[0]
-    object.__setattr__(mlp, "gate_up", lambda x: product_TF)
-    object.__setattr__(mlp, "down", lambda h: h.clone())
-    made.begin([0] * num_rows)
-    assert torch.equal(mlp.compute(x_TD), expected_TF)
+    made.prepare(cases.get_case("nothing reduced"), [x_TD, x_TD], cases.FORMS.index("middle"), kind=kind)
+    parts = dataclasses.replace(made.mlps[0].parts, gate_up=lambda x: product_TF, down=lambda h: h.clone())
+    mlp = dataclasses.replace(made.mlps[0], parts=parts)
+    made.begin([cases.FULL] * num_rows)
+    assert torch.equal(mlp.compute(x_TD), compiled(product_TF))
