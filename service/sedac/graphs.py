@@ -104,7 +104,7 @@ class _Options:
 
 def _read_flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield every flag with the value it has or would have, in vLLM's main spelling."""
-    following = [*arguments[1:], ""]
+    following = [*arguments, ""][1:]
     for argument, after in zip(arguments, following, strict=True):
         name, is_joined, value = argument.partition("=")
         if argument.startswith("-O") and not argument.startswith("--"):
