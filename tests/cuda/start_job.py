@@ -146,9 +146,9 @@ def compare_modes(lines: list[list[str]]) -> list[dict[str, Any]]:
 def ask_platform() -> dict[str, Any]:
     """Whether SEDAC and vLLM think that this is CUDA."""
     from sedac.graphs import is_cuda
-    from vllm.platforms import cuda_platform_plugin
+    from vllm.platforms import resolve_current_platform_cls_qualname
 
-    return {"ours": is_cuda(), "vllm": cuda_platform_plugin() is not None}
+    return {"ours": is_cuda(), "vllm": resolve_current_platform_cls_qualname() == "vllm.platforms.cuda.CudaPlatform"}
 
 
 if __name__ == "__main__":
