@@ -63,7 +63,8 @@ def why_not_min_weight_mib(value: object) -> str:
     """Return what is wrong with a value of `min_weight_mib` and what to do; empty: nothing."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_MIN_WEIGHT_MIB:
         return ""
-    return f"{value!r} is not a whole number of MiB from 0 (no MLP is too small) to {MAX_MIN_WEIGHT_MIB}; change it, or leave it out for {MIN_WEIGHT_MIB}"
+    limits = f"0 (no MLP is too small) to {MAX_MIN_WEIGHT_MIB}"
+    return f"{value!r} is not a whole number of MiB from {limits}; change it, or leave it out for {MIN_WEIGHT_MIB}"
 
 
 class EngineSettings(BaseSettings):

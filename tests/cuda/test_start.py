@@ -39,7 +39,7 @@ def read_image(target: str) -> Line:
     text = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", " ")
     (stage,) = (part for part in re.split(r"^FROM ", text, flags=re.MULTILINE) if re.match(rf"\S+ AS {target}\n", part))
     environment = dict(pair.split("=", 1) for line in re.findall(r"^ENV (.+)$", stage, re.MULTILINE) for pair in shlex.split(line))
-    (entry,), (command,) = (json.loads(f"[{found}]") for found in (re.findall(rf"^{w} (\[.+\])$", stage, re.MULTILINE)[-1] for w in ("ENTRYPOINT", "CMD")))
+    entry, command = (json.loads(re.findall(rf"^{word} (\[.+\])$", stage, re.MULTILINE)[-1]) for word in ("ENTRYPOINT", "CMD"))
     assert entry == ["sedac"]
     environment.pop("PATH")
     return Line(command, environment)
@@ -90,7 +90,6 @@ class Starter:
         """What SEDAC reads off flags, and what vLLM makes of them."""
         compared: list[dict[str, Any]] = self._run(self.platform, "modes", json.dumps(lines))
         return compared
-
 
     def ask_platform(self, **variables: str) -> dict[str, bool]:
         """Whether SEDAC and vLLM take this for CUDA."""
