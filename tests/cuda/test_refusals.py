@@ -58,19 +58,18 @@ def test_graphs_stay_where_there_are_none_to_leave():
 
 def test_ranks_leave_graphs_together(tmp_path):
     code = f"""if True:
-        import json, logging, sys, types
+        import json, sys
         from types import SimpleNamespace
         import torch
         from sedac.engine import refusals
+        from sedac.engine.cuda import if_nodes
         from vllm.config.compilation import CUDAGraphMode
         rank = int(sys.argv[1])
         torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
         refusals.get_tp_group = lambda: SimpleNamespace(world_size=2, cpu_group=torch.distributed.group.WORLD)
         modes = []
         for reasons in (("", ""), ("", "no branch"), ("no branch", "")):
-            sys.modules["sedac.engine.cuda.if_nodes"] = types.SimpleNamespace(check=lambda: reasons[rank])
-            import sedac.engine.cuda
-            sedac.engine.cuda.if_nodes = sys.modules["sedac.engine.cuda.if_nodes"]
+            if_nodes.check = lambda: reasons[rank]
             config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL))
             refusals.leave_graphs(config, "13.0")
             modes.append(config.compilation_config.cudagraph_mode.name)
