@@ -74,7 +74,8 @@ class Engine:
             (completion,) = output.outputs
             tokens = list(completion.token_ids)
             logprobs = [step[t].logprob for step, t in zip(completion.logprobs, tokens, strict=True)]
-            answers.append({"tokens": tokens, "logprobs": logprobs, "mlp_share": self._get_share([output.request_id])})
+            share = self._get_share({output.request_id: len(output.prompt_token_ids)})
+            answers.append({"tokens": tokens, "logprobs": logprobs, "mlp_share": share})
         return {"answers": answers}
 
     def calibrate(self, share: float, num_tokens: int) -> dict[str, Any]:
@@ -108,12 +109,13 @@ class Engine:
         )
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         self._number += 1
-        names: dict[str, str] = {}
+        ours: dict[str, int] = {}
+        waiting = set()
         for i, length in enumerate(lengths):
             name = f"{self._number}-{i}"
             prompt = [(7919 * i + 104729 * t + 31 * self._number) % (vocabulary - 2) + 1 for t in range(length)]
-            names[name] = engine.add_request(name, {"prompt_token_ids": prompt}, params)
-        waiting = set(names)
+            ours[engine.add_request(name, {"prompt_token_ids": prompt}, params)] = length
+            waiting.add(name)
         start = last = 0.0
         steps, total, finished = [], 0, False
         while not finished:
@@ -136,7 +138,7 @@ class Engine:
         seconds = last - start
         return {
             "ms": 1e3 * seconds / len(steps), "tokens/s": total / seconds, "steps": len(steps), "tokens": total,
-            "step ms": [round(1e3 * s, 4) for s in steps], "mlp_share": self._get_share(list(names.values())[:_MAX_REPORTS]),
+            "step ms": [round(1e3 * s, 4) for s in steps], "mlp_share": self._get_share(ours),
         }  # fmt: skip
 
     def _apply(self, policy: dict[str, Any]) -> None:
@@ -148,12 +150,18 @@ class Engine:
             raise ValueError(f"the policy was refused: {answer['violations']}")
         self._policy = policy
 
-    def _get_share(self, names: list[str]) -> float | None:
-        """Return the mean share of the MLPs that these requests' tokens were computed with, prompts in it; None without SEDAC."""
+    def _get_share(self, prompts: dict[str, int]) -> float | None:
+        """Return the mean share of the MLPs that generated tokens were computed with, by prompt length of each request; None without SEDAC.
+
+        Prompts run in full. A request's last token is never computed with.
+        """
         if not self._is_ours:
             return None
-        reports = [self.llm.collective_rpc("sedac_get_report", args=(name,))[0] for name in names]
-        shares = [r["mlp_share"] for r in reports if r is not None]
+        shares = []
+        for name, length in list(prompts.items())[:_MAX_REPORTS]:
+            (report,) = self.llm.collective_rpc("sedac_get_report", args=(name,))
+            if report is not None and report["num_tokens"] > length:
+                shares.append(1 - (1 - report["mlp_share"]) * report["num_tokens"] / (report["num_tokens"] - length))
         return sum(shares) / len(shares) if shares else None
 
     @contextlib.contextmanager
@@ -176,7 +184,7 @@ def main() -> None:
         order = json.loads(line)
         try:
             answer = getattr(engine, order.pop("do"))(**order)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever vLLM raises, the next order may succeed
             _log.exception("an order failed")
             answer = {"error": f"{type(error).__name__}: {str(error).strip()[:600]}"}
         print(json.dumps(answer), file=answers)

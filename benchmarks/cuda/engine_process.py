@@ -5,6 +5,7 @@ A process that dies, hangs or refuses again and again has a `fault` and is asked
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -22,7 +23,7 @@ REPOSITORY = HERE.parents[1]
 PLUGIN = "[vllm.general_plugins]\nsedac = sedac.engine.plugin:register\n"
 _MAX_ERRORS = 3
 """in a row: a GPU's error leaves a process that can do nothing more"""
-_LOG_LINES = 12
+_LOG_LINES, _LINE_CHARS = 4, 240
 _STACK_SECONDS = 1.0
 _TERM_SECONDS = 3.0
 
@@ -134,10 +135,10 @@ class EngineProcess:
 
     def give_up(self, reason: str) -> None:
         """End a process that is of no use any more, its stacks written to its log first."""
+        self.fault = f"{reason}; its log ends: {self.read_log()}"
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR1)
             time.sleep(_STACK_SECONDS)
-        self.fault = f"{reason}; its log ends: {self.read_log()}"
         self.terminate()
         self.end()
 
@@ -147,23 +148,19 @@ class EngineProcess:
 
     def end(self, seconds: float = _TERM_SECONDS) -> None:
         """Wait for its end, and kill it after `seconds`."""
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            pass
         self._signal(signal.SIGKILL)  # what it started, too
         self._process.wait()
 
     def read_log(self) -> str:
         """Return the last lines of its log that say something."""
         lines = [line for line in self.log_path.read_text(errors="replace").splitlines() if line.strip()]
-        return " / ".join(line[-300:] for line in lines[-_LOG_LINES:]) or "(empty)"
+        return " / ".join(line.strip()[-_LINE_CHARS:] for line in lines[-_LOG_LINES:]) or "(empty)"
 
     def _signal(self, number: int) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
-        except ProcessLookupError:
-            pass
 
     def _take(self, seconds: float) -> dict[str, Any]:
         answer = self._answers.get(timeout=max(0.01, seconds))

@@ -93,7 +93,8 @@ def write(out: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> s
         lines.append("A dry run with tiny shapes: it shows that everything runs, and its times mean nothing.")
     lines.append("## Engines\n\n" + format_table(START, kinds["start"]))
     lines.append("## Exactness: the demo model, greedy, bfloat16\n\n" + format_table(EXACT, kinds["exact"]))
-    lines.append("Tiers, MLPs computed (prompts in full, in it) and tokens equal to plain V1's:\n\n" + format_table(TIERS, kinds["tier"]))
+    lines.append("Tiers: share of the MLPs that generated tokens were computed with, and tokens equal to plain V1's.\n")
+    lines.append(format_table(TIERS, kinds["tier"]))
     lines.append("## Speed: decode steps of the 7B-shaped dummy\n\nMedians over rounds (min-max); ratios of tokens per second, over 1 is faster.\n")
     lines.append(format_table(SPEED, table))
     lines += [f"Failed: {row['engine']}, {row['what']}: {row['reason']}\n" for row in kinds["fault"]]
