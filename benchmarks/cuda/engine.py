@@ -25,7 +25,7 @@ from typing import Any
 
 import engine_models
 import engine_report
-from engine_process import REPOSITORY, EngineFault, EngineProcess, make_environment
+from engine_process import REPOSITORY, TERM_SECONDS, EngineFault, EngineProcess, make_environment
 from engine_variants import DEMO_SEDAC, DEMO_V1, DEMO_V2, ENGINES, SEDAC, Engine, Wave, make_waves
 
 sys.path.insert(0, str(REPOSITORY / "service"))
@@ -214,17 +214,19 @@ class Session:
             self.add("speed", engine=variant.engine, variant=variant.name, **where, **answer)
 
     def finish(self, ended: str) -> str:
-        """End the processes, all at once, and write the files; returns the table."""
-        for process in self.engines.values():
-            process.terminate()
-        for process in self.engines.values():
-            process.end()
+        """Write the files, then end the processes, all at once; returns the tables."""
         device = next((r["device"] for r in self.rows if r["kind"] == "start"), "no engine started")
         about = {
             "ended": ended, "seconds": self.spent, "budget": self.budget, "is_dry_run": self.dry, "device": device, "left": self.left,
             "rounds": self.num_rounds, "tokens": self.num_tokens, "shape": vars(self.shape),
         }  # fmt: skip
-        return engine_report.write(self.out, self.rows, about)
+        text = engine_report.write(self.out, self.rows, about)
+        for process in self.engines.values():
+            process.terminate()
+        last = time.perf_counter() + TERM_SECONDS
+        for process in self.engines.values():
+            process.end(max(0.0, last - time.perf_counter()))
+        return text
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -56,9 +56,7 @@ class Engine:
             "GiB": torch.cuda.memory_reserved() / 2**30 if has_gpu else None,
         }  # fmt: skip
         if self._is_ours and has_gpu:
-            from sedac.engine.cuda import if_nodes
-
-            found["if_nodes"] = if_nodes.check() or "work"
+            found["if_nodes"] = check_if_nodes()
         return found
 
     def generate(self, texts: list[str], num_tokens: int, policy: dict[str, Any], tier: str = "") -> dict[str, Any]:
@@ -170,6 +168,16 @@ class Engine:
         with open(self._lock, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def check_if_nodes() -> str:
+    """Say whether CUDA graphs' IF nodes work here, or why not."""
+    try:
+        from sedac.engine.cuda import if_nodes
+
+        return if_nodes.check() or "work"
+    except Exception as error:  # noqa: BLE001  the engine has started and knows what it does; this only reports
+        return f"{type(error).__name__}: {error}"
 
 
 def main() -> None:

@@ -25,11 +25,16 @@ _MAX_ERRORS = 3
 """in a row: a GPU's error leaves a process that can do nothing more"""
 _LOG_LINES, _LINE_CHARS = 4, 240
 _STACK_SECONDS = 1.0
-_TERM_SECONDS = 3.0
+TERM_SECONDS, _KILL_SECONDS = 3.0, 1.0
 
 
 class EngineFault(Exception):
     """An engine did not do what it was told; its message says what its log ended with."""
+
+
+def make_slug(name: str) -> str:
+    """Return an engine's name as files are called after it."""
+    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def write_plugin(folder: Path) -> None:
@@ -47,7 +52,7 @@ def make_environment(name: str, work: Path, *, is_v2: bool, is_ours: bool, vllm:
     if not is_installed:
         write_plugin(site)
     folders = [*([] if is_installed else [site]), *([vllm] if vllm else []), REPOSITORY / "service"]
-    caches = work / "caches" / name
+    caches = work / "caches" / make_slug(name)
     caches.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
@@ -71,8 +76,10 @@ def make_environment(name: str, work: Path, *, is_v2: bool, is_ours: bool, vllm:
 class EngineProcess:
     """One engine, started when this is made."""
 
-    def __init__(self, name: str, options: dict[str, Any], environment: dict[str, str], *, work: Path, logs: Path) -> None:
-        slug = name.lower().replace(",", "").replace(" ", "-")
+    def __init__(
+        self, name: str, options: dict[str, Any], environment: dict[str, str], *, work: Path, logs: Path, script: Path = HERE / "engine_child.py"
+    ) -> None:
+        slug = make_slug(name)
         order = work / f"{slug}.json"
         order.write_text(json.dumps({"llm": options, "lock": str(work / "lock")}))
         logs.mkdir(parents=True, exist_ok=True)
@@ -83,7 +90,7 @@ class EngineProcess:
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         with self.log_path.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_child.py"), str(order)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, str(script), str(order)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=log, text=True, start_new_session=True,  # an interrupt is the parent's to handle
             )  # fmt: skip
         threading.Thread(target=self._read, daemon=True).start()
@@ -146,12 +153,13 @@ class EngineProcess:
         """Ask it to end."""
         self._signal(signal.SIGTERM)
 
-    def end(self, seconds: float = _TERM_SECONDS) -> None:
-        """Wait for its end, and kill it after `seconds`."""
+    def end(self, seconds: float = TERM_SECONDS) -> None:
+        """Wait for its end, and kill it and what it started after `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=seconds)
-        self._signal(signal.SIGKILL)  # what it started, too
-        self._process.wait()
+        self._signal(signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for a while
+            self._process.wait(timeout=_KILL_SECONDS)
 
     def read_log(self) -> str:
         """Return the last lines of its log that say something."""
