@@ -93,7 +93,8 @@ class EngineProcess:
                 [sys.executable, str(script), str(order)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=log, text=True, start_new_session=True,  # an interrupt is the parent's to handle
             )  # fmt: skip
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     @property
     def is_alive(self) -> bool:
@@ -155,11 +156,15 @@ class EngineProcess:
 
     def end(self, seconds: float = TERM_SECONDS) -> None:
         """Wait for its end, and kill it and what it started after `seconds`."""
+        assert self._process.stdin is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=seconds)
         self._signal(signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for a while
             self._process.wait(timeout=_KILL_SECONDS)
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._reader.join(timeout=_KILL_SECONDS)
 
     def read_log(self) -> str:
         """Return the last lines of its log that say something."""
@@ -175,12 +180,14 @@ class EngineProcess:
         if answer is None:
             code = self._process.wait()
             self.fault = f"ended with {code}; its log ends: {self.read_log()}"
+            self.end()
             raise EngineFault(self.fault)
         return answer
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._answered = time.perf_counter()
-            self._answers.put(json.loads(line))
+        with self._process.stdout as lines:
+            for line in lines:
+                self._answered = time.perf_counter()
+                self._answers.put(json.loads(line))
         self._answers.put(None)

@@ -104,6 +104,19 @@ def test_speed_rows_come_in_order_and_are_what_they_say(rows):
     assert share["contextual 50 %"] == pytest.approx(2 / 3, abs=0.05), "thresholds came from gates measured in the engine"
 
 
+@pytest.mark.engine
+def test_thresholds_come_from_measured_gates_with_the_forms_of_a_gpu(tmp_path):
+    environment = make_environment()
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "tests/cuda/engine_calibration_job.py", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found = json.loads((tmp_path / "answers.json").read_text())
+    assert found["before"] == pytest.approx(1 / 3, abs=0.01), "no neuron's gate is over the set's own threshold: the gates alone are computed"
+    assert found["after"] == pytest.approx(2 / 3, abs=0.05)
+    assert all(0 < threshold < 1 for threshold in found["thresholds"])
+
+
 def test_ratios_compare_rounds_of_one_phase():
     def make(engine, variant, number, rate):
         return {"engine": engine, "variant": variant, "batch": 1, "phase": 0, "round": number, "ms": 1.0, "tokens/s": rate, "mlp_share": None}
