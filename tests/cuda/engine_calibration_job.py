@@ -20,7 +20,7 @@ def run(folder: Path) -> dict[str, object]:
     import engine_variants
     from engine_child import Engine
 
-    shape = engine_models.TINY
+    shape = engine_models.DummyShape(hidden_size=64, num_neurons=128, num_layers=4, num_heads=2, num_kv_heads=1, vocab_size=64)
     probe_set = engine_models.write_probe_set(folder / "probe-set", shape)
     options = {
         "model": str(engine_models.write_dummy(folder / "dummy", shape)), "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32",

@@ -29,16 +29,16 @@ def dry_run(tmp_path_factory):
     command = [sys.executable, "-u", "benchmarks/cuda/engine.py", "--out", str(out), "--dry-run", "--rounds", "1", "--seconds", "700", "--engines"]
     environment = make_environment()
     environment.pop("TRITON_INTERPRET", None)
-    process = subprocess.Popen(
-        [*command, *ENGINES], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
     lines, interrupted = [], 0.0
-    for line in process.stdout:
-        lines.append(line)
-        if LAST in line and not interrupted:
-            interrupted = time.monotonic()
-            process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0, "".join(lines)[-4000:]
+    with subprocess.Popen(
+        [*command, *ENGINES], cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            lines.append(line)
+            if LAST in line and not interrupted:
+                interrupted = time.monotonic()
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 0, "".join(lines)[-4000:]
     assert interrupted, "".join(lines)[-4000:]
     return out, lines, time.monotonic() - interrupted
 
