@@ -26,7 +26,7 @@ from typing import Any
 import engine_models
 import engine_report
 from engine_process import REPOSITORY, TERM_SECONDS, EngineFault, EngineProcess, make_environment
-from engine_variants import DEMO_SEDAC, DEMO_V1, DEMO_V2, ENGINES, SEDAC, Engine, Wave, make_waves
+from engine_variants import DEMO_SEDAC, DEMO_V1, DEMO_V2, ENGINES, SEDAC, Engine, Wave, make_watching_policy, make_waves
 
 sys.path.insert(0, str(REPOSITORY / "service"))
 
@@ -105,7 +105,10 @@ class Session:
         if engine.is_ours:
             worker = "sedac.engine.worker.SedacWorker" if is_demo else "engine_worker.Worker"
             directory = engine_models.DEMO / "probe-set" if is_demo else probe_set
-            options |= {"worker_cls": worker, "additional_config": {"sedac": {"probe_set": str(directory)}}}
+            entry: dict[str, Any] = {"probe_set": str(directory)}
+            if is_demo and not self.dry:
+                entry["min_weight_mib"] = 0  # or the forms of a GPU would leave so small a model whole; a CPU's have no such limit
+            options |= {"worker_cls": worker, "additional_config": {"sedac": entry}}
         return options
 
     def wait(self, share: float, model: str = "") -> bool:
@@ -192,7 +195,8 @@ class Session:
 
     def measure_speed(self) -> None:
         """Let the 7B-shaped engines take turns."""
-        found = self.ask(SEDAC, 60, "calibration", do="calibrate", share=0.5, num_tokens=PAST_GRAPHS)
+        watching = make_watching_policy(self.shape.num_layers)
+        found = self.ask(SEDAC, 60, "calibration", do="calibrate", share=0.5, num_tokens=PAST_GRAPHS, policy=watching)
         if found is not None:
             self.add("calibration", engine=SEDAC, **found)
         names = tuple(n for n, e in self.engines.items() if e.is_alive)

@@ -29,10 +29,6 @@ class Engine:
     def __init__(self, options: dict[str, Any], lock: str) -> None:
         started = time.perf_counter()
         self._lock, self._is_ours, self._revision, self._number = lock, "worker_cls" in options, 0, 0
-        if self._is_ours:
-            from sedac.engine.cuda import forms
-
-            forms.MIN_WEIGHT_BYTES = 0  # the demo model is small; a 7B model's MLPs are over the limit anyway
         from vllm import LLM
 
         self._import_seconds = time.perf_counter() - started
@@ -76,9 +72,12 @@ class Engine:
             answers.append({"tokens": tokens, "logprobs": logprobs, "mlp_share": share})
         return {"answers": answers}
 
-    def calibrate(self, share: float, num_tokens: int) -> dict[str, Any]:
-        """Measure gates in one pass over `num_tokens` tokens and set the contextual thresholds (engine_worker.py)."""
-        self._apply({"enabled": False})
+    def calibrate(self, share: float, num_tokens: int, policy: dict[str, Any]) -> dict[str, Any]:
+        """Measure gates in one pass over `num_tokens` tokens and set the contextual thresholds (engine_worker.py).
+
+        The policy must decide about prompts, and let nothing exit.
+        """
+        self._apply(policy)
         self.llm.collective_rpc("bench_record")
         self._run_wave([num_tokens], 2, "")
         return self.llm.collective_rpc("bench_set_thresholds", args=(share,))[0]

@@ -71,6 +71,11 @@ class Variant:
         return Policy(enabled=self.enabled, checkpoints=checkpoints, tiers=(tier,), default_tier=TIER).to_dict()
 
 
+def make_watching_policy(num_layers: int) -> dict[str, Any]:
+    """Return a policy under which every token is decided about, prompts too, and nothing is reduced."""
+    return {**Variant(name="watching").make_policy(num_layers), "phase": "all"}
+
+
 VARIANTS = (
     Variant(name="plain, Model Runner V2", engine=PLAIN_V2, is_telling=True),
     Variant(name="plain, Model Runner V1", engine=PLAIN_V1, is_telling=True),

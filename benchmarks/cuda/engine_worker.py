@@ -7,6 +7,7 @@ that no CUDA graph holds, and the thresholds are then put where the kernels read
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from sedac.engine.levels import KIND_CONTEXTUAL
@@ -18,11 +19,26 @@ MAX_ROWS = 64
 """of a pass, from which a layer's threshold is taken"""
 
 
+class _Recording:
+    """Stands before a `DeviceMlp` and shows what it is asked to compute."""
+
+    def __init__(self, inner: Any, keep: Callable[[Tensor], None]) -> None:
+        self._inner, self._keep = inner, keep
+
+    def compute(self, x_TD: Tensor, **keywords: Any) -> Tensor:
+        """Return what the MLP returns."""
+        self._keep(x_TD)
+        return self._inner.compute(x_TD, **keywords)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
 class Worker(SedacWorker):
     """See the module's docstring."""
 
     def bench_record(self) -> None:
-        """Keep what each gated MLP reads in the passes to come, until `bench_set_thresholds`."""
+        """Keep what each gated MLP reads in the passes to come, until `bench_set_thresholds`; a policy must be active in them."""
         self.bench_inputs: dict[int, Tensor] = {}
         self.bench_undo: list[Any] = []
         for mlp in self._find_mlps():
@@ -30,9 +46,9 @@ class Worker(SedacWorker):
                 handle = mlp.register_forward_pre_hook(functools.partial(self._keep_arguments, mlp.sedac_layer))
                 self.bench_undo.append(handle.remove)
                 continue
-            base = mlp.sedac_base
-            mlp.sedac_base = functools.partial(self._keep_and_run, mlp.sedac_layer, base)
-            self.bench_undo.append(functools.partial(setattr, mlp, "sedac_base", base))
+            inner = mlp.sedac_device
+            mlp.sedac_device = _Recording(inner, functools.partial(self._keep, mlp.sedac_layer))
+            self.bench_undo.append(functools.partial(setattr, mlp, "sedac_device", inner))
 
     def bench_set_thresholds(self, share: float) -> dict[str, Any]:
         """Set every contextual level's threshold so that `share` of each layer's neurons passed it, on average over the recorded rows.
@@ -46,7 +62,7 @@ class Worker(SedacWorker):
         for mlp in self._find_mlps():
             layer = mlp.sedac_layer
             if layer not in self.bench_inputs:
-                raise RuntimeError(f"the MLP of layer {layer} has not run outside CUDA graphs; thresholds can't be measured")
+                raise RuntimeError(f"the MLP of layer {layer} has not run outside CUDA graphs under an active policy; thresholds can't be measured")
             score = functional.linear(self.bench_inputs[layer], self._get_gate(mlp)).float().abs().flatten().sort(descending=True).values
             keep = max(1, min(score.numel() - 1, round(share * score.numel())))
             threshold = float(score[keep - 1 : keep + 1].mean())  # between two scores, so that none lies on it
@@ -76,8 +92,3 @@ class Worker(SedacWorker):
 
     def _keep_arguments(self, layer: int, module: Any, arguments: tuple[Tensor, ...]) -> None:
         self._keep(layer, arguments[0])
-
-    def _keep_and_run(self, layer: int, base: Any, x_TD: Tensor) -> Tensor:
-        self._keep(layer, x_TD)
-        out_TD: Tensor = base(x_TD)
-        return out_TD

@@ -31,7 +31,7 @@ def run(folder: Path) -> dict[str, object]:
     policies = {v.name: v.make_policy(shape.num_layers) for v in engine_variants.VARIANTS}
     order = {"batch": 1, "num_prompt": 8, "num_tokens": 4, "policy": policies["contextual 50 %"], "tier": engine_variants.TIER}
     before = engine.measure(**order)
-    found = engine.calibrate(0.5, 48)
+    found = engine.calibrate(0.5, 48, engine_variants.make_watching_policy(shape.num_layers))
     return {"before": before["mlp_share"], "after": engine.measure(**order)["mlp_share"], **found}
 
 
