@@ -88,9 +88,10 @@ bench-speculation: $(KERNELS) ## every way of speculation against plain vLLM, de
 	for model in demo mid; do $(BIN)/python benchmarks/speculation.py --model $$model --out benchmarks/results/speculation $(ARGS); done
 
 .PHONY: bench-cuda
-bench-cuda: ## on a GPU: every form of the reduced MLP, then whole decoder steps (ARGS=--help); writes benchmarks/results/cuda-*
-	$(BIN)/python benchmarks/cuda/kernels.py --out benchmarks/results/cuda-kernels $(ARGS)
-	$(BIN)/python benchmarks/cuda/step.py --out benchmarks/results/cuda-step $(ARGS)
+bench-cuda: ## on a GPU, .venv or not: the card, its graphs and kernels, then engines (ARGS='--seconds 300'); writes benchmarks/results/cuda/
+	python=$$(test -x $(BIN)/python && echo $(BIN)/python || echo python3); status=0; \
+	$$python benchmarks/cuda/card.py --out benchmarks/results/cuda --seconds 300 $(ARGS) || status=$$?; \
+	$$python benchmarks/cuda/engine.py --out benchmarks/results/cuda --seconds 300 $(ARGS) || status=$$?; exit $$status
 
 .PHONY: bench-control
 bench-control: $(KERNELS) ## the control plane under load, under faults, with a fleet; writes benchmarks/results/control.*

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import torch
-from cases import Shape
+from cases import Shape, get_shape
+from measured import DTYPES, get_device
+from mlps import FULL, NEVER, CheckFailed, make_tokens
+from replay import Replay, poison_scratch
 from sedac.engine.levels import LevelTable
 from sedac.engine.state import State
-from sedac.engine.tokens import DECIDES, Tokens
 from sedac.policy import Checkpoint, Layout, Policy
 from sedac.probe.probe import LREProbe
+from timing import Variant, time_variants
 from torch import Tensor
 from torch.nn import functional
-
-NEVER = 1e-30
-"""a threshold that decides about every token and makes none confident, so that each checkpoint of a pass does all its work"""
 
 
 def make_state(
@@ -36,14 +37,9 @@ def make_state(
 
 def begin(state: State, num_tokens: int) -> None:
     """Start a step whose tokens are all decided about."""
-    if state.is_active:
+    if state.num_tokens:
         state.end_step()
-    ones = np.ones(num_tokens)
-    tokens = Tokens(
-        role_T=(ones * DECIDES).astype(np.uint8), floor_T=(ones * 0).astype(np.uint8), goal_T=ones.astype(np.uint8),
-        scale_T=ones.astype(np.float32), tier_T=(ones * 0).astype(np.int64),
-    )  # fmt: skip
-    state.begin_step(num_tokens, tokens)
+    state.begin_step(num_tokens, make_tokens([FULL] * num_tokens))
 
 
 def get_risk(state: State, index: int, hidden_TD: Tensor, residual_TD: Tensor) -> Tensor:
@@ -56,34 +52,52 @@ def get_risk(state: State, index: int, hidden_TD: Tensor, residual_TD: Tensor) -
     return functional.softplus(z_TR @ w["out.weight"][0] + w["out.bias"])
 
 
-def check_probe(shape: Shape, num_tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+def run_row(spec: dict[str, Any], context: dict[str, Any]) -> dict[str, Any]:
+    """Check the risks of one checkpoint and time as many as a model may have.
+
+    Raises:
+        CheckFailed: an error passes 1e-4, or a risk was not written.
+    """
+    shape, device = get_shape(spec["shape"], is_tiny=context["is_check"]), get_device(context)
+    dtype, num_tokens = DTYPES[spec["dtype"]], spec["tokens"]
+    row: dict[str, Any] = {"error": check(shape, num_tokens, dtype, device, captures=context["captures"])}
+    layers = tuple(range(min(16, shape.num_layers - 1)))
+    state = make_state(shape, layers, device, rank=_get_rank(device))
+    streams = [torch.randn(num_tokens, shape.hidden_size, device=device).to(dtype) for _ in layers]
+
+    def run() -> tuple[Tensor, ...]:
+        for layer, stream_TD in zip(layers, streams, strict=True):
+            state.observe(layer, stream_TD)
+        return ()
+
+    variant = Variant(run=run, begin=lambda: begin(state, num_tokens))
+    time = time_variants({"ours": variant}, captures=context["captures"], num_rounds=context["rounds"], is_dry=context["is_check"])["ours"]
+    return row if context["is_check"] else row | time.per(len(layers)).show("ours")
+
+
+def check(shape: Shape, num_tokens: int, dtype: torch.dtype, device: torch.device, *, captures: bool) -> float:
     """Return the largest relative error of a risk.
 
     Raises:
-        SystemExit: it passes 1e-4, or a risk was not written.
+        CheckFailed: it passes 1e-4, or a risk was not written.
     """
-    state = make_state(shape, (0,), device, rank=16 if device.type == "cpu" else 128)
-    begin(state, num_tokens)
+    state = make_state(shape, (0,), device, rank=_get_rank(device))
     hidden_TD, residual_TD = (torch.randn(num_tokens, shape.hidden_size, device=device).to(dtype) for _ in range(2))
-    state.observe(0, hidden_TD, residual_TD)
+
+    def run() -> tuple[Tensor, ...]:
+        state.observe(0, hidden_TD, residual_TD)
+        return ()
+
+    replay = Replay(run, captures=captures)
+    poison_scratch(state)
+    begin(state, num_tokens)
+    replay.run_poisoned()
     expected_T = get_risk(state, 0, hidden_TD, residual_TD)
     error_T = (state.buffers.risk_CT[0, :num_tokens].double() - expected_T).abs() / expected_T
     if not bool((error_T < 1e-4).all()):  # false for NaN too
-        raise SystemExit(f"{shape.name}, {num_tokens} tokens, probe, {dtype}: errors {error_T.tolist()} pass 1e-4")
+        raise CheckFailed(f"{shape.name}, {num_tokens} tokens, probe, {dtype}: errors {error_T.tolist()} pass 1e-4")
     return float(error_T.max())
 
 
-def measure_probe(shape: Shape, num_tokens: int, dtype: torch.dtype, device: torch.device, *, num_rounds: int) -> float:
-    """Return seconds per checkpoint, over as many probes as the model may have checkpoints."""
-    from timing import capture, time_graphs
-
-    layers = tuple(range(min(16, shape.num_layers - 1)))
-    state = make_state(shape, layers, device)
-    begin(state, num_tokens)
-    streams = [torch.randn(num_tokens, shape.hidden_size, device=device) for _ in layers]
-
-    def run() -> None:
-        for layer, stream_TD in zip(layers, streams, strict=True):
-            state.observe(layer, stream_TD)
-
-    return time_graphs({"ours": capture(run)}, num_rounds=num_rounds)["ours"] / len(layers)
+def _get_rank(device: torch.device) -> int:
+    return 16 if device.type == "cpu" else 128

@@ -6,38 +6,15 @@ T tokens, one of each sequence; D hidden size, S tokens in the cache, H heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from cases import CONTEXTUAL, FULL, SKIP, WIDTH, Case, Mlps, Shape, run_dense
-from checkpoints import NEVER
+from cases import CONTEXTUAL, EXITS, SKIP, Ceilings, Plan, Shape
+from mlps import NEVER, Mlps, make_tokens, restart, run_dense
 from sedac.engine.levels import LevelTable
 from sedac.engine.state import State
 from sedac.policy import Checkpoint, Layout, Policy
 from sedac.probe.probe import LREProbe
 from torch import Tensor
 from torch.nn import functional
-
-EXITS = (0.25, 0.5, 0.75)
-"""where checkpoints are, as shares of the layers"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a step's rows get: a case from the first layer on, or a skip of all rows from a share of the layers on."""
-
-    name: str
-    case: Case
-    exits_at: float | None = None
-
-
-PLANS = (
-    Plan(name="checkpoints on, nothing reduced", case=Case(name="full", level=FULL)),
-    *(Plan(name=f"skip from {round(100 * at)} % of the layers", case=Case(name="full", level=FULL), exits_at=at) for at in reversed(EXITS)),
-    *(Plan(name=f"skip everywhere, {round(100 * r)} % of rows", case=Case(name="skip", level=SKIP, rows=r)) for r in (0.25, 0.5, 0.75, 1.0)),
-    *(Plan(name=f"contextual, {round(100 * a)} % active", case=Case(name="contextual", level=CONTEXTUAL, active=a)) for a in (0.75, 0.5, 0.25)),
-    *(Plan(name=f"width, {round(100 * a)} %", case=Case(name="width", level=WIDTH, active=a)) for a in (0.75, 0.5, 0.25)),
-)
 
 
 class Decoder:
@@ -76,47 +53,44 @@ class Decoder:
         """Return attention's output (T, D) over the cache, whose last place the step's own token takes."""
         shape, cache = self.shape, layer % self.keys.shape[0]
         sizes = [shape.num_heads * shape.head_size, shape.num_kv_heads * shape.head_size, shape.num_kv_heads * shape.head_size]
-        parts = functional.linear(hidden_TD, self.qkv[layer]).split(sizes, dim=-1)
+        parts = functional.linear(hidden_TD, self.qkv[layer].to(hidden_TD.dtype)).split(sizes, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in parts)
-        self.keys[cache][:, :, -1], self.values[cache][:, :, -1] = k, v
-        seen = functional.scaled_dot_product_attention(q[:, :, None], self.keys[cache], self.values[cache], enable_gqa=True)
-        return functional.linear(seen.flatten(1), self.out[layer])
+        keys, values = (held[cache].to(hidden_TD.dtype) for held in (self.keys, self.values))  # in float64 a copy, which the write below stays in
+        keys[:, :, -1], values[:, :, -1] = k, v
+        seen = functional.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)
+        return functional.linear(seen.flatten(1), self.out[layer].to(hidden_TD.dtype))
 
     def prepare(self, plan: Plan) -> None:
-        """Begin a step under a plan: thresholds by the gates that these inputs really have, levels, and the policy."""
+        """Make the MLPs for a plan, with thresholds by the gates that these inputs really have, and put its policy into force; no step runs."""
         state, mlps = self.mlps.state, self.mlps
-        if state.is_active:
-            state.end_step()
+        mlps.end()
         exits = None if plan.exits_at is None else self.layers[EXITS.index(plan.exits_at)]
         checkpoints = tuple(Checkpoint(layer=layer, threshold=1e9 if layer == exits else NEVER) for layer in state.layout.checkpoint_layers)
         state.apply(Policy(enabled=True, checkpoints=checkpoints), 1)
-        mlps.prepare(plan.case, self.hidden_TD)
-        state.buffers.goal_T[: self.num_tokens] = SKIP
-        self.floor_T = state.level_T.clone()
+        mlps.prepare(plan.case, [self.hidden_TD] * len(mlps.weights))
+        self.levels = plan.case.get_levels(self.num_tokens)
+        self.floor_T = torch.tensor(self.levels, dtype=torch.uint8, device=self.device)
         if plan.case.level == CONTEXTUAL:
-            self._calibrate(plan.case)
+            for layer, normed_TD in enumerate(self.run(reduced=False, keep=True)):
+                mlps.mlps[layer].parameter_V[CONTEXTUAL] = mlps.find_threshold(layer, normed_TD, plan.case.active)
 
-    def _calibrate(self, case: Case) -> None:
-        """Set every layer's threshold so that its own inputs keep the wanted share of neurons."""
-        size = self.shape.num_neurons
-        for layer, normed_TD in enumerate(self.run(reduced=False, keep=True)):
-            gate = functional.linear(normed_TD[:16], self.mlps.weights[layer][0][:size]).abs().float().flatten()
-            rank = max(1, min(gate.numel() - 1, round(case.active * gate.numel())))
-            self.mlps.mlps[layer].parameter_V[CONTEXTUAL] = gate.sort(descending=True).values[rank - 1 : rank + 1].mean()
+    def begin(self) -> None:
+        """Start the plan's step; the one that runs ends."""
+        self.mlps.end()
+        self.mlps.state.begin_step(self.num_tokens, make_tokens(self.levels))
 
-    def restart(self) -> None:
-        """Put the step back to its start, as the engine does before each pass: without it, a replay would go on where the last one ended."""
-        state = self.mlps.state
-        assert state.device_forms is not None
-        state.level_T.copy_(self.floor_T)
-        state.buffers.done_T.zero_()
-        state.device_forms.begin(self.num_tokens, is_active=True)
+    def warm_up(self) -> None:
+        """Launch whatever a graph of the step may launch, between two steps."""
+        self.mlps.end()
+        for mlp in self.mlps.mlps:
+            mlp.compute(self.hidden_TD, always=True)
+        self.run(reduced=True, restarts=False)
 
-    def run(self, *, reduced: bool, keep: bool = False) -> list[Tensor]:
+    def run(self, *, reduced: bool, keep: bool = False, restarts: bool = True) -> list[Tensor]:
         """Run the step from its start; returns the inputs of all MLPs where they are asked for, else the last stream alone."""
         stream_TD, kept = self.hidden_TD, []
-        if reduced:
-            self.restart()
+        if reduced and restarts:
+            restart(self.mlps.state, self.floor_T)
         for layer in range(self.shape.num_layers):
             stream_TD = stream_TD + self.attend(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]))
             normed_TD = functional.rms_norm(stream_TD, stream_TD.shape[-1:])
@@ -132,32 +106,32 @@ class Decoder:
                 kept.append(normed_TD)
         return kept if keep else [stream_TD]
 
+    @property
+    def can_expect(self) -> bool:
+        """Whether a layer's cache fits the memory in float64 beside all else."""
+        return 16 * self.keys[0].numel() < 8 << 30
+
     def expect(self, plan: Plan) -> Tensor:
         """Return the last stream (T, D) in float64, by the definition of the levels."""
         levels = plan.case.get_levels(self.num_tokens)
         exits = None if plan.exits_at is None else self.layers[EXITS.index(plan.exits_at)]
         stream_TD = self.hidden_TD.double()
-        held = (self.keys, self.values, self.qkv, self.out)
-        self.keys, self.values = self.keys.double(), self.values.double()
-        self.qkv, self.out = [w.double() for w in self.qkv], [w.double() for w in self.out]
         for layer in range(self.shape.num_layers):
             stream_TD = stream_TD + self.attend(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]))
             now = [SKIP] * len(levels) if exits is not None and layer > exits else levels
             stream_TD = stream_TD + self.mlps.expect(layer, functional.rms_norm(stream_TD, stream_TD.shape[-1:]), now)[0]
-        self.keys, self.values, self.qkv, self.out = held
         return stream_TD
 
-    def get_bound(self, plan: Plan) -> float:
+    def get_bound(self, plan: Plan, ceilings: Ceilings) -> float:
         """Return what the plan ideally costs as a share of the dense step, if time were bytes or FLOPs, part by part."""
-        from cases import PEAK_BYTES, PEAK_FLOPS
-
+        read, compute = ceilings.bytes_per_second, ceilings.flops_per_second
         shape, count = self.shape, self.num_tokens
         attention = self.qkv[0].numel() + self.out[0].numel()
         cache = 2 * count * shape.num_kv_heads * self.cache_size * shape.head_size
         mlp = 3 * shape.hidden_size * shape.num_neurons
-        rest = max(2 * attention / PEAK_BYTES, 2 * attention * count / PEAK_FLOPS) + 2 * cache / PEAK_BYTES
-        whole = max(2 * mlp / PEAK_BYTES, 2 * mlp * count / PEAK_FLOPS)
-        share = plan.case.get_ideal(shape, count)
+        rest = max(2 * attention / read, 2 * attention * count / compute) + 2 * cache / read
+        whole = max(2 * mlp / read, 2 * mlp * count / compute)
+        share = plan.case.get_ideal(shape, count, ceilings)
         if plan.exits_at is not None:
             share = (self.layers[EXITS.index(plan.exits_at)] + 1) / shape.num_layers
         return (rest + share * whole) / (rest + whole)

@@ -11,16 +11,30 @@ from typing import Any
 import torch
 from cases import TINY
 from checkpoints import begin, get_risk, make_state
+from measured import get_device
+from mlps import CheckFailed
+from replay import Replay
 from sedac.policy import Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 
 LAYERS = (0, 1)
 
 
-def run_swaps(num_swaps: int, *, on_gpu: bool) -> dict[str, Any]:
+def run_row(spec: dict[str, Any], context: dict[str, Any]) -> dict[str, Any]:
+    """Swap so often between passes.
+
+    Raises:
+        CheckFailed: a pass saw parts of two policies, or a policy that was replaced, or a buffer moved.
+    """
+    found = run_swaps(spec["swaps"], get_device(context), captures=context["captures"])
+    if found["mixed"] or found["late"] or found["moved"]:
+        raise CheckFailed(f"of {found['swaps']} passes {found['mixed']} were mixed and {found['late']} late; {found['moved']} buffers moved")
+    return found
+
+
+def run_swaps(num_swaps: int, device: torch.device, *, captures: bool) -> dict[str, Any]:
     """Return how many swaps were made and how many passes were mixed or late, and how many buffers changed their address."""
-    device = torch.device("cuda") if on_gpu else torch.device("cpu")
-    shape, num_tokens = TINY[0], 4
+    shape, num_tokens = TINY, 4
     state = make_state(shape, LAYERS, device, rank=8, threshold=1e9)
     forms = state.device_forms
     assert forms is not None
@@ -36,9 +50,10 @@ def run_swaps(num_swaps: int, *, on_gpu: bool) -> dict[str, Any]:
         for buffer, probe in zip(state.stable.probes, probes[which], strict=True):
             buffer.write(probe)
 
-    def run() -> None:
+    def run() -> tuple[torch.Tensor, ...]:
         for layer in LAYERS:
             state.observe(layer, stream_TD, residual_TD)
+        return ()
 
     expected = []
     for which in range(2):
@@ -46,17 +61,13 @@ def run_swaps(num_swaps: int, *, on_gpu: bool) -> dict[str, Any]:
         risks = [get_risk(state, index, stream_TD, residual_TD) for index in range(len(LAYERS))]
         # confident at the first checkpoint: the second has nothing left to decide
         expected.append((risks[0], torch.full_like(risks[0], torch.nan) if which == 0 else risks[1], 1 if which == 0 else 0))
-    graph = None
-    if on_gpu:
-        from timing import capture
-
-        graph = capture(run)
+    replay = Replay(run, captures=captures)
     mixed = late = 0
     for number in range(num_swaps):
         which = number % 2
         swap(which)
         begin(state, num_tokens)
-        graph.replay() if graph else run()
+        replay()
         level_T, risk_CT = state.level_T[:num_tokens].clone(), state.buffers.risk_CT[:, :num_tokens].clone().double()
         state.end_step()
         matches = [_matches(risk_CT, level_T, expected[w]) for w in range(2)]

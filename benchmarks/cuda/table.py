@@ -1,4 +1,4 @@
-"""The tables of these benchmarks: a header, one line per row while they run, and the files at the end."""
+"""The tables of these benchmarks: which columns a part has, one line per row while they run, and the files at the end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "card": ("gpu", "driver", "cuda", "torch", "triton", "bytes per second", "flops per second"),
+    "nodes": ("if nodes",),
+    "captured": ("shape", "dtype", "tokens", "form", "weights", "replays", "error"),
+    "captured checkpoints": ("shape", "dtype", "tokens", "replays", "error"),
+    "kernels": (
+        "shape", "dtype", "tokens", "case", "form", "error", "dense us", "ours us", "ours min us", "ours max us", "ideal us", "ours / dense",
+        "reached",
+    ),
+    "probe": ("shape", "dtype", "tokens", "error", "ours us", "ours min us", "ours max us"),
+    "step": ("shape", "tokens", "cache", "plan", "error", "dense us", "ours us", "ours min us", "ours max us", "speed-up", "bound"),
+    "swaps": ("swaps", "mixed", "late", "moved"),
+}  # fmt: skip
+"""by part; a row that failed says so in place of its figures"""
 
 
 def format_header(columns: Sequence[str]) -> str:
@@ -19,14 +34,29 @@ def format_row(columns: Sequence[str], row: dict[str, Any]) -> str:
     def show(column: str) -> str:
         value = row.get(column)
         if value is None:
-            return "-"
+            return "failed" if column == "error" and "failed" in row else "-"
         return f"{value:.1e}" if column == "error" else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     return "| " + " | ".join(show(column) for column in columns) + " |"
 
 
-def write(out: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Write OUT.md and OUT.json, which also has `more`."""
+def describe(row: dict[str, Any]) -> str:
+    """Return what row it is, in a few words."""
+    names = ("part", "shape", "dtype", "tokens", "cache", "form", "weights", "case", "plan", "swaps")
+    return ", ".join(f"{row[name]} tokens" if name == "tokens" else str(row[name]) for name in names if row.get(name) is not None)
+
+
+def write(out: Path, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Write OUT.md, a table per part and what failed, and OUT.json, which has `more` beside the rows and the card on top."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text("\n".join([format_header(columns), *(format_row(columns, row) for row in rows)]) + "\n")
-    out.with_suffix(".json").write_text(json.dumps({"rows": rows, **more}, indent=1) + "\n")
+    card = next((row for row in rows if row["part"] == "card"), None)
+    parts = dict.fromkeys(row["part"] for row in rows)
+    text = []
+    for part in parts:
+        mine = [format_row(COLUMNS[part], row) for row in rows if row["part"] == part]
+        text.append(f"## {part}\n\n" + "\n".join([format_header(COLUMNS[part]), *mine]))
+    failed = [f"- {describe(row)}: {row['failed']}" for row in rows if "failed" in row]
+    left_out = [f"- {describe(spec)}" for spec in more.get("left_out", ())]
+    text += [f"## {title}\n\n" + "\n".join(lines) for title, lines in (("failed", failed), ("left out", left_out)) if lines]
+    out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    out.with_suffix(".json").write_text(json.dumps({"card": card, **more, "rows": list(rows)}, indent=1) + "\n")

@@ -1,62 +1,119 @@
-"""Time what a CUDA graph replays: medians of events, over inputs and weights that do not fit the L2."""
+"""Time what is replayed: medians over rounds in which variants take turns, each replay of a millisecond at least.
+
+Inputs and weights do not fit the L2 (kernels.py). On a GPU device events tell the time, elsewhere a clock of the host.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from replay import Replay
+from torch import Tensor
 
-NO_GPU = (
-    "no GPU here: timings need an NVIDIA GPU of compute capability 8.0 or newer, a CUDA build of torch 2.13 (CUDA 12.4 or newer) and Triton; "
-    "--check runs the correctness part without one"
-)
+MIN_SECONDS = 1e-3
+"""of one replay that is timed"""
+MAX_REPEATS = 64
+"""that one graph holds: more IF nodes take longer to capture than they tell"""
 
 
-def require_gpu() -> torch.device:
-    """Return the GPU.
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """Seconds over the rounds."""
 
-    Raises:
-        SystemExit: there is none; says what is needed.
-    """
-    if not torch.cuda.is_available():
-        raise SystemExit(NO_GPU)
-    return torch.device("cuda")
+    median: float
+    low: float
+    high: float
+
+    def per(self, count: int) -> Time:
+        """Return the time of one of `count`."""
+        return Time(median=self.median / count, low=self.low / count, high=self.high / count)
+
+    def show(self, name: str) -> dict[str, float]:
+        """Return a row's fields: microseconds, the least and the largest, and their distance as a share of the median."""
+        spread = (self.high - self.low) / self.median if self.median else 0.0
+        return {f"{name} us": 1e6 * self.median, f"{name} min us": 1e6 * self.low, f"{name} max us": 1e6 * self.high, f"{name} spread": spread}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to do the work that is timed."""
+
+    run: Callable[[], Sequence[Tensor]]
+    warm_up: Callable[[], object] | None = None
+    """builds what a capture of `run` launches; None: `run` itself"""
+    begin: Callable[[], object] | None = None
+    """called after the capture, before the first replay"""
 
 
 def get_l2_bytes() -> int:
-    """Return the size of the GPU's L2."""
-    return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    """Return the size of the GPU's L2; without a GPU 0."""
+    return int(torch.cuda.get_device_properties(0).L2_cache_size) if torch.cuda.is_available() else 0
 
 
-def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """Warm `run` up on a side stream and capture it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
+def time_once(run: Callable[[], object], num_replays: int) -> float:
+    """Return seconds per call over `num_replays` in a row."""
+    if not torch.cuda.is_available():
+        before = time.perf_counter()
+        for _ in range(num_replays):
             run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+        return (time.perf_counter() - before) / num_replays
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(num_replays):
         run()
-    return graph
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / num_replays
 
 
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], *, num_rounds: int, num_replays: int = 20) -> dict[str, float]:
-    """Return seconds per replay, the median over rounds in which the graphs take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
-        for _ in range(5):
-            graph.replay()
+def find_repeats(run: Callable[[], object], *, warm_up: int = 3) -> int:
+    """Return how often `run` must be repeated inside one replay for it to take `MIN_SECONDS`."""
+    for _ in range(warm_up):
+        run()
+    return max(1, min(MAX_REPEATS, math.ceil(MIN_SECONDS / max(time_once(run, 3), 1e-9))))
+
+
+def time_in_turns(runs: Mapping[str, Callable[[], object]], *, num_rounds: int, num_replays: int = 5, warm_up: int = 3) -> dict[str, Time]:
+    """Return seconds per call of each, over rounds in which they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        for _ in range(warm_up):
+            run()
     for number in range(num_rounds):
-        names = list(graphs) if number % 2 else list(reversed(graphs))
-        for name in names:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(num_replays):
-                graphs[name].replay()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / num_replays)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+        for name in list(runs) if number % 2 else list(reversed(runs)):
+            seconds[name].append(time_once(runs[name], num_replays))
+    return {name: Time(median=statistics.median(found), low=min(found), high=max(found)) for name, found in seconds.items()}
+
+
+def time_variants(variants: Mapping[str, Variant], *, captures: bool, num_rounds: int, is_dry: bool = False) -> dict[str, Time]:
+    """Return seconds per run of each variant, repeated inside its graph until a replay takes `MIN_SECONDS`.
+
+    `is_dry`: one round of one run each, for the code's sake; the times say nothing.
+    """
+    replays: dict[str, Replay] = {}
+    repeats: dict[str, int] = {}
+    for name, variant in variants.items():
+        replays[name], repeats[name] = Replay(variant.run, captures=captures, warm_up=variant.warm_up), 1
+        if variant.begin is not None:
+            variant.begin()
+        if not is_dry:
+            repeats[name] = find_repeats(replays[name])
+        if repeats[name] > 1:
+
+            def run(variant: Variant = variant, count: int = repeats[name]) -> Sequence[Tensor]:
+                for _ in range(count):
+                    variant.run()
+                return ()
+
+            replays[name] = Replay(run, captures=captures, warm_up=variant.warm_up or variant.run)
+    for variant in variants.values():
+        if variant.begin is not None:
+            variant.begin()  # warm-ups compute whatever there is, and count it
+    rounds = {"num_rounds": 1, "num_replays": 1, "warm_up": 0} if is_dry else {"num_rounds": num_rounds}
+    found = time_in_turns(replays, **rounds)
+    return {name: time.per(repeats[name]) for name, time in found.items()}

@@ -22,7 +22,7 @@ import torch
 import triton
 from sedac.engine.cuda import forms
 from sedac.engine.cuda.device import DeviceForms
-from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons
+from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.levels import LevelTable
 from sedac.engine.state import State
 from sedac.engine.tokens import Tokens
@@ -89,8 +89,9 @@ def catch(run: Callable[[], object], seen: dict[str, dict[str, Any]]) -> None:
 
 
 def make_mlp(
-    device: DeviceForms, hidden_size: int, size: int, dtype: torch.dtype, form: int, *, has_neurons: bool = True, repaired: bool = False
-) -> DeviceMlp:
+    device: DeviceForms, hidden_size: int, size: int, dtype: torch.dtype, form: int, *, has_neurons: bool = True, repaired: bool = False,
+    has_own_activation: bool = False,
+) -> DeviceMlp:  # fmt: skip
     """Make an MLP of weights without memory; its own products do nothing."""
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -100,10 +101,14 @@ def make_mlp(
         order_F=empty(size, dtype=torch.int32), rank_F=empty(size, dtype=torch.int32), natural_scale_F=empty(size, dtype=torch.float32),
         scale_F=empty(size, dtype=torch.float32), down_FD=empty(size, hidden_size), repaired=repaired, scores_activation=False,
     )  # fmt: skip
+    parts = Parts(
+        weights=(empty(2 * size, hidden_size), empty(hidden_size, size)), gate_up=lambda x: x.new_empty(x.shape[0], 2 * size),
+        down=lambda h: h.new_empty(h.shape[0], hidden_size), activation=0,
+        own_activation=(lambda x: x.new_empty(x.shape[0], size)) if has_own_activation else None,
+    )  # fmt: skip
     return DeviceMlp(
         device=device, layer=0, kind_V=device.table.kind_LV[0], parameter_V=device.table.parameter_LV[0], falling_V=empty(16, dtype=torch.int32),
-        base=torch.empty_like, gate_up=lambda x: x.new_empty(x.shape[0], 2 * size), down=lambda h: h.new_empty(h.shape[0], hidden_size),
-        weights=(empty(2 * size, hidden_size), empty(hidden_size, size)), neurons=neurons if has_neurons else None, activation=0, form=form,
+        base=torch.empty_like, parts=parts, neurons=neurons if has_neurons else None, form=form,
     )  # fmt: skip
 
 
@@ -122,10 +127,12 @@ def compile_all(
     def begin() -> None:
         state.use_device_forms()
         state.begin_step(1, tokens)
-        for num_rows in (1, 8, 256):
+        for num_rows in (1, 8, 16, 256):
             for dtype in (torch.float32, torch.bfloat16):
                 stream = torch.empty(num_rows, hidden_size, dtype=dtype, device=META)
                 state.observe(4, stream, None if dtype == torch.float32 else stream)
+
+        state.end_step()
 
     catch(begin, seen)
     assert state.device_forms is not None
@@ -138,6 +145,8 @@ def compile_all(
                 state.device_forms.repair_GL.fill_(True)
                 x = torch.empty(num_rows, hidden_size, dtype=dtype, device=META)
                 catch(functools.partial(mlp.compute, x), seen)
+        mlp = make_mlp(state.device_forms, hidden_size, size, dtype, forms.MIDDLE, has_own_activation=True)
+        catch(functools.partial(mlp.compute, torch.empty(64, hidden_size, dtype=dtype, device=META)), seen)
     return seen
 
 

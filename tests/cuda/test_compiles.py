@@ -11,8 +11,8 @@ import pytest
 from tests.cuda.test_interpreted import REPOSITORY, make_environment
 
 KERNELS = {
-    "begin_kernel", "checkpoint_kernel", "gate_up_kernel", "down_kernel", "activation_kernel", "finish_kernel", "merge_kernel", "compact_kernel",
-    "grouped_gate_up_kernel", "grouped_down_kernel",
+    "begin_kernel", "end_kernel", "checkpoint_kernel", "gate_up_kernel", "down_kernel", "activation_kernel", "finish_kernel", "merge_kernel",
+    "compact_kernel", "grouped_gate_up_kernel", "grouped_down_kernel",
 }  # fmt: skip
 MAX_STACK = 64
 """bytes; spills take more"""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sedac.engine import probe_sets
 from sedac.engine.state import State
 from sedac.errors import PolicyInvalid
 from sedac.policy import Canary, Checkpoint, Policy
@@ -136,7 +135,7 @@ def test_reading_goes_on_beside_the_steps(tmp_path, monkeypatch):
         assert may_read.wait(60)
         return load(directory)
 
-    monkeypatch.setattr(probe_sets.artifact, "load", load_slowly)
+    monkeypatch.setattr(artifact, "load", load_slowly)
     state.probe_sets.preload(tmp_path, sha256)
     state.probe_sets.preload(tmp_path, sha256)
     assert state.probe_sets.get_state(sha256) == {"state": "loading", "problem": ""}

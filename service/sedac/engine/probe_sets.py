@@ -16,9 +16,7 @@ from typing import Any, Literal
 from sedac.errors import ArtifactError
 from sedac.fit import ProbeSetSummary, find_fit_problem
 from sedac.policy import Layout
-from sedac.probe import artifact
 from sedac.probe.probe import LREProbe
-from sedac.probe.verify import WEIGHTS
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +67,10 @@ class ProbeSets:
         return {"state": entry.state, "problem": entry.problem} if entry else {"state": "unknown", "problem": ""}
 
     def _load(self, directory: Path, sha256: str, entry: _Entry) -> None:
+        # Here and not above: what only computes with probes runs without safetensors (benchmarks/cuda on a bare machine).
+        from sedac.probe import artifact
+        from sedac.probe.verify import WEIGHTS
+
         problem = f"reading {directory} failed; see the engine's log"
         try:
             probe_set = artifact.load(directory)

@@ -53,8 +53,8 @@ class State:
         self.buffers = TokenBuffers(num_checkpoints, max_num_tokens, device)
         self.level_T, self.saved_T = self.buffers.level_T, self.buffers.saved_T
         knobs_ACK = torch.zeros(len(ARMS), num_checkpoints, 3, dtype=torch.float32, device=device)
-        counts_AC2 = torch.zeros(len(ARMS), num_checkpoints, 2, dtype=torch.int64, device=device)
-        self.stable, self.canary = (Arm(i, layout, knobs_ACK[i], counts_AC2[i], device) for i in range(len(ARMS)))
+        self._counts_AC2 = torch.zeros(len(ARMS), num_checkpoints, 2, dtype=torch.int64, device=device)
+        self.stable, self.canary = (Arm(i, layout, knobs_ACK[i], self._counts_AC2[i], device) for i in range(len(ARMS)))
         self.stable.configure(Policy(), self.probe_sets.attached)
         self.is_active = False
         """whether any token of the running step is or may get reduced"""
@@ -82,7 +82,7 @@ class State:
         """Let the Triton kernels decide; needs Triton, whose import the CPU is spared."""
         from sedac.engine.cuda.device import DeviceForms
 
-        self.device_forms = DeviceForms(self.buffers, self.table, (self.stable, self.canary), self.level_T.device)
+        self.device_forms = DeviceForms(self.buffers, self.table, (self.stable, self.canary), self._counts_AC2, self.level_T.device)
 
     def register(self) -> None:
         """Point the native kernels at this state; they know one, the last that was registered."""
@@ -167,9 +167,10 @@ class State:
         has_thresholds = any(arm.has_thresholds for arm in self.arms)
         self.is_active = tokens.has_floor or (has_thresholds and (tokens.num_decides > 0 or bool(tokens.role_T.any())))
         if self.is_active:
-            self.buffers.write(tokens, num_tokens, is_new=tokens is not previous)
             if self.device_forms is not None:
-                self.device_forms.begin(num_tokens, is_active=True)
+                self.device_forms.take(tokens, num_tokens, is_new=tokens is not previous)
+            else:
+                self.buffers.write(tokens, num_tokens, is_new=tokens is not previous)
 
     @property
     def num_tokens(self) -> int:
@@ -205,10 +206,10 @@ class State:
         """On a GPU: count what all passes but the last `keep` have left; elsewhere nothing waits to be counted."""
         for step in self.device_forms.waiting.take(keep) if self.device_forms is not None else ():
             saved_T = None
-            if step.tensors:
+            if step.unpack is not None:
                 assert step.tokens is not None
-                saved_T, done_T, risk_CT, *counts = step.read()
-                self._count(step.tokens, saved_T, done_T, risk_CT, [c.tolist() for c in counts])
+                saved_T, done_T, risk_CT, counts_AC2 = step.read()
+                self._count(step.tokens, saved_T, done_T, risk_CT, counts_AC2.tolist())
             elif step.tokens is not None:
                 self._count_tiers(step.tokens, None, None)
             for action in step.then:

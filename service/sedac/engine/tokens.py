@@ -1,4 +1,6 @@
-"""What a step's tokens may get, and the token buffers as the kernels and the host read and write them.
+"""What a step's tokens may get, and the token buffers as the kernels and, on the CPU, the host read and write them.
+
+On a GPU the host leaves the buffers alone: cuda/transfer.py sends and fetches.
 
 T tokens of the step, C checkpoints.
 """
@@ -64,8 +66,7 @@ class TokenBuffers:
         self._written = [self.level_T, self.role_T, self.goal_T, self.scale_T]
         self._cleared = [self.level_T, self.done_T, self.confidence_T, self.saved_T]
         self._read = [self.saved_T, self.done_T, self.risk_CT]
-        self._is_cpu = device.type == "cpu"
-        self._arrays = {id(t): t.numpy() for t in self.tensors} if self._is_cpu else {}
+        self._arrays = {id(t): t.numpy() for t in self.tensors} if device.type == "cpu" else {}
         """the very memory, as the host sees it on the CPU"""
         self._num_rows = 0
         """that the last step wrote"""
@@ -77,24 +78,17 @@ class TokenBuffers:
         return [*decided, self.saved_T, self.risk_CT, self.active]
 
     def write(self, tokens: Tokens, num_tokens: int, *, is_new: bool) -> None:
-        """Put the step's tokens into the buffers; those that the same tokens left there last time stay."""
+        """On the CPU: put the step's tokens into the buffers; those that the same tokens left there last time stay."""
         values = (tokens.floor_T, tokens.role_T, tokens.goal_T, tokens.scale_T)
         for buffer, value in list(zip(self._written, values, strict=True))[: None if is_new else 1]:
-            if self._is_cpu:
-                self._arrays[id(buffer)][:num_tokens] = value
-            else:
-                buffer[:num_tokens].copy_(torch.from_numpy(value), non_blocking=True)
+            self._arrays[id(buffer)][:num_tokens] = value
         if self._num_rows > num_tokens:
             self._written[1][num_tokens : self._num_rows] = 0
         self._num_rows = num_tokens
         self.active.fill_(1)
 
     def read(self, num_tokens: int) -> tuple[Array, Array, Array]:
-        """Return MLPs saved (T,), whether decided (T,) and risks (C, T), and clear what belongs to the step."""
-        if not self._is_cpu:
-            values = tuple(t[..., :num_tokens].cpu().numpy() for t in self._read)
-            self.clear(num_tokens)
-            return values[0], values[1], values[2]
+        """On the CPU: return MLPs saved (T,), whether decided (T,) and risks (C, T), and clear what belongs to the step."""
         arrays = self._arrays
         saved_T, done_T, risk_CT = (arrays[id(t)][..., :num_tokens].copy() for t in self._read)
         for buffer in self._cleared:
@@ -102,10 +96,3 @@ class TokenBuffers:
         arrays[id(self.risk_CT)][:, :num_tokens] = np.nan
         arrays[id(self.active)][0] = 0
         return saved_T, done_T, risk_CT
-
-    def clear(self, num_tokens: int) -> None:
-        """Clear what belongs to a step, on any device."""
-        for buffer in self._cleared:
-            buffer[:num_tokens].zero_()
-        self.risk_CT[:, :num_tokens] = float("nan")
-        self.active.zero_()

@@ -120,6 +120,14 @@ def check_flags(state: State, count: int) -> None:
         assert state.device_forms.dense_GL[form].tolist() == expected
 
 
+def expect_risk(state: State, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The risks (T,) of the first checkpoint's probe, in float64."""
+    probe = {name: tensor.double() for name, tensor in state.stable.probes[0].probe.state_dict().items()}
+    z = (hidden.double() + residual.double()) @ probe["down.weight"].T
+    z = functional.layer_norm(z, z.shape[1:], probe["norm.weight"], probe["norm.bias"])
+    return functional.softplus(z @ probe["out.weight"][0] + probe["out.bias"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_risks_equal_float64(dtype, count):
@@ -136,10 +144,32 @@ def test_risks_equal_float64(dtype, count):
         state.buffers.risk_CT.fill_(math.nan)  # poisoned: every risk asked for must be written
         hidden, residual = (torch.randn(count, D).mul(10 ** (seed - 1)).to(dtype) for _ in range(2))
         state.observe(1, hidden, residual)
-        probe = state.stable.probes[0].probe.state_dict()
-        z = (hidden.double() + residual.double()) @ probe["down.weight"].double().T
-        z = functional.layer_norm(z, (8,), probe["norm.weight"].double(), probe["norm.bias"].double())
-        expected = functional.softplus(z @ probe["out.weight"].double()[0] + probe["out.bias"].double())
+        expected = expect_risk(state, hidden, residual)
+        torch.testing.assert_close(state.buffers.risk_CT[0, :count].double(), expected, rtol=1e-5, atol=1e-6)
+        state.end_step()
+
+
+@pytest.mark.parametrize(("count", "num_splits"), [(5, 1), (16, 5), (40, 5), (500, 1)])
+def test_a_wide_stream_is_projected_in_parts(count, num_splits, monkeypatch):
+    hidden_size, rank = 300, 19
+    layout = Layout(num_layers=2, hidden_size=hidden_size, checkpoint_layers=(0,), probe_set="t", levels=("full", "skip"), max_rank=rank)
+    probe = LREProbe(hidden_size, rank).requires_grad_(False)
+    state = State(layout, {0: probe}, LevelTable(2, (), (), 64, CPU), max_num_tokens=512, device=CPU, allow_native=False)
+    state.use_device_forms()
+    num_blocks = -(-count // 16) * -(-rank // 16)
+    assert count < 16 or state.device_forms._choose_splits(count, hidden_size, num_blocks) == min(num_splits, 264 // num_blocks, 512 // count)
+    state.apply(Policy(enabled=True, checkpoints=(Checkpoint(layer=0, threshold=1e9),)), 1)
+    tokens = make_tokens(torch.Generator().manual_seed(1), count)
+    tokens = Tokens(
+        role_T=tokens.role_T & 0 | DECIDES, floor_T=tokens.floor_T * 0, goal_T=tokens.goal_T, scale_T=tokens.scale_T, tier_T=tokens.tier_T
+    )
+    for seed in range(2):  # the second finds what the first has left
+        torch.manual_seed(seed)
+        hidden, residual = torch.randn(count, hidden_size), torch.randn(count, hidden_size)
+        state.begin_step(count, tokens)
+        state.device_forms._z_TR.fill_(math.nan)
+        state.observe(0, hidden, residual)
+        expected = expect_risk(state, hidden, residual)
         torch.testing.assert_close(state.buffers.risk_CT[0, :count].double(), expected, rtol=1e-5, atol=1e-6)
         state.end_step()
 

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from sedac.engine.cuda import forms, guard
+from sedac.engine.cuda import forms, guard, if_nodes
 
 from tests.cuda.interpreted.test_mlp import Case, D
+
+streams: list[Any] = []
 
 
 @contextmanager
 def capture() -> Iterator[list[tuple[str, int]]]:
     """Pretend that a graph is being captured, and list its nodes; the host may not look at a tensor meanwhile."""
     nodes: list[tuple[str, int]] = []
+    streams.clear()
 
-    class Graph:
-        def begin_capture_to_if_node(self, wanted: torch.Tensor) -> None:
+    class Nodes:
+        name = "noted"
+
+        @contextmanager
+        def open(self, wanted: torch.Tensor, body: Any) -> Iterator[None]:
             assert (wanted.dtype, wanted.numel()) == (torch.bool, 1)
             nodes.append(("if", wanted.data_ptr()))
+            streams.append(body)
+            try:
+                yield
+            finally:
+                nodes.append(("end", 0))
 
-        def end_capture_to_conditional_node(self) -> None:
-            nodes.append(("end", 0))
-
+    captured = if_nodes.Capture(Nodes())
+    captured._streams = ["outer", "inner"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guard, "is_capturing", lambda: True)
         patch.setattr("sedac.engine.cuda.mlp.is_capturing", lambda: True)
-        patch.setattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph", Graph, raising=False)
+        patch.setattr(if_nodes, "get", lambda: captured)
         patch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the host read a flag while capturing"))
         yield nodes
 
@@ -57,6 +68,11 @@ def test_an_mlp_captures_its_products_and_their_repair(form):
         mlp.compute(x)
     dense, repair = device.dense_GL[form, 1].data_ptr(), device.repair_GL[form, 1].data_ptr()
     assert nodes == [("if", dense), ("if", repair), ("end", 0), ("end", 0)]
+    assert streams == ["outer", "inner"], "a body's stream goes by its depth"
+    with capture():
+        for _ in range(3):
+            mlp.compute(x)
+    assert streams == ["outer", "inner"] * 3, "the same ones for all bodies, and so one workspace and one place for what they free"
 
 
 def test_a_captured_pass_allocates_by_shape_alone(monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sedac.engine.cuda import forms
-from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons
+from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
 from sedac.engine.state import State
 from sedac.engine.tokens import DECIDES, Tokens
@@ -32,10 +32,17 @@ class Case:
     """One random MLP and its levels on the device forms."""
 
     def __init__(
-        self, dtype: torch.dtype, *, seed: int = 0, activation: str = "silu", scores_activation: bool = False, repaired: bool = False
+        self,
+        dtype: torch.dtype,
+        *,
+        seed: int = 0,
+        activation: str = "silu",
+        scores_activation: bool = False,
+        repaired: bool = False,
+        own_activation: bool = False,
     ) -> None:
         torch.manual_seed(seed)
-        self.dtype, self.activation, self.scores_activation = dtype, activation, scores_activation
+        self.dtype, self.activation, self.scores_activation, self.own_activation = dtype, activation, scores_activation, own_activation
         self.gate_up = (torch.randn(2 * F, D) * 0.2).to(dtype)
         self.down = (torch.randn(D, F) * 0.2).to(dtype)
         self.order, self.scale = torch.randperm(F), torch.rand(F)
@@ -52,16 +59,24 @@ class Case:
             repaired=repaired, scores_activation=scores_activation,
         )  # fmt: skip
 
-    def make(self, layer: int, form: int, *, has_neurons: bool = True) -> DeviceMlp:
+    def make(self, layer: int, form: int | None, *, has_neurons: bool = True, is_known: bool = True) -> DeviceMlp:
         kind_V, parameter_V = self.table.kind_LV[layer], self.table.parameter_LV[layer]
         falling = torch.where(kind_V == KIND_WIDTH, parameter_V, torch.where(kind_V == KIND_CONTEXTUAL, math.inf, 0)).argsort(
             descending=True, stable=True
         )
+        parts = Parts(
+            weights=(self.gate_up, self.down), gate_up=functools.partial(functional.linear, weight=self.gate_up),
+            down=functools.partial(functional.linear, weight=self.down), activation=ACTIVATIONS[self.activation],
+            own_activation=self.activate_twice_rounded if self.own_activation else None,
+        )  # fmt: skip
         return DeviceMlp(
             device=self.state.device_forms, layer=layer, kind_V=kind_V, parameter_V=parameter_V, falling_V=falling.int(), base=self.plain,
-            gate_up=functools.partial(functional.linear, weight=self.gate_up), down=functools.partial(functional.linear, weight=self.down),
-            weights=(self.gate_up, self.down), neurons=self.neurons if has_neurons else None, activation=ACTIVATIONS[self.activation], form=form,
+            parts=parts if is_known else None, neurons=self.neurons if has_neurons else None, form=form,
         )  # fmt: skip
+
+    def activate_twice_rounded(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """As vLLM's own kernel does (csrc/activation_kernels.cu): the activation is rounded before up takes part."""
+        return activate(gate_up[:, :F].float(), self.activation).to(self.dtype) * gate_up[:, F:]
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
         gate_up = functional.linear(x, self.gate_up)
@@ -158,6 +173,28 @@ def test_middle_rows(count, repaired, has_neurons):
         case.check(mlp, torch.randn(count + 2, D), levels, saves_contextual=False)
 
 
+@pytest.mark.parametrize("levels", [[0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]])
+def test_of_another_module_rows_are_its_own_or_skipped(levels):
+    case = Case(torch.float32)
+    mlp = case.make(0, None, has_neurons=False, is_known=False)
+    assert {mlp.choose_form(count) for count in (1, 4, 64, 200)} == {forms.MIDDLE}
+    case.begin(levels)
+    case.check(mlp, torch.randn(6, D), levels, saves_contextual=False)
+
+
+@pytest.mark.parametrize("form", [forms.FEW, forms.MIDDLE])
+def test_an_activation_of_vllms_own_keeps_its_bits_and_reduced_rows_are_masked_behind_it(form):
+    case = Case(torch.float16, own_activation=True, repaired=True)
+    mlp, levels, x = case.make(0, form), [0, 2, 1, 3, 4] * 3, torch.randn(16, D).to(torch.float16)
+    case.begin(levels)
+    out = case.check(mlp, x, levels, saves_contextual=False)
+    gate_up = functional.linear(x, case.gate_up)
+    plain = functional.linear(case.activate_twice_rounded(gate_up), case.down)
+    full = [t for t, level in enumerate(levels) if level == 0]
+    assert torch.equal(out[full], plain[full])
+    assert torch.equal(mlp.compute_plain(x), plain)
+
+
 @pytest.mark.parametrize("promised", [False, True], ids=["grouped", "promised"])
 @pytest.mark.parametrize(
     ("dtype", "options"),
@@ -171,10 +208,10 @@ def test_many_rows(has_neurons, dtype, options, promised):
         levels = torch.randint(0, 6 if has_neurons else 2, (count,)).tolist()
         x = torch.randn(count + 2, D).to(dtype)
         case.begin(levels, promised=promised)
-        out = case.check(mlp, x, levels, saves_contextual=False)
+        out = case.check(mlp, x, levels, saves_contextual=False)  # ends the step
         full = [t for t, level in enumerate(levels) if case.table.kind_LV[layer, level] == KIND_FULL]
         if promised and not has_neurons and full:
-            assert torch.equal(out[full], case.plain(x)[full]), "promised rows are the module's own"
+            assert torch.equal(out[full], mlp.compute_plain(x)[full]), "promised rows have the bits that they have between steps"
 
 
 def test_rows_that_were_promised_are_the_modules_own_bits():
@@ -185,7 +222,8 @@ def test_rows_that_were_promised_are_the_modules_own_bits():
         out = case.make(0, form).compute(x)
         case.state.end_step()
         gate_up = functional.linear(x, case.gate_up)
-        h = (functional.silu(gate_up[:, :F].float()) * gate_up[:, F:].float()).to(torch.float16)
+        gate, up = gate_up[:, :F].float(), gate_up[:, F:].float()
+        h = (gate * torch.sigmoid(gate) * up).to(torch.float16)  # rounded once, as torch.compile's fused form
         assert torch.equal(out[[0, 2, 5]], functional.linear(h, case.down)[[0, 2, 5]])
 
 

@@ -89,7 +89,7 @@ def test_actions_keep_their_order_and_run_at_once_where_nothing_waits():
     waiting.then(lambda saved: seen.append(saved))
     waiting.add(None)
     waiting.then(lambda _: seen.append(1))
-    waiting.add(None, [torch.ones(2)])
+    waiting.add(None, lambda: (np.ones(2),))
     waiting.then(lambda _: seen.append(2))
     assert seen == [None]
     for step in waiting.take(1):

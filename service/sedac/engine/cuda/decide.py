@@ -1,9 +1,10 @@
 """The checkpoint on the device: probe and decision rule for every token of the step in one launch.
 
-The same rule as kernels/checkpoint.cpp and sedac/probe/cascade.py. Programs project a few tokens on a few rows of the probe; the
-last of a token block to arrive makes risks of them, the last of all decides, so levels are written once and in a fixed order.
+The same rule as kernels/checkpoint.cpp and sedac/probe/cascade.py. Programs project a part of the stream of a few tokens on a few rows of
+the probe; the last of a token block to arrive adds the parts and makes risks of them, the last of all decides, so levels are written once
+and in a fixed order.
 Atomics count arrivals only; every sum has a fixed order, so equal inputs of one graph give equal bits on every rank.
-T tokens, D hidden size, R rank, V levels.
+T tokens, D hidden size, R rank, V levels, S parts of D.
 """
 
 import triton
@@ -28,12 +29,12 @@ def _find_seen(role_ptr, done_ptr, t_T, live_T, arm: tl.constexpr, rank, is_on):
 
 @triton.jit
 def _project(
-    hidden_ptr, residual_ptr, down_ptr, z_ptr, t_T, seen_T, r_R, rank, stride_h, stride_r, D, MAX_RANK,
+    hidden_ptr, residual_ptr, down_ptr, z_ptr, t_T, seen_T, r_R, rank, stride_h, stride_r, low, high, D, MAX_RANK,
     HAS_RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write z (T, R) = stream (T, D) @ down.T of the seen tokens, in fp32."""
+    """Write z (T, R) = stream (T, low..high) @ down.T of the seen tokens, in fp32; low and high - low are multiples of BLOCK_D, or high is D."""
     acc_TR = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for start in range(0, D, BLOCK_D):
+    for start in range(low, high, BLOCK_D):
         d_D = start + tl.arange(0, BLOCK_D)
         read_TD = seen_T[:, None] & (d_D < D)[None, :]
         x_TD = tl.load(hidden_ptr + t_T[:, None].to(tl.int64) * stride_h + d_D[None, :], mask=read_TD, other=0.0).to(tl.float32)
@@ -48,11 +49,17 @@ def _project(
 
 
 @triton.jit
-def _write_risk(z_ptr, risk_ptr, norm_weight_ptr, norm_bias_ptr, out_weight_ptr, out_bias_ptr, t_N, seen_N, rank, MAX_RANK, BLOCK_RANK: tl.constexpr):
-    """Write the risk of the seen tokens: softplus of the normed projection's logit."""
+def _write_risk(
+    z_ptr, risk_ptr, norm_weight_ptr, norm_bias_ptr, out_weight_ptr, out_bias_ptr, t_N, seen_N, rank, MAX_RANK, num_splits, stride_z,
+    ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr,
+):  # fmt: skip
+    """Write the risk of the seen tokens: softplus of the logit of the normed projection, whose parts are added up first to last."""
     r_R = tl.arange(0, BLOCK_RANK)
     in_R = r_R < rank
-    z_NR = tl.load(z_ptr + t_N[:, None] * MAX_RANK + r_R[None, :], mask=seen_N[:, None] & in_R[None, :], other=0.0, cache_modifier=".cg")
+    z_NR = tl.zeros([ROWS, BLOCK_RANK], tl.float32)
+    for s in range(0, num_splits):
+        place_NR = z_ptr + s * stride_z + t_N[:, None] * MAX_RANK + r_R[None, :]
+        z_NR += tl.load(place_NR, mask=seen_N[:, None] & in_R[None, :], other=0.0, cache_modifier=".cg")
     mean_N = tl.sum(z_NR, axis=1) / rank
     centred_NR = tl.where(in_R[None, :], z_NR - mean_N[:, None], 0.0)
     inverse_N = 1.0 / tl.sqrt(tl.sum(centred_NR * centred_NR, axis=1) / rank + NORM_EPSILON)
@@ -142,14 +149,19 @@ def checkpoint_kernel(
     ladder_ptr, shares_ptr, down0_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, rank0_ptr, knobs0_ptr, counts0_ptr,
     down1_ptr, norm_weight1_ptr, norm_bias1_ptr, out_weight1_ptr, out_bias1_ptr, rank1_ptr, knobs1_ptr, counts1_ptr,
     rules_ptr, z_ptr, sure_ptr, arrived_ptr, kind_ptr, whole_ptr, dense_ptr, repair_ptr,
-    T, D, L, MAX_RANK, stride_h, stride_r,
+    T, D, L, MAX_RANK, stride_h, stride_r, stride_z,
     HAS_RESIDUAL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_RANK: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (token blocks, rank blocks). `arrived` (token blocks + 1) is 0 between launches."""
+    """Grid: (token blocks, rank blocks, parts of D). `arrived` (token blocks + 1) is 0 between launches; `z` is (S, T, MAX_RANK)."""
     if tl.load(active_ptr) == 0:
         return
-    block, num_blocks, num_parts = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
+    block, num_blocks, num_splits = tl.program_id(0), tl.num_programs(0), tl.num_programs(2)
+    num_parts = tl.num_programs(1) * num_splits
+    length = tl.cdiv(tl.cdiv(D, BLOCK_D), num_splits) * BLOCK_D
+    low = tl.program_id(2) * length
+    high = tl.minimum(low + length, D)
+    part_ptr = z_ptr + tl.program_id(2) * stride_z
     num_tokens = tl.minimum(tl.load(live_ptr), T)
     rank0, rank1 = tl.load(rank0_ptr).to(tl.int32), tl.load(rank1_ptr).to(tl.int32)
     is_on0, is_on1 = tl.where(tl.load(knobs0_ptr) > 0, 1, 0), tl.where(tl.load(knobs1_ptr) > 0, 1, 0)
@@ -160,12 +172,12 @@ def checkpoint_kernel(
     has0, has1 = tl.max(seen0_T.to(tl.int32), axis=0) > 0, tl.max(seen1_T.to(tl.int32), axis=0) > 0
     if has0 & (tl.program_id(1) * BLOCK_R < rank0):
         _project(
-            hidden_ptr, residual_ptr, down0_ptr, z_ptr, t_T, seen0_T, r_R, rank0, stride_h, stride_r, D, MAX_RANK,
+            hidden_ptr, residual_ptr, down0_ptr, part_ptr, t_T, seen0_T, r_R, rank0, stride_h, stride_r, low, high, D, MAX_RANK,
             HAS_RESIDUAL, BLOCK_T, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     if has1 & (tl.program_id(1) * BLOCK_R < rank1):
         _project(
-            hidden_ptr, residual_ptr, down1_ptr, z_ptr, t_T, seen1_T, r_R, rank1, stride_h, stride_r, D, MAX_RANK,
+            hidden_ptr, residual_ptr, down1_ptr, part_ptr, t_T, seen1_T, r_R, rank1, stride_h, stride_r, low, high, D, MAX_RANK,
             HAS_RESIDUAL, BLOCK_T, BLOCK_R, BLOCK_D,
         )  # fmt: skip
     tl.debug_barrier()
@@ -176,10 +188,16 @@ def checkpoint_kernel(
         t_N = block * BLOCK_T + start + tl.arange(0, ROWS)
         if has0:
             seen0_N = _find_seen(role_ptr, done_ptr, t_N, t_N < num_tokens, 0, rank0, is_on0)
-            _write_risk(z_ptr, risk_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, t_N, seen0_N, rank0, MAX_RANK, BLOCK_RANK)
+            _write_risk(
+                z_ptr, risk_ptr, norm_weight0_ptr, norm_bias0_ptr, out_weight0_ptr, out_bias0_ptr, t_N, seen0_N, rank0, MAX_RANK,
+                num_splits, stride_z, ROWS, BLOCK_RANK,
+            )  # fmt: skip
         if has1:
             seen1_N = _find_seen(role_ptr, done_ptr, t_N, t_N < num_tokens, 1, rank1, is_on1)
-            _write_risk(z_ptr, risk_ptr, norm_weight1_ptr, norm_bias1_ptr, out_weight1_ptr, out_bias1_ptr, t_N, seen1_N, rank1, MAX_RANK, BLOCK_RANK)
+            _write_risk(
+                z_ptr, risk_ptr, norm_weight1_ptr, norm_bias1_ptr, out_weight1_ptr, out_bias1_ptr, t_N, seen1_N, rank1, MAX_RANK,
+                num_splits, stride_z, ROWS, BLOCK_RANK,
+            )  # fmt: skip
     tl.debug_barrier()
     if num_blocks > 1:
         if tl.atomic_add(arrived_ptr + num_blocks, 1, sem="acq_rel") != num_blocks - 1:

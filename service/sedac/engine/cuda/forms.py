@@ -14,7 +14,7 @@ a batch saves time only if the weights that it leaves out are left out by every 
   width end early together. Contextual rows share no neurons: they are computed whole and masked (same answers, no gain).
   From 128 up, since at 75 % skipping 32 rows or fewer are left below that, where reading takes as long as for 128.
 
-SEDAC does not reduce where that can't pay: MLPs under `MIN_WEIGHT_BYTES` (a launch costs more than their reading), in the middle
+SEDAC does not reduce where that can't pay: MLPs under `MIN_WEIGHT_BYTES` (a launch costs more than their reading; a setting), in the middle
 form except for whole layers, in the many form where a token of the step was promised the model's own bits, and in passes that run
 outside CUDA graphs because they are longer than the largest one: those take the plain form's way (see mlp.py).
 All limits follow from bytes and FLOPs alone and are to be measured: benchmarks/cuda/kernels.py.
@@ -30,13 +30,14 @@ MIN_WEIGHT_BYTES = 16 << 20
 """of one MLP on one rank: 3.5 us of reading at 4.8 TB/s, about what the two launches of the few form take"""
 
 
-def choose(num_tokens: int, *, has_neurons: bool, is_dense: bool, weight_bytes: int) -> int:
+def choose(num_tokens: int, *, has_neurons: bool, is_dense: bool, weight_bytes: int, min_weight_bytes: int = MIN_WEIGHT_BYTES) -> int:
     """Return the form of one MLP for a graph of `num_tokens` rows.
 
-    `has_neurons`: the probe set's reduced levels are attached; `is_dense`: the weights are plain matrices that kernels can read.
+    `has_neurons`: the probe set's reduced levels are attached; `is_dense`: the weights are plain matrices that kernels can read; an MLP of
+    fewer than `min_weight_bytes` is not reduced at few rows.
     """
     if num_tokens >= MIN_MANY and is_dense:
         return MANY
-    if num_tokens <= MAX_FEW and has_neurons and weight_bytes >= MIN_WEIGHT_BYTES:
+    if num_tokens <= MAX_FEW and has_neurons and weight_bytes >= min_weight_bytes:
         return FEW
     return MIDDLE

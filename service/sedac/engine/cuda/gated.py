@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from sedac.engine.cuda.guard import is_capturing
-from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons
+from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, find_activation, sort_neurons
 from sedac.engine.state import State
 from sedac.errors import UnsupportedModel
@@ -31,10 +32,12 @@ def _device_mlp(x_TD: Tensor, level_T: Tensor, mlp_name: str) -> Tensor:
     mlp = _MLPS[mlp_name]
     state: State = mlp.sedac_state
     if not is_capturing() and not state.is_active:
-        if state.num_tokens == 0 and mlp.sedac_device is not None:
+        if mlp.sedac_device is None:  # its weights are not loaded yet
+            out_TD: Tensor = mlp.sedac_base(x_TD)
+            return out_TD
+        if state.num_tokens == 0:
             mlp.sedac_device.compute(x_TD, always=True)  # a warm-up: what a capture will launch must have been built before it
-        out_TD: Tensor = mlp.sedac_base(x_TD)
-        return out_TD
+        return mlp.sedac_device.compute_plain(x_TD)
     return mlp.sedac_device.compute(x_TD)
 
 
@@ -75,7 +78,7 @@ def attach(mlp: Any, name: str, layer: int, state: State, neurons: Neurons | Non
     mlp.register_buffer("sedac_level_T", state.level_T, persistent=False)
     mlp.sedac_native, mlp.sedac_handlers, mlp.sedac_lora, mlp.sedac_device = False, {}, lora, None
     mlp.sedac_source, mlp.sedac_scores_activation = neurons, scores_activation
-    mlp.sedac_rounds_twice = _has_own_kernel(mlp)
+    mlp.sedac_has_own_kernel, mlp.sedac_has_parts = _has_own_kernel(mlp), has_parts(base)
     mlp.sedac_base = functools.partial(base.forward, mlp)
     mlp.__class__ = _gated(base)
 
@@ -88,21 +91,26 @@ def finish(mlp: Any, problem: str) -> None:
     source: Neurons | None = mlp.sedac_source
     kind_V, parameter_V = state.table.kind_LV[layer].clone(), state.table.parameter_LV[layer].clone()
     activation = find_activation(getattr(mlp, "act_fn", None))
-    weights = neurons = None
-    if not problem and not mlp.sedac_lora and activation is not None:
-        weights = (mlp.gate_up_proj.weight.data, mlp.down_proj.weight.data)
+    parts = neurons = None
+    if not problem and not mlp.sedac_lora and activation is not None and mlp.sedac_has_parts:
+        parts = Parts(
+            weights=(mlp.gate_up_proj.weight.data, mlp.down_proj.weight.data),
+            gate_up=functools.partial(_multiply, mlp, "gate_up_proj"), down=functools.partial(_multiply, mlp, "down_proj"),
+            activation=ACTIVATIONS[activation], own_activation=mlp.act_fn if mlp.sedac_has_own_kernel else None,
+        )  # fmt: skip
     if source is None:
         kind_V[kind_V > KIND_SKIP] = KIND_FULL
     else:
-        assert weights is not None, problem
-        neurons, counts = _make_neurons(source, weights[1], scores_activation=mlp.sedac_scores_activation)
+        if parts is None:
+            reason = problem or "computes more than down(act(gate) * up)"
+            raise UnsupportedModel(f"{mlp.sedac_name} {reason} and can't take the probe set's reduced levels; offer hard exits only: SEDAC_LEVELS=0")
+        neurons, counts = _make_neurons(source, parts.weights[1], scores_activation=mlp.sedac_scores_activation)
         for i in (kind_V == KIND_WIDTH).nonzero().flatten().tolist() if counts else ():
             parameter_V[i] = counts[int(parameter_V[i])]
     width_V = torch.where(kind_V == KIND_WIDTH, parameter_V, torch.where(kind_V == KIND_CONTEXTUAL, math.inf, 0.0))
     mlp.sedac_device = DeviceMlp(
         device=device_forms, layer=layer, kind_V=kind_V, parameter_V=parameter_V, falling_V=width_V.argsort(descending=True, stable=True).int(),
-        base=mlp.sedac_base, gate_up=functools.partial(_multiply, mlp, "gate_up_proj"), down=functools.partial(_multiply, mlp, "down_proj"),
-        weights=weights, neurons=neurons, activation=ACTIVATIONS[activation] if activation else 0, rounds_twice=mlp.sedac_rounds_twice,
+        base=mlp.sedac_base, parts=parts, neurons=neurons,
     )  # fmt: skip
     mlp.sedac_source = None
 
@@ -136,3 +144,26 @@ def _has_own_kernel(mlp: Any) -> bool:
     """Whether vLLM runs its own activation kernel, which rounds twice, and leaves nothing to the compiler; known while vLLM builds the model."""
     enabled = getattr(type(getattr(mlp, "act_fn", None)), "enabled", None)
     return bool(enabled and enabled())
+
+
+@functools.cache
+def has_parts(base: type) -> bool:
+    """Return whether an MLP class's forward is down(act(gate_up(x))) and nothing else: it is called once, on stand-ins that note their use."""
+    used: list[str] = []
+
+    def stand_in(name: str, *, is_linear: bool) -> Any:
+        def call(x: Any) -> Any:
+            assert x == ("x", *used), "not the value of the step before"
+            used.append(name)
+            return (("x", *used), None) if is_linear else ("x", *used)
+
+        return call
+
+    module = SimpleNamespace(
+        gate_up_proj=stand_in("gate_up", is_linear=True), act_fn=stand_in("act", is_linear=False), down_proj=stand_in("down", is_linear=True)
+    )
+    try:
+        out = vars(base)["forward"](module, ("x",)) if "forward" in vars(base) else base.forward(module, ("x",))  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001  whatever it does with a tuple, it is more than those three steps
+        return False
+    return bool(out == ("x", "gate_up", "act", "down"))

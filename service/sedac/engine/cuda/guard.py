@@ -1,16 +1,17 @@
-"""Work that the device may leave out: an IF node of the CUDA graph being captured, a plain `if` outside of one.
+"""Work that the device may leave out: an IF node of the CUDA graph being captured (if_nodes.py), a plain `if` outside of one.
 
-Source: torch/cuda/graphs.py and torch/_higher_order_ops/cudagraph_conditional_nodes.py (torch 2.13); needs CUDA 12.4 or newer.
 Collectives stay outside: ranks must not depend on each other's flags.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from sedac.engine.cuda import if_nodes
 
 Result = TypeVar("Result")
 
@@ -27,10 +28,6 @@ def run_if(wanted: Tensor, body: Callable[[], Result], *, always: bool = False) 
     Otherwise the host reads `wanted`, which waits for the device; `always` runs the body without looking.
     """
     if is_capturing():
-        graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
-        graph.begin_capture_to_if_node(wanted)
-        try:
+        with if_nodes.get().when(wanted):
             return body()
-        finally:
-            graph.end_capture_to_conditional_node()
     return body() if always or bool(wanted) else None

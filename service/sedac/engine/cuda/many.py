@@ -1,6 +1,7 @@
 """The MLP of many rows, the skipped ones left out and the narrow ones ended early; no host knows how many are left.
 
-Grids are sized for all rows: blocks past the list of rows, or past the width of their rows, return at once. Each row's sum has a
+Grids are sized for all rows: blocks past the list of rows, or past the width of their rows, return at once. Rows are the fastest axis: the
+blocks that read the same weights run side by side, so these come from memory once, and from the L2 for the others. Each row's sum has a
 fixed order, so its result does not depend on which rows share its step; atomics count arrivals alone.
 Rows at level `full` are computed here too, rounded another way than the layer's own products: steps with tokens that were
 promised those run them instead (flags.py).
@@ -29,16 +30,19 @@ def grouped_gate_up_kernel(
     D, F, stride_x, stride_w, ACTIVATION: tl.constexpr, SCORES_ACTIVATION: tl.constexpr, HAS_NEURONS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write h (M, F) of the listed rows; full rows in the model's own order of neurons, reduced ones by importance. Grid: (F, rows)."""
+    """Write h (M, F) of the listed rows; full rows in the model's own order of neurons, reduced ones by importance.
+
+    Grid: (rows, F).
+    """
     if tl.load(dense_ptr) != 0:
         return
-    first, begin = tl.program_id(1) * BLOCK_M, tl.load(bounds_ptr)
+    first, begin = tl.program_id(0) * BLOCK_M, tl.load(bounds_ptr)
     if first >= tl.load(bounds_ptr + 1):
         return
     row_M, kind_M, parameter_M, limit_M = _read_rows(index_ptr, bounds_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, first, F, BLOCK_M)
-    if tl.program_id(0) * BLOCK_N >= tl.max(limit_M, axis=0):
+    if tl.program_id(1) * BLOCK_N >= tl.max(limit_M, axis=0):
         return
-    n_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_N = n_N < F
     f_N = n_N
     if HAS_NEURONS:
@@ -76,11 +80,11 @@ def grouped_down_kernel(
 ):  # fmt: skip
     """Write the listed rows of the output (T, D): full ones by the model's own down (D, F), reduced ones by the neuron-major (F, D).
 
-    Grid: (D, rows, parts of F). A part has PART neurons, a multiple of BLOCK_K; the last to arrive adds the parts (parts, NUM_ROWS, D).
+    Grid: (rows, D, parts of F). A part has PART neurons, a multiple of BLOCK_K; the last to arrive adds the parts (parts, NUM_ROWS, D).
     """
     if tl.load(dense_ptr) != 0:
         return
-    first, begin = tl.program_id(1) * BLOCK_M, tl.load(bounds_ptr)
+    first, begin = tl.program_id(0) * BLOCK_M, tl.load(bounds_ptr)
     if first >= tl.load(bounds_ptr + 1):
         return
     row_M, _, _, limit_M = _read_rows(index_ptr, bounds_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, first, F, BLOCK_M)
@@ -90,7 +94,7 @@ def grouped_down_kernel(
         return
     low, high = part * PART, tl.minimum(limit, (part + 1) * PART)
     m_M = first + tl.arange(0, BLOCK_M)
-    d_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d_N = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_N = d_N < D
     acc_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     is_own = first < begin
@@ -112,9 +116,9 @@ def grouped_down_kernel(
         place_MN = m_M[:, None].to(tl.int64) * D + d_N[None, :]
         tl.store(part_ptr + part.to(tl.int64) * NUM_ROWS * D + place_MN, acc_MN, mask=in_N[None, :])
         tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), 1, sem="acq_rel") != num_parts - 1:
+        if tl.atomic_add(arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), 1, sem="acq_rel") != num_parts - 1:
             return
-        tl.store(arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), 0)
+        tl.store(arrived_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), 0)
         acc_MN = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in range(0, num_parts):
             acc_MN += tl.load(part_ptr + tl.cast(i, tl.int64) * NUM_ROWS * D + place_MN, mask=in_N[None, :], other=0.0, cache_modifier=".cg")

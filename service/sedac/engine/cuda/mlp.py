@@ -46,6 +46,22 @@ class DeviceNeurons:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A module that is two plain products and an activation: down(act(gate) * up)."""
+
+    weights: tuple[Tensor, Tensor]
+    """gate and up (2F, D) and down (D, F) in nn.Linear's layout"""
+    gate_up: Callable[[Tensor], Tensor]
+    """(T, D) -> (T, 2F)"""
+    down: Callable[[Tensor], Tensor]
+    """(T, F) -> (T, D), without the sum over ranks"""
+    activation: int
+    """of levels.ACTIVATIONS"""
+    own_activation: Callable[[Tensor], Tensor] | None = None
+    """(T, 2F) -> (T, F): vLLM's own kernel, where it uses that; None: it leaves the activation to the compiler, whose bits are ours too"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeviceMlp:
     """One MLP; see the module's docstring. All tensors keep their addresses."""
 
@@ -59,23 +75,27 @@ class DeviceMlp:
     """int32: levels by falling width"""
     base: Callable[[Tensor], Tensor]
     """the module as vLLM has it, (T, D) -> (T, D), without the sum over ranks"""
-    gate_up: Callable[[Tensor], Tensor]
-    """its first product, (T, D) -> (T, 2F); used where `weights` is given"""
-    down: Callable[[Tensor], Tensor]
-    weights: tuple[Tensor, Tensor] | None
-    """gate and up (2F, D) and down (D, F) in nn.Linear's layout; None: not plain matrices, only `full` and `skip`"""
+    parts: Parts | None
+    """what the module is made of; None: another one (quantised, LoRA, experts), only `full` and `skip`"""
     neurons: DeviceNeurons | None
-    activation: int
-    """of levels.ACTIVATIONS"""
-    rounds_twice: bool = False
+    """None: the probe set has no reduced levels; needs `parts`"""
     form: int | None = None
     """for benchmarks: this form, whatever the number of rows"""
 
     def choose_form(self, num_tokens: int) -> int:
         """Return the form for so many rows."""
-        size = sum(w.numel() * w.element_size() for w in self.weights or ())
-        wanted = forms.choose(num_tokens, has_neurons=self.neurons is not None, is_dense=self.weights is not None, weight_bytes=size)
+        size = sum(w.numel() * w.element_size() for w in self.parts.weights) if self.parts else 0
+        wanted = forms.choose(
+            num_tokens, has_neurons=self.neurons is not None, is_dense=self.parts is not None, weight_bytes=size,
+            min_weight_bytes=self.device.min_weight_bytes,
+        )  # fmt: skip
         return wanted if self.form is None else self.form
+
+    def compute_plain(self, x_TD: Tensor) -> Tensor:
+        """Return what the module gives where nothing is reduced, (T, D), with the bits that it has in plain vLLM; between steps alone."""
+        if self.parts is None:
+            return self.base(x_TD)
+        return self.parts.down(self._activate(self.parts, self.parts.gate_up(x_TD)))
 
     def compute(self, x_TD: Tensor, *, always: bool = False) -> Tensor:
         """Return (T, D), each row at its level as the buffers say while the device runs; padding rows hold no meaning.
@@ -95,8 +115,8 @@ class DeviceMlp:
         elif form == forms.MANY:
             self._run_many(x_TD, dense, out_TD)
             self._finish(out_TD, dense, after_dense=False, counts=False)
-        else:  # without neurons nothing has masked the skipped rows yet
-            self._finish(out_TD, dense, after_dense=self.neurons is None, counts=True)
+        else:  # of another module, which has this form alone, nothing has masked the skipped rows yet
+            self._finish(out_TD, dense, after_dense=self.parts is None, counts=True)
         return out_TD
 
     @property
@@ -105,25 +125,25 @@ class DeviceMlp:
 
     def _run_dense(self, x_TD: Tensor, form: int, *, always: bool) -> Tensor:
         """Run the module's own products over all rows, reduced ones masked between them."""
-        num_rows = x_TD.shape[0]
-        neurons = self.neurons
-        if neurons is None:
-            out_TD = self.base(x_TD)
-            if form != forms.MIDDLE:
-                self._finish(out_TD, self.device.dense_GL[form, self.layer], after_dense=True, counts=True)
-        else:
-            gate_up_TF = self.gate_up(x_TD)
-            size = gate_up_TF.shape[1] // 2
-            h_TF = gate_up_TF.new_empty((num_rows, size))
-            activation_kernel[(num_rows, -(-size // _ROW_BLOCK))](
-                gate_up_TF, h_TF, neurons.rank_F, neurons.natural_scale_F, *self._levels, self.device.buffers.saved_T, size, gate_up_TF.stride(0),
-                ACTIVATION=self.activation, SCORES_ACTIVATION=neurons.scores_activation, ROUNDS_TWICE=self.rounds_twice, BLOCK_F=_ROW_BLOCK,
-            )  # fmt: skip
-            out_TD = self.down(h_TF)
-            if neurons.repaired:
-                wanted = self.device.repair_GL[form, self.layer]
-                run_if(wanted, lambda: self._repair(h_TF, neurons, out_TD), always=always)
+        if self.parts is None:
+            return self.base(x_TD)
+        h_TF = self._activate(self.parts, self.parts.gate_up(x_TD))
+        out_TD = self.parts.down(h_TF)
+        if (neurons := self.neurons) is not None and neurons.repaired:
+            run_if(self.device.repair_GL[form, self.layer], lambda: self._repair(h_TF, neurons, out_TD), always=always)
         return out_TD
+
+    def _activate(self, parts: Parts, gate_up_TF: Tensor) -> Tensor:
+        (num_rows, width), neurons, b = gate_up_TF.shape, self.neurons, self.device.buffers
+        size = width // 2
+        h_TF = gate_up_TF.new_empty((num_rows, size)) if parts.own_activation is None else parts.own_activation(gate_up_TF)
+        rank_F, scale_F = (neurons.rank_F, neurons.natural_scale_F) if neurons else (b.scale_T, b.scale_T)  # never read without neurons
+        activation_kernel[(num_rows, -(-size // _ROW_BLOCK))](
+            gate_up_TF, h_TF, rank_F, scale_F, *self._levels, b.saved_T, size, gate_up_TF.stride(0),
+            ACTIVATION=parts.activation, SCORES_ACTIVATION=neurons is not None and neurons.scores_activation, HAS_NEURONS=neurons is not None,
+            MASKS_ONLY=parts.own_activation is not None, BLOCK_F=_ROW_BLOCK,
+        )  # fmt: skip
+        return h_TF
 
     def _repair(self, h_TF: Tensor, neurons: DeviceNeurons, out_TD: Tensor) -> None:
         repaired_TD, (num_rows, size) = h_TF @ neurons.down_FD, out_TD.shape
@@ -139,16 +159,16 @@ class DeviceMlp:
         )  # fmt: skip
 
     def _run_few(self, x_TD: Tensor, dense: Tensor, out_TD: Tensor) -> None:
-        assert self.weights is not None
+        assert self.parts is not None
         assert self.neurons is not None
         (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.device.buffers
-        gate_up_FD = self.weights[0]
+        gate_up_FD = self.parts.weights[0]
         size, flag, rows = gate_up_FD.shape[0] // 2, dense.view(torch.int8), max(forms.MAX_FEW, next_power(num_rows))
         h_TF, wanted_F = x_TD.new_empty((num_rows, size), dtype=torch.float32), x_TD.new_empty(size, dtype=torch.int32)
         gate_up_kernel[(-(-size // _FEW_K),)](
             x_TD, gate_up_FD, neurons.order_F, neurons.scale_F, *self._levels, flag, h_TF, wanted_F, self.device.count_T,
             num_rows, hidden_size, size, x_TD.stride(0), gate_up_FD.stride(0),
-            ACTIVATION=self.activation, SCORES_ACTIVATION=neurons.scores_activation, BLOCK_T=rows, BLOCK_K=_FEW_K, BLOCK_D=_FEW_D,
+            ACTIVATION=self.parts.activation, SCORES_ACTIVATION=neurons.scores_activation, BLOCK_T=rows, BLOCK_K=_FEW_K, BLOCK_D=_FEW_D,
             num_warps=4, num_stages=4,
         )  # fmt: skip
         part = -(-size // (_PARTS * _DOWN_K)) * _DOWN_K
@@ -159,9 +179,9 @@ class DeviceMlp:
         )  # fmt: skip
 
     def _run_many(self, x_TD: Tensor, dense: Tensor, out_TD: Tensor) -> None:
-        assert self.weights is not None
+        assert self.parts is not None
         (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.device.buffers
-        gate_up_FD, down_DF = self.weights
+        gate_up_FD, down_DF = self.parts.weights
         size, flag = gate_up_FD.shape[0] // 2, dense.view(torch.int8)
         listed = next_power(num_rows) + _MANY_M
         index, bounds = x_TD.new_empty(listed, dtype=torch.int32), x_TD.new_empty(2, dtype=torch.int32)
@@ -172,16 +192,16 @@ class DeviceMlp:
         order_F, scale_F = (neurons.order_F, neurons.scale_F) if neurons else (index, b.scale_T)  # never read without neurons
         num_blocks = -(-num_rows // _MANY_M) + 1  # full and reduced rows share no block
         common = (index, bounds, *self._levels, flag)
-        grouped_gate_up_kernel[(-(-size // _MANY_F), num_blocks)](
+        grouped_gate_up_kernel[(num_blocks, -(-size // _MANY_F))](
             x_TD, gate_up_FD, order_F, scale_F, *common, h_MF, hidden_size, size, x_TD.stride(0), gate_up_FD.stride(0),
-            ACTIVATION=self.activation, SCORES_ACTIVATION=neurons is not None and neurons.scores_activation, HAS_NEURONS=neurons is not None,
+            ACTIVATION=self.parts.activation, SCORES_ACTIVATION=neurons is not None and neurons.scores_activation, HAS_NEURONS=neurons is not None,
             BLOCK_M=_MANY_M, BLOCK_N=_MANY_F, BLOCK_K=_MANY_K, num_warps=4, num_stages=3,
         )  # fmt: skip
         down_FD = neurons.down_FD if neurons else down_DF
         columns = -(-hidden_size // _MANY_D)
         part = -(-size // (max(1, _MANY_BLOCKS // columns) * _MANY_K)) * _MANY_K
         parts_PMD = x_TD.new_empty((-(-size // part), num_blocks * _MANY_M, hidden_size), dtype=torch.float32)
-        grouped_down_kernel[(columns, num_blocks, parts_PMD.shape[0])](
+        grouped_down_kernel[(num_blocks, columns, parts_PMD.shape[0])](
             h_MF, down_DF, down_FD, order_F, *common, parts_PMD, self.device.arrived, out_TD,
             hidden_size, size, part, parts_PMD.shape[1], down_DF.stride(0), out_TD.stride(0),
             HAS_NEURONS=neurons is not None, BLOCK_M=_MANY_M, BLOCK_N=_MANY_D, BLOCK_K=_MANY_K, num_warps=4, num_stages=4,

@@ -7,13 +7,12 @@ T tokens of the step, C checkpoints.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sedac.engine.tokens import Tokens
 
@@ -26,17 +25,17 @@ class StepResults:
     """One pass's results on their way to the host."""
 
     tokens: Tokens | None
-    tensors: Sequence[Tensor] = ()
-    """on the host, complete once `event` is reached; empty: nothing was reduced or decided"""
     event: torch.cuda.Event | None = None
     then: list[Action] = field(default_factory=list)
     """called with the MLPs saved per token (T,), None: none"""
+    unpack: Callable[[], tuple[Array, ...]] | None = None
+    """makes arrays of what has arrived; None: nothing was reduced or decided"""
 
-    def read(self) -> list[Array]:
-        """Return the tensors, complete; waits where the device has not got so far."""
+    def read(self) -> tuple[Array, ...]:
+        """Return the arrays, complete; waits where the device has not got so far."""
         if self.event is not None:
             self.event.synchronize()
-        return [tensor.numpy() for tensor in self.tensors]
+        return self.unpack() if self.unpack else ()
 
 
 class Waiting:
@@ -45,14 +44,13 @@ class Waiting:
     def __init__(self) -> None:
         self._steps: deque[StepResults] = deque()
 
-    def add(self, tokens: Tokens | None, tensors: Sequence[Tensor] = ()) -> None:
-        """Start copying a pass's results, tensors on the device, to the host; the buffers may be cleared at once."""
-        copies = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in tensors]
+    def add(self, tokens: Tokens | None, unpack: Callable[[], tuple[Array, ...]] | None = None, *, is_copying: bool = False) -> None:
+        """Remember a pass; `unpack` makes arrays of its results, None: it left none; `is_copying`: the current stream brings them to the host."""
         event = None
-        if any(tensor.is_cuda for tensor in tensors):
+        if is_copying:
             event = torch.cuda.Event()
             event.record()
-        self._steps.append(StepResults(tokens=tokens, tensors=copies, event=event))
+        self._steps.append(StepResults(tokens=tokens, event=event, unpack=unpack))
 
     def then(self, action: Action) -> None:
         """Call `action` after the last pass's results are read; at once, with None, where none waits."""

@@ -12,34 +12,42 @@ from sedac.engine.cuda.few import KIND_CONTEXTUAL, KIND_SKIP, KIND_WIDTH, activa
 @triton.jit
 def activation_kernel(
     gate_up_ptr, h_ptr, rank_ptr, scale_ptr, level_ptr, live_ptr, kind_ptr, parameter_ptr, saved_ptr,
-    F, stride_g, ACTIVATION: tl.constexpr, SCORES_ACTIVATION: tl.constexpr, ROUNDS_TWICE: tl.constexpr, BLOCK_F: tl.constexpr,
+    F, stride_g, ACTIVATION: tl.constexpr, SCORES_ACTIVATION: tl.constexpr, HAS_NEURONS: tl.constexpr, MASKS_ONLY: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Write h (T, F) = act(gate) * up of the products (T, 2F), 0 where a reduced row leaves a neuron out; count what skips save.
 
-    Grid: (rows, blocks of F). `rank_F`: a neuron's place in the order of importance. `ROUNDS_TWICE`: the activation is rounded first, as
-    vLLM's own kernel does (csrc/activation_kernels.cu); else once at the end, as the compiler's fused form does.
+    Grid: (rows, blocks of F). `rank_F`: a neuron's place in the order of importance. Rounded once, at the end, as the compiler's fused form is.
+    `MASKS_ONLY`: vLLM's own activation kernel has written h, which rounds in between; only what is left out is cleared.
     """
     t = tl.program_id(0)
     kind, parameter, limit = read_levels(level_ptr, live_ptr, kind_ptr, parameter_ptr, t, F)
+    is_live = t < tl.load(live_ptr)
+    if MASKS_ONLY:
+        if (kind == 0) | (is_live == 0):
+            return
     f_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_F = f_F < F
     row_ptr = gate_up_ptr + t.to(tl.int64) * stride_g + f_F
+    place_ptr = h_ptr + t.to(tl.int64) * F + f_F
     gate_F = tl.load(row_ptr, mask=in_F, other=0.0).to(tl.float32)
     active_F = activate(gate_F, ACTIVATION)
-    if ROUNDS_TWICE:
-        active_F = active_F.to(h_ptr.dtype.element_ty).to(tl.float32)
-    h_F = active_F * tl.load(row_ptr + F, mask=in_F, other=0.0).to(tl.float32)
-    if t < tl.load(live_ptr):
-        if kind == KIND_CONTEXTUAL:
-            source_F = active_F if SCORES_ACTIVATION else gate_F
-            h_F = tl.where(tl.abs(source_F) * tl.load(scale_ptr + f_F, mask=in_F, other=0.0) >= parameter, h_F, 0.0)
-        elif kind == KIND_WIDTH:
-            h_F = tl.where(tl.load(rank_ptr + f_F, mask=in_F, other=0) < limit, h_F, 0.0)
-        elif kind == KIND_SKIP:
+    if MASKS_ONLY:
+        h_F = tl.load(place_ptr, mask=in_F, other=0.0).to(tl.float32)
+    else:
+        h_F = active_F * tl.load(row_ptr + F, mask=in_F, other=0.0).to(tl.float32)
+    if is_live:
+        if kind == KIND_SKIP:
             h_F = tl.zeros([BLOCK_F], tl.float32)
             if tl.program_id(1) == 0:
                 tl.store(saved_ptr + t, tl.load(saved_ptr + t) + 1.0)
-    tl.store(h_ptr + t.to(tl.int64) * F + f_F, h_F.to(h_ptr.dtype.element_ty), mask=in_F)
+        if HAS_NEURONS:
+            if kind == KIND_CONTEXTUAL:
+                source_F = active_F if SCORES_ACTIVATION else gate_F
+                h_F = tl.where(tl.abs(source_F) * tl.load(scale_ptr + f_F, mask=in_F, other=0.0) >= parameter, h_F, 0.0)
+            elif kind == KIND_WIDTH:
+                h_F = tl.where(tl.load(rank_ptr + f_F, mask=in_F, other=0) < limit, h_F, 0.0)
+    tl.store(place_ptr, h_F.to(h_ptr.dtype.element_ty), mask=in_F)
 
 
 @triton.jit

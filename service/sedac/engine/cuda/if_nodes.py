@@ -1,0 +1,258 @@
+"""IF nodes of CUDA graphs: a part of a captured pass that a replay leaves out when a flag on the device says so.
+
+`guard.run_if` is the one caller. Two sources, chosen by what is there: torch's own (CUDAGraph.begin_capture_to_if_node), or the extension
+if_nodes.cu, built here by nvcc for a torch without it. Bodies of one nesting depth run on one stream, always the same, whichever source
+serves: so they share cuBLAS's workspace, and what one body frees the next one takes.
+`check` captures and replays small graphs, and its answer decides whether an engine uses CUDA graphs at all (engine/models.py).
+Needs CUDA 12.4 or newer. Source: "Conditional Graph Nodes", CUDA programming guide; torch/cuda/graphs.py (torch 2.13).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("if_nodes.cu")
+_NVCC_SECONDS = 120
+
+
+class IfNodesUnavailable(RuntimeError):
+    """No source of IF nodes is to be had here; carries each one's reason."""
+
+
+class Nodes(Protocol):
+    """One source of IF nodes."""
+
+    name: str
+
+    def open(self, wanted: Tensor, body: torch.cuda.Stream) -> contextlib.AbstractContextManager[None]:
+        """While open, what the stream `body` gets is captured into an IF node behind the current stream's work, under the flag `wanted`."""
+        ...
+
+
+class TorchNodes:
+    """IF nodes by torch, which brings a stream of its own for each body; `body` joins it, so that the body's work is on the same one every time."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
+            raise IfNodesUnavailable(f"torch {torch.__version__} has no CUDAGraph.begin_capture_to_if_node")
+
+    @contextlib.contextmanager
+    def open(self, wanted: Tensor, body: torch.cuda.Stream) -> Iterator[None]:
+        """See `Nodes.open`."""
+        graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+        graph.begin_capture_to_if_node(wanted)
+        try:
+            own = torch.cuda.current_stream()
+            body.wait_stream(own)
+            with torch.cuda.stream(body):
+                yield
+            own.wait_stream(body)
+        finally:
+            graph.end_capture_to_conditional_node()
+
+
+class OwnNodes:
+    """IF nodes by if_nodes.cu.
+
+    torch takes a body's allocations for ordinary ones, since the body is a capture of its own; they go to a pool that lives as long as
+    this object. One pool serves all graphs: two of them never run at once, and nothing in it is read before it is written.
+    """
+
+    name = "sedac's extension"
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(build()))
+        self._library.sedac_if_begin.argtypes = [ctypes.c_void_p] * 3
+        self._library.sedac_if_end.argtypes = [ctypes.c_void_p]
+        self._library.sedac_if_error.restype = ctypes.c_char_p
+        self._try(self._library.sedac_if_prepare())
+        self._pool = torch.cuda.MemPool()
+        self._depth = 0
+
+    def _try(self, error: int) -> None:
+        if error:
+            raise RuntimeError(f"IF node: {self._library.sedac_if_error(error).decode()} (CUDA error {error})")
+
+    @contextlib.contextmanager
+    def open(self, wanted: Tensor, body: torch.cuda.Stream) -> Iterator[None]:
+        """See `Nodes.open`."""
+        self._try(self._library.sedac_if_begin(torch.cuda.current_stream().cuda_stream, body.cuda_stream, wanted.data_ptr()))
+        self._depth += 1
+        try:
+            # Allocations of this thread: a nested body's are among them.
+            with torch.cuda.use_mem_pool(self._pool) if self._depth == 1 else contextlib.nullcontext(), torch.cuda.stream(body):
+                yield
+        finally:
+            self._depth -= 1
+            self._try(self._library.sedac_if_end(body.cuda_stream))
+
+
+class Capture:
+    """A source of IF nodes, and the streams that bodies run on, one for each depth."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes = nodes
+        self._streams: list[torch.cuda.Stream] = []
+        self._depth = 0
+
+    def get_stream(self, depth: int) -> torch.cuda.Stream:
+        """Return the stream of bodies that lie in so many others."""
+        while len(self._streams) <= depth:
+            self._streams.append(torch.cuda.Stream())
+        return self._streams[depth]
+
+    @contextlib.contextmanager
+    def when(self, wanted: Tensor) -> Iterator[None]:
+        """Capture what is done meanwhile into an IF node; `wanted` is bool, of one element, with a fixed address on the device."""
+        stream = self.get_stream(self._depth)
+        self._depth += 1
+        try:
+            with self.nodes.open(wanted, stream):
+                yield
+        finally:
+            self._depth -= 1
+
+
+def find_compiler() -> str:
+    """Return the path of nvcc.
+
+    Raises:
+        IfNodesUnavailable: it is not on PATH, nor in CUDA_HOME or /usr/local/cuda.
+    """
+    places = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home)]
+    found = next((place for place in places if place and os.access(place, os.X_OK)), None)
+    if found is None:
+        raise IfNodesUnavailable("no nvcc to build SEDAC's extension with; install the CUDA toolkit, or a torch that has IF nodes (2.12 or newer)")
+    return found
+
+
+def build(capability: tuple[int, int] | None = None) -> Path:
+    """Return the library made of if_nodes.cu for this GPU (or a compute capability), compiled the first time: some seconds.
+
+    It is kept in $XDG_CACHE_HOME/sedac by what it was made from, or in a temporary folder where that can't be written.
+
+    Raises:
+        IfNodesUnavailable: there is no compiler, or it fails; carries its output.
+    """
+    compiler = find_compiler()
+    major, minor = capability or torch.cuda.get_device_capability()
+    target = f"arch=compute_{major}{minor},code=sm_{major}{minor}"
+    digest = hashlib.sha256(f"{SOURCE.read_text()}{target}{compiler}{torch.version.cuda}".encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sedac"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(folder)
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="sedac-if-nodes-"))
+    library = folder / f"if_nodes-{digest}.so"
+    if library.exists():
+        return library
+    with tempfile.TemporaryDirectory(dir=folder) as partial:
+        made = Path(partial) / library.name
+        command = [compiler, "-gencode", target, "-O2", "-shared", "-Xcompiler", "-fPIC", "-cudart", "shared", "-o", str(made), str(SOURCE)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_NVCC_SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise IfNodesUnavailable(f"{compiler} took more than {_NVCC_SECONDS} s") from error
+        if done.returncode:
+            raise IfNodesUnavailable(f"{compiler} fails on {SOURCE.name}: {(done.stdout + done.stderr).strip()[-1000:]}")
+        made.rename(library)
+    return library
+
+
+@functools.cache
+def _find() -> tuple[Capture | None, str]:
+    """Return the first source that passes the smoke test, or None and each one's reason."""
+    if not torch.cuda.is_available():
+        return None, "there is no CUDA device"
+    reasons = []
+    for make in (TorchNodes, OwnNodes):
+        try:
+            capture = Capture(make())
+            _try_out(capture)
+        except Exception as error:  # noqa: BLE001  whatever a driver or compiler says is a reason to do without
+            reasons.append(f"{make.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        else:
+            return capture, ""
+    return None, "; ".join(reasons)
+
+
+def check() -> str:
+    """Return why IF nodes don't work here, on one line; empty where they do. Looks once per process, a second or a few where nvcc must run."""
+    return _find()[1]
+
+
+def get() -> Capture:
+    """Return the source to capture with.
+
+    Raises:
+        IfNodesUnavailable: `check` has a reason.
+    """
+    capture, reason = _find()
+    if capture is None:
+        raise IfNodesUnavailable(reason)
+    return capture
+
+
+def get_source() -> str:
+    """Return the name of the source in use; empty: none."""
+    capture, _ = _find()
+    return capture.nodes.name if capture else ""
+
+
+def _try_out(capture: Capture) -> None:
+    """Capture a body with an allocation and a matrix product, and another in it, and replay it under all flags, outputs poisoned.
+
+    Raises:
+        RuntimeError: a replay left what it should not.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    flags_2 = torch.zeros(2, dtype=torch.bool, device=device)
+    x, w = (torch.randn(64, 64, device=device, dtype=torch.bfloat16) for _ in range(2))
+    outer, inner, behind = (torch.empty(64, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+
+    def write(out: Tensor, factor: float) -> Tensor:
+        made = (x * factor) @ w  # allocates twice, and cuBLAS takes its workspace
+        out.copy_(made)
+        return made
+
+    for depth in range(2):  # cuBLAS's workspace of each stream, and the kernels, before anything is captured
+        with torch.cuda.stream(capture.get_stream(depth)):
+            write(outer, 1.0)
+            write(inner, 2.0)
+    torch.cuda.synchronize()
+    expected = {name: (x * factor) @ w for name, factor in (("outer", 1.0), ("inner", 2.0), ("behind", 3.0))}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with capture.when(flags_2[0]):
+            write(outer, 1.0)
+            with capture.when(flags_2[1]):
+                write(inner, 2.0)
+        write(behind, 3.0)
+    for first, second in [*itertools.product((True, False), repeat=2)] * 2:
+        flags_2.copy_(torch.tensor([first, second]))
+        for out in (outer, inner, behind):
+            out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        for name, out, is_written in (("outer", outer, first), ("inner", inner, first and second), ("behind", behind, True)):
+            wrong = not torch.equal(out, expected[name]) if is_written else not bool(out.isnan().all())
+            if wrong:
+                raise RuntimeError(f"flags {first}, {second}: the {name} product is {'wrong or missing' if is_written else 'there all the same'}")
