@@ -36,8 +36,8 @@ EXACT_ANSWERS = 4
 """of a batch size at least"""
 PAST_GRAPHS = 320
 """tokens of a pass that no CUDA graph holds"""
-DEMO_SHARE, START_SHARE = 0.5, 0.7
-"""of the time, until which the demo's engines are waited for before all others, and until which every engine must have started"""
+DEMO_SHARE, START_SHARE, EXACT_SHARE = 0.5, 0.7, 0.8
+"""of the time, until which the demo's engines are waited for before all others, every engine must have started, and answers are compared"""
 END_SECONDS = 8.0
 """kept for ending the processes"""
 
@@ -147,9 +147,9 @@ class Session:
         self.measure_speed()
 
     def ask(self, name: str, most: float, what: str, **order: Any) -> dict[str, Any] | None:
-        """Give an engine an order; None where it can't be asked, or failed, which is told."""
+        """Give an engine an order; None where it can't be asked, or the time is over, or it failed, which is told."""
         process = self.engines.get(name)
-        if process is None or not process.is_alive:
+        if process is None or not process.is_alive or not self.get_limit(1):
             return None
         try:
             return process.ask(self.get_limit(most), **order)
@@ -166,7 +166,8 @@ class Session:
         def generate(name: str, asked: str, batch: int, policy: dict[str, Any], tier: str = "") -> list[dict[str, Any]] | None:
             found = []
             for first in range(0, max(EXACT_ANSWERS, batch), batch):
-                if not self.get_limit(1):
+                if self.spent > EXACT_SHARE * self.budget:
+                    self.left.append(f"{name}, {asked}, batch {batch}")
                     return None
                 texts, what = prompts[first : first + batch], f"{asked}, batch {batch}"
                 answer = self.ask(name, 60, what, do="generate", texts=texts, num_tokens=min(48, self.num_tokens), policy=policy, tier=tier)
@@ -195,11 +196,11 @@ class Session:
 
     def measure_speed(self) -> None:
         """Let the 7B-shaped engines take turns."""
+        names = tuple(n for n, e in self.engines.items() if e.is_alive)
         watching = make_watching_policy(self.shape.num_layers)
         found = self.ask(SEDAC, 60, "calibration", do="calibrate", share=0.5, num_tokens=PAST_GRAPHS, policy=watching)
         if found is not None:
             self.add("calibration", engine=SEDAC, **found)
-        names = tuple(n for n, e in self.engines.items() if e.is_alive)
         waves = list(make_waves(self.num_rounds, names))
         for number, wave in enumerate(waves):
             if not self.get_limit(1):
