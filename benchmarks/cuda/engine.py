@@ -7,6 +7,7 @@
 Every engine is a process of its own (engine_variants.py lists them); they start together, then take turns. A row is printed, and appended
 to DIR/engine.jsonl, as soon as it is measured, the most telling first; DIR/engine.json and DIR/engine.md are written at the end, also when
 the time is over or a signal comes. An engine that dies or hangs is told with what its log ends with, and passed over; logs are in DIR/logs.
+The exit status is 1 where anything failed.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Session:
         self.shape = engine_models.TINY if self.dry else engine_models.QWEN_7B
         self.rows: list[dict[str, Any]] = []
         self.left: list[str] = []
+        self.pending: list[Wave] = []
         self.engines: dict[str, EngineProcess] = {}
         self.told: set[str] = set()
         self.wanted = [e for e in ENGINES if not arguments.engines or e.name in arguments.engines]
@@ -203,10 +205,11 @@ class Session:
             self.add("calibration", engine=SEDAC, **found)
         waves = list(make_waves(self.num_rounds, names))
         for number, wave in enumerate(waves):
+            self.pending = waves[number:]
             if not self.get_limit(1):
-                self.left += sorted({f"{w.variant.name}, batch {w.batch}" for w in waves[number:]})
-                break
+                return
             self._measure(wave)
+        self.pending = []
 
     def _measure(self, wave: Wave) -> None:
         variant = wave.variant
@@ -221,8 +224,9 @@ class Session:
     def finish(self, ended: str) -> str:
         """Write the files, then end the processes, all at once; returns the tables."""
         device = next((r["device"] for r in self.rows if r["kind"] == "start"), "no engine started")
+        left = [*self.left, *sorted({f"{w.variant.name}, batch {w.batch}" for w in self.pending})]
         about = {
-            "ended": ended, "seconds": self.spent, "budget": self.budget, "is_dry_run": self.dry, "device": device, "left": self.left,
+            "ended": ended, "seconds": self.spent, "budget": self.budget, "is_dry_run": self.dry, "device": device, "left": left,
             "rounds": self.num_rounds, "tokens": self.num_tokens, "shape": vars(self.shape),
         }  # fmt: skip
         text = engine_report.write(self.out, self.rows, about)
@@ -283,6 +287,8 @@ def main() -> None:
         print("\n" + session.finish(ended), flush=True)
         if not arguments.work:
             shutil.rmtree(work, ignore_errors=True)
+    if any(row["kind"] == "fault" for row in session.rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
