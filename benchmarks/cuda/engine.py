@@ -7,6 +7,7 @@
 Every engine is a process of its own (engine_variants.py lists them); they start together, then take turns. A row is printed, and appended
 to DIR/engine.jsonl, as soon as it is measured, the most telling first; DIR/engine.json and DIR/engine.md are written at the end, also when
 the time is over or a signal comes. An engine that dies or hangs is told with what its log ends with, and passed over; logs are in DIR/logs.
+The exit status is 1 where anything failed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ EXACT_ANSWERS = 4
 """of a batch size at least"""
 PAST_GRAPHS = 320
 """tokens of a pass that no CUDA graph holds"""
-DEMO_SHARE, START_SHARE = 0.5, 0.7
-"""of the time, until which the demo's engines are waited for before all others, and until which every engine must have started"""
+DEMO_SHARE, START_SHARE, EXACT_SHARE = 0.5, 0.7, 0.8
+"""of the time, until which the demo's engines are waited for before all others, every engine must have started, and answers are compared"""
 END_SECONDS = 8.0
 """kept for ending the processes"""
 
@@ -57,6 +58,7 @@ class Session:
         self.shape = engine_models.TINY if self.dry else engine_models.QWEN_7B
         self.rows: list[dict[str, Any]] = []
         self.left: list[str] = []
+        self.pending: list[Wave] = []
         self.engines: dict[str, EngineProcess] = {}
         self.told: set[str] = set()
         self.wanted = [e for e in ENGINES if not arguments.engines or e.name in arguments.engines]
@@ -147,9 +149,9 @@ class Session:
         self.measure_speed()
 
     def ask(self, name: str, most: float, what: str, **order: Any) -> dict[str, Any] | None:
-        """Give an engine an order; None where it can't be asked, or failed, which is told."""
+        """Give an engine an order; None where it can't be asked, or the time is over, or it failed, which is told."""
         process = self.engines.get(name)
-        if process is None or not process.is_alive:
+        if process is None or not process.is_alive or not self.get_limit(1):
             return None
         try:
             return process.ask(self.get_limit(most), **order)
@@ -166,7 +168,8 @@ class Session:
         def generate(name: str, asked: str, batch: int, policy: dict[str, Any], tier: str = "") -> list[dict[str, Any]] | None:
             found = []
             for first in range(0, max(EXACT_ANSWERS, batch), batch):
-                if not self.get_limit(1):
+                if self.spent > EXACT_SHARE * self.budget:
+                    self.left.append(f"{name}, {asked}, batch {batch}")
                     return None
                 texts, what = prompts[first : first + batch], f"{asked}, batch {batch}"
                 answer = self.ask(name, 60, what, do="generate", texts=texts, num_tokens=min(48, self.num_tokens), policy=policy, tier=tier)
@@ -195,17 +198,18 @@ class Session:
 
     def measure_speed(self) -> None:
         """Let the 7B-shaped engines take turns."""
+        names = tuple(n for n, e in self.engines.items() if e.is_alive)
         watching = make_watching_policy(self.shape.num_layers)
         found = self.ask(SEDAC, 60, "calibration", do="calibrate", share=0.5, num_tokens=PAST_GRAPHS, policy=watching)
         if found is not None:
             self.add("calibration", engine=SEDAC, **found)
-        names = tuple(n for n, e in self.engines.items() if e.is_alive)
         waves = list(make_waves(self.num_rounds, names))
         for number, wave in enumerate(waves):
+            self.pending = waves[number:]
             if not self.get_limit(1):
-                self.left += sorted({f"{w.variant.name}, batch {w.batch}" for w in waves[number:]})
-                break
+                return
             self._measure(wave)
+        self.pending = []
 
     def _measure(self, wave: Wave) -> None:
         variant = wave.variant
@@ -220,8 +224,9 @@ class Session:
     def finish(self, ended: str) -> str:
         """Write the files, then end the processes, all at once; returns the tables."""
         device = next((r["device"] for r in self.rows if r["kind"] == "start"), "no engine started")
+        left = [*self.left, *sorted({f"{w.variant.name}, batch {w.batch}" for w in self.pending})]
         about = {
-            "ended": ended, "seconds": self.spent, "budget": self.budget, "is_dry_run": self.dry, "device": device, "left": self.left,
+            "ended": ended, "seconds": self.spent, "budget": self.budget, "is_dry_run": self.dry, "device": device, "left": left,
             "rounds": self.num_rounds, "tokens": self.num_tokens, "shape": vars(self.shape),
         }  # fmt: skip
         text = engine_report.write(self.out, self.rows, about)
@@ -282,6 +287,8 @@ def main() -> None:
         print("\n" + session.finish(ended), flush=True)
         if not arguments.work:
             shutil.rmtree(work, ignore_errors=True)
+    if any(row["kind"] == "fault" for row in session.rows):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def dry_run(tmp_path_factory):
             if LAST in line and not interrupted:
                 interrupted = time.monotonic()
                 process.send_signal(signal.SIGINT)
-    assert process.returncode == 0, "".join(lines)[-4000:]
+    assert process.returncode == 1, "an engine can't start here, and the status says so" + "".join(lines)[-4000:]
     assert interrupted, "".join(lines)[-4000:]
     return out, lines, time.monotonic() - interrupted
 
@@ -55,6 +55,8 @@ def test_an_interrupt_ends_it_soon_and_leaves_the_files(dry_run, rows):
     whole = json.loads((out / "engine.json").read_text())
     assert whole["about"]["ended"] == "ended by SIGINT"
     assert whole["rows"] == rows
+    assert "checkpoints decide, nothing exits, batch 128" in whole["about"]["left"]
+    assert not any(name.endswith("batch 16") for name in whole["about"]["left"])
     text = (out / "engine.md").read_text()
     assert text in "".join(lines)
     assert "skip from 50 % of the depth" in text
