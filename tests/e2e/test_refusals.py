@@ -50,7 +50,7 @@ def test_doctor_finds_the_installation_whole():
     for name in ("levels", "draft"):  # absent where the probe set has hard exits only, and where no draft is shipped
         findings.pop(name)
     assert {name: f["state"] for name, f in findings.items()} == {
-        "vLLM": "ok", "plugin sedac": "ok", "plugin sedac_agent": "ok", "settings": "ok", "architecture": "ok", "probe set": "ok",
+        "vLLM": "ok", "plugin sedac": "ok", "plugin sedac_agent": "ok", "device": "ok", "settings": "ok", "architecture": "ok", "probe set": "ok",
         "tiers": "ok", "running engine": "absent",
     }  # fmt: skip
 

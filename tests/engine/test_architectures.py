@@ -95,9 +95,9 @@ def test_probe_set_of_another_hidden_size_is_refused(tmp_path):
 def test_pipeline_parallelism_is_refused():
     from types import SimpleNamespace
 
-    from sedac.engine.models import _refuse_layout
+    from sedac.engine.refusals import refuse_layout
     from sedac.errors import UnsupportedModel
 
     parallel = SimpleNamespace(pipeline_parallel_size=2, num_ubatches=0)
     with pytest.raises(UnsupportedModel, match=r"pipeline_parallel_size is 2; .* supports 1: use tensor parallelism"):
-        _refuse_layout(SimpleNamespace(parallel_config=parallel, compilation_config=None))
+        refuse_layout(SimpleNamespace(parallel_config=parallel, compilation_config=None))
