@@ -1,7 +1,7 @@
 # SEDAC in a container, three images from one file (BuildKit):
 #   docker build -t sedac:cpu .                          engine and control service on a CPU, the demo model inside
 #   docker build -t sedac:control --target control .     the control service and `sedac ctl` alone, without torch
-#   docker build -t sedac:cuda --target cuda .           engine on an NVIDIA GPU; not built or run by the tests
+#   docker build -t sedac:cuda --target cuda .           engine on an NVIDIA GPU; pinned and configured, but not built or run by the tests
 #
 # Behind a proxy with its own certificates:   --secret id=ca,src=/etc/ssl/certs/ca-certificates.crt
 # With a pip configuration of your own:       --secret id=pip_conf,src=$HOME/.config/pip/pip.conf
@@ -55,8 +55,9 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=bind,source=constraints/wheels,target=/wheels \
     python /build/install.py --torch-index "${TORCH_INDEX}" /build/cpu.txt
 
-# vLLM for CUDA, resolved when the image is built: torch and the CUDA libraries come from the package index, the driver from the host.
-# No test builds or runs this target.
+# vLLM for CUDA at pinned versions; torch and the CUDA libraries come from the package index, the driver from the host. `sedac serve` serves
+# the demo model inside CUDA graphs here, without its draft, which they can't hold. Tests take this target's command line through vLLM's
+# configuration and hold its pins against what vLLM asks for; none builds or runs it.
 FROM ${CUDA_IMAGE} AS cuda
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates g++ python3 python3-dev python3-venv \
@@ -65,10 +66,12 @@ ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PATH=/opt/sedac/bin:$PATH
 RUN python3 -m venv /opt/sedac
+COPY constraints/cuda.txt /build/
 RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    --mount=type=bind,from=package,source=/dist,target=/dist \
-    PIP_CERT=/etc/ssl/certs/ca-certificates.crt pip install --no-cache-dir "$(echo /dist/*.whl)[cuda]"
+    --mount=type=bind,source=constraints/wheels,target=/wheels \
+    PIP_CERT=/etc/ssl/certs/ca-certificates.crt PIP_FIND_LINKS=/wheels pip install --no-cache-dir --no-deps --requirement /build/cuda.txt
+RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl && pip check
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/cache/sedac sedac \
     && install -d -o sedac -g sedac /var/lib/sedac /var/cache/sedac
 ENV HOME=/var/cache/sedac \

@@ -28,6 +28,7 @@ def _clean_environment(monkeypatch):
 
     for name in [n for n in os.environ if n.startswith("SEDAC_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(launch, "is_cuda", lambda: False)  # tests/cuda/test_start.py has what a GPU changes
 
 
 def test_environment_makes_the_first_policy(monkeypatch):
@@ -223,6 +224,21 @@ def test_engine_command_keeps_the_users_flags():
     for bad in (["--worker-cls", "x"], ["--model=x"], ["--additional-config", "no json"], ["--additional-config=[]"]):
         with pytest.raises(ConfigError):
             launch.make_engine_command(settings, bad)
+
+
+def test_the_size_below_which_nothing_is_reduced_is_passed_where_it_is_not_the_usual_one(monkeypatch):
+    def read_entry() -> dict[str, object]:
+        command = launch.make_engine_command(read_settings(model="m", probe_dir=Path("/p")), [])
+        return json.loads(command[command.index("--additional-config") + 1])["sedac"]
+
+    assert "min_weight_mib" not in read_entry(), "the usual entry names compiled graphs, which shall be found again"
+    for value in ("0", "65536"):
+        monkeypatch.setenv("SEDAC_MIN_WEIGHT_MIB", value)
+        assert read_entry()["min_weight_mib"] == int(value)
+    for value in ("-1", "65537"):
+        monkeypatch.setenv("SEDAC_MIN_WEIGHT_MIB", value)
+        with pytest.raises(ConfigError, match=rf"^SEDAC_MIN_WEIGHT_MIB='{value}': {value} is not .* 0 .* 65536; .*leave it out for 16"):
+            read_settings()
 
 
 DRAFT = DraftManifest(

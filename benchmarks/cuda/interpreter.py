@@ -3,7 +3,8 @@
 Two faults of triton/runtime/interpreter.py are mended, whatever the version (seen in 3.6 and 3.9): `create_dot` multiplies the bits of
 bf16 matrices as integers, here they are widened first; and a scalar becomes a Python number through `int(array)`, which numpy 2.5 refuses
 for the interpreter's arrays of one element (3.6; 3.9 squeezes them). It rounds fp32 to bf16 towards 0, a GPU to the nearest, so bf16
-bits are compared on GPUs only.
+bits are compared on GPUs only. And it is made fast enough for a test: each call of a device function prepares the whole language again,
+which takes most of the time; here once per launch.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def use_interpreter() -> None:
         create_dot.sedac = True  # type: ignore[attr-defined]
         interpreter.InterpreterBuilder.create_dot = create_dot
         _mend_scalars(interpreter)
+        _prepare_once(interpreter)
 
 
 def _mend_scalars(interpreter: Any) -> None:
@@ -52,3 +54,24 @@ def _mend_scalars(interpreter: Any) -> None:
         scope.set_attr(tensor, "__bool__", lambda self: bool(read(self)) if self.handle.data.size == 1 else True)
 
     interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _prepare_once(interpreter: Any) -> None:
+    """Prepare the modules that a function sees of the language once per launch, not at each call."""
+    import triton.language as tl
+
+    prepare, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    ready: set[tuple[int, ...]] = set()
+
+    def patch_lang(fn: Any) -> Any:
+        seen = tuple(sorted({id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}))
+        if seen in ready:
+            return None
+        ready.add(seen)
+        return prepare(fn)
+
+    def run(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        ready.clear()  # what a launch has prepared it takes back at its end
+        return launch(self, *arguments, **keywords)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, run

@@ -107,18 +107,27 @@ def token(
     typer.echo(line)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def doctor(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model directory; default: the demo model.")] = "",
     probe_set: Annotated[Path | None, typer.Option(help="Directory of the probe set (SEDAC_PROBE_DIR).")] = None,
     draft: Annotated[Path | None, typer.Option(help="Directory of the draft (SEDAC_DRAFT_DIR); `none`: without.")] = None,
     url: Annotated[str, typer.Option(help="A running engine to ask what is attached.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what is attached, to which vLLM, and why not if not. Exit code 1 when something that serving needs is missing."""
+    """Tell what is attached, to which vLLM, and why not if not. Exit code 1 when something that serving needs is missing.
+
+    vLLM's own flags, with which `sedac serve` would be started, come after `--`:
+
+        sedac doctor --draft ./draft -- --enforce-eager
+    """
     from sedac.doctor import examine, show
 
-    findings = examine(model, probe_set, url, draft=draft)
+    arguments = list(context.args)
+    if model.startswith("-"):  # it came after `--`, and click took it for the argument
+        arguments, model = [model, *arguments], ""
+    findings = examine(model, probe_set, url, draft=draft, vllm_args=arguments)
     show(findings, as_json=as_json)
     raise typer.Exit(int(any(finding.state == "bad" for finding in findings)))
 

@@ -8,13 +8,14 @@ import inspect
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from sedac.errors import SedacError
-from sedac.launch import read_draft, with_demo_defaults, with_draft
+from sedac.graphs import find_graph_mode, is_cuda
+from sedac.launch import choose_draft, read_draft, with_demo_defaults
 from sedac.policy import Speculation
 from sedac.probe.manifest import Manifest, read_manifest
 from sedac.settings import EngineSettings, read_settings
@@ -30,15 +31,19 @@ class Finding:
     detail: str
 
 
-def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None = None) -> list[Finding]:
-    """Look at the installation, the model, the probe set, the draft and a running engine; nothing is started or changed."""
-    findings = list(_examine_installation())
+def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None = None, vllm_args: Sequence[str] = ()) -> list[Finding]:
+    """Look at the installation, the model, the probe set, the draft and a running engine; nothing is started or changed.
+
+    `vllm_args`: flags of vLLM's own with which `sedac serve` would be started.
+    """
+    findings = [*_examine_installation(), _examine_device(vllm_args)]
     try:
-        settings = with_draft(with_demo_defaults(read_settings(model=model or None, probe_dir=probe_set, draft_dir=draft)))
+        filled = with_demo_defaults(read_settings(model=model or None, probe_dir=probe_set, draft_dir=draft))
+        settings, reason = choose_draft(filled, vllm_args)
     except SedacError as error:
         return [*findings, Finding("settings", "bad", str(error))]
     findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
-    return [*findings, *_examine_model(settings), examine_engine(url)]
+    return [*findings, *_examine_model(settings, reason), examine_engine(url)]
 
 
 def _examine_installation() -> Iterator[Finding]:
@@ -58,7 +63,13 @@ def _examine_installation() -> Iterator[Finding]:
             yield Finding(f"plugin {name}", "bad", f"does not import: {error}")
 
 
-def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
+def _examine_device(vllm_args: Sequence[str]) -> Finding:
+    if not is_cuda():
+        return Finding("device", "ok", "CPU, or what else vLLM finds: no NVIDIA GPU, or a vLLM that was not built for one")
+    return Finding("device", "ok", f"CUDA, cudagraph_mode {find_graph_mode(vllm_args)}")
+
+
+def _examine_model(settings: EngineSettings, left_out: str) -> Iterator[Finding]:
     path = Path(settings.model) / "config.json"
     if not path.is_file():
         yield Finding("model", "absent", f"{settings.model} is not a local directory: its architecture is checked when the engine starts")
@@ -85,14 +96,16 @@ def _examine_model(settings: EngineSettings) -> Iterator[Finding]:
         yield Finding("levels", "ok" if levels else "absent", levels or "full and skip alone: the probe set has no reduced ones")
         tiers = ", ".join(tier.name for tier in policy.get_tiers())
         yield Finding("tiers", "ok", f"exact, {tiers}; requests that name none get {policy.default_tier if policy.enabled else 'exact'}")
-        yield _examine_draft(settings, manifest, policy.speculation)
+        yield _examine_draft(settings, manifest, policy.speculation, left_out)
 
 
-def _examine_draft(settings: EngineSettings, manifest: Manifest, knobs: Speculation) -> Finding:
+def _examine_draft(settings: EngineSettings, manifest: Manifest, knobs: Speculation, left_out: str) -> Finding:
     try:
         draft = read_draft(settings, manifest)
     except SedacError as error:
         return Finding("draft", "bad", str(error))
+    if draft is None and left_out:
+        return Finding("draft", "absent", f"the demo model's is left out: {left_out}")
     if draft is None:
         return Finding("draft", "absent", "none, so nothing is drafted; name one with --draft or SEDAC_DRAFT_DIR")
     room = settings.draft_tokens or draft.max_tokens

@@ -23,10 +23,11 @@ from sedac.control.settings import ControlSettings
 from sedac.control.tls import check_exposure
 from sedac.engine.drafting.setup import DRAFTER
 from sedac.errors import ArtifactError, ConfigError
+from sedac.graphs import NONE, WITHOUT_GRAPHS, find_graph_mode, is_cuda
 from sedac.policy import FULL, SKIP
 from sedac.probe.draft_manifest import DraftManifest, check_fit, read_draft_manifest
 from sedac.probe.manifest import Manifest, read_manifest
-from sedac.settings import EngineSettings
+from sedac.settings import MIN_WEIGHT_MIB, EngineSettings
 
 _log = logging.getLogger(__name__)
 _SHIPPED = Path(__file__).resolve().parents[2] / "probes" / "demo"
@@ -54,34 +55,56 @@ def with_demo_defaults(settings: EngineSettings) -> EngineSettings:
 
 
 def with_draft(settings: EngineSettings, vllm_args: Sequence[str] = ()) -> EngineSettings:
-    """Fill in the demo model's draft where that model is served and no draft was named, and make an explicit `none` empty.
-
-    A user's own speculation takes the place of the demo's draft, never of one that was named.
+    """Fill in the draft as `choose_draft` does, and say in the log why the demo's own is left out, where it is.
 
     Raises:
-        ConfigError: a draft was named beside the user's own speculation, or room for the tokens of none.
+        ConfigError: as `choose_draft`.
     """
-    draft_dir, own = settings.draft_dir, _find_speculation(vllm_args)
+    chosen, reason = choose_draft(settings, vllm_args)
+    if reason:
+        _log.info("the demo model's draft is left out: %s", reason)
+    return chosen
+
+
+def choose_draft(settings: EngineSettings, vllm_args: Sequence[str] = ()) -> tuple[EngineSettings, str]:
+    """Fill in the demo model's draft where that model is served and no draft was named, and make an explicit `none` empty.
+
+    A user's own speculation takes the place of the demo's draft, never of one that was named. Inside CUDA graphs nothing can be drafted.
+    Returns the settings, and why the demo's draft is left out; empty where nobody need be told.
+
+    Raises:
+        ConfigError: a draft was named beside the user's own speculation or beside CUDA graphs, or room for the tokens of none.
+    """
+    draft_dir, own, reason = settings.draft_dir, _find_speculation(vllm_args), ""
+    graphs = _find_graphs(vllm_args)
     if draft_dir == Path() and not own and settings.model == str(_SHIPPED / "model") and (_SHIPPED / "draft").is_dir():
-        draft_dir = _find_shipped_draft(settings)
+        draft_dir, reason = (Path(), graphs) if graphs else _find_shipped_draft(settings)
     if draft_dir in (Path(), _NO_DRAFT):
         if settings.draft_tokens is not None:
-            raise ConfigError(f"SEDAC_DRAFT_TOKENS is {settings.draft_tokens}, but there is no draft; name one with --draft or SEDAC_DRAFT_DIR")
-        return settings.model_copy(update={"draft_dir": Path()})
+            there_is_none = f"there is no draft ({reason})" if reason else "there is no draft; name one with --draft or SEDAC_DRAFT_DIR"
+            raise ConfigError(f"SEDAC_DRAFT_TOKENS is {settings.draft_tokens}, but {there_is_none}")
+        return settings.model_copy(update={"draft_dir": Path()}), reason
     if own:
         raise ConfigError(f"{own} and --draft {draft_dir} (SEDAC_DRAFT_DIR) are two ways to speculate; leave one out, `--draft none` keeps vLLM's")
-    return settings.model_copy(update={"draft_dir": draft_dir.resolve()})
+    if graphs:
+        raise ConfigError(f"--draft {draft_dir} (SEDAC_DRAFT_DIR): {graphs}, or keep the graphs with `--draft none`")
+    return settings.model_copy(update={"draft_dir": draft_dir.resolve()}), reason
 
 
-def _find_shipped_draft(settings: EngineSettings) -> Path:
-    """Return the demo model's draft, or an empty path where the probe set, or the lack of levels, leaves it none that fits."""
+def _find_graphs(vllm_args: Sequence[str]) -> str:
+    """Return why a draft can't be served beside these arguments and what to do; empty: no CUDA graphs are in its way."""
+    mode = find_graph_mode(vllm_args) if is_cuda() else NONE
+    return "" if mode == NONE else f"CUDA graphs (cudagraph_mode {mode}) can't hold self-speculation; to draft, serve without them: {WITHOUT_GRAPHS}"
+
+
+def _find_shipped_draft(settings: EngineSettings) -> tuple[Path, str]:
+    """Return the demo model's draft, or an empty path and why: the probe set, or the lack of levels, leaves it none that fits."""
     own = _SHIPPED / "draft"
     try:
         read_draft(settings.model_copy(update={"draft_dir": own}), read_manifest(settings.probe_dir))
     except ArtifactError as error:
-        _log.info("the demo model's draft is left out: %s", error)
-        return Path()
-    return own
+        return Path(), str(error)
+    return own, ""
 
 
 def read_draft(settings: EngineSettings, manifest: Manifest) -> DraftManifest | None:
@@ -117,6 +140,8 @@ def make_engine_command(settings: EngineSettings, vllm_args: Sequence[str], draf
     if taken:
         raise ConfigError(f"{taken[0]} is set by `sedac serve` itself; name the model as its argument and leave the flag out")
     additional["sedac"] = {"probe_set": str(settings.probe_dir), "checkpoint_layers": list(settings.probe_layers), "levels": settings.levels}
+    if settings.min_weight_mib != MIN_WEIGHT_MIB:  # the entry is part of what names a compiled graph
+        additional["sedac"]["min_weight_mib"] = settings.min_weight_mib
     if draft:
         additional["sedac"]["draft"] = str(settings.draft_dir)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", settings.model]

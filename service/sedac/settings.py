@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sedac import logs
@@ -24,6 +25,8 @@ from sedac.policy import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkp
 from sedac.probe.manifest import Manifest
 from sedac.validation import validate
 
+MIN_WEIGHT_MIB, MAX_MIN_WEIGHT_MIB = 16, 65536
+"""in MiB: the default of `min_weight_mib` (its reading takes what two launches take), and the most it may be"""
 _PREFIX = "SEDAC_"
 _ELSEWHERE = ("SEDAC_CONTROL_", "SEDAC_TEST_", "SEDAC_COMPOSE_", *logs.VARIABLES)
 _PRESETS = (
@@ -54,6 +57,14 @@ _VARIABLES = {
     "speculation.tiers": "SEDAC_DRAFT_TIERS",
 }
 """parts of a policy's field names, and the variables that set them"""
+
+
+def why_not_min_weight_mib(value: object) -> str:
+    """Return what is wrong with a value of `min_weight_mib` and what to do; empty: nothing."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_MIN_WEIGHT_MIB:
+        return ""
+    limits = f"0 (no MLP is too small) to {MAX_MIN_WEIGHT_MIB}"
+    return f"{value!r} is not a whole number of MiB from {limits}; change it, or leave it out for {MIN_WEIGHT_MIB}"
 
 
 class EngineSettings(BaseSettings):
@@ -125,6 +136,8 @@ class EngineSettings(BaseSettings):
     """steps between two log lines of exit rates; 0: never"""
     levels: bool = True
     """offer the probe set's reduced levels, which keep a copy of the MLP weights on a CPU; 0: hard exits only"""
+    min_weight_mib: int = MIN_WEIGHT_MIB
+    """MLPs of fewer MiB on a rank keep their own products at few rows on a GPU, 0 to 65536; 0: none are too small"""
     control_address: str = ""
     """host:port of the control service; empty: serve under the first policy alone"""
     engine_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
@@ -140,6 +153,13 @@ class EngineSettings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("min_weight_mib")
+    @classmethod
+    def _check_min_weight_mib(cls, value: int) -> int:
+        if reason := why_not_min_weight_mib(value):
+            raise PydanticCustomError("min_weight_mib", "{reason}", {"reason": reason})
+        return value
 
     def to_env(self) -> dict[str, str]:
         """Return the settings as environment variables for a child process."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
-from sedac.engine.models import StaticConfig, _refuse_graphs
-from sedac.errors import UnsupportedModel
+from sedac.engine.models import StaticConfig
+from sedac.engine.refusals import leave_graphs, refuse_graphs
+from sedac.errors import ConfigError, UnsupportedModel
 from vllm.config.compilation import CUDAGraphMode
 
 from tests.cuda.test_interpreted import REPOSITORY, make_environment
@@ -30,19 +32,68 @@ def make_config(mode: CUDAGraphMode, *, num_experts_ranks: int = 1) -> SimpleNam
 def test_what_graphs_cannot_hold_is_refused_with_the_remedy(static, cuda, said):
     for mode in (CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE, CUDAGraphMode.FULL_AND_PIECEWISE):
         with pytest.raises(UnsupportedModel, match=f"{said}.*NONE"):
-            _refuse_graphs(static, make_config(mode), cuda)
-    _refuse_graphs(static, make_config(CUDAGraphMode.NONE), cuda)
-    _refuse_graphs(static, make_config(CUDAGraphMode.FULL), None)
+            refuse_graphs(static, make_config(mode), cuda)
+    refuse_graphs(static, make_config(CUDAGraphMode.NONE), cuda)
+    refuse_graphs(static, make_config(CUDAGraphMode.FULL), None)
 
 
 def test_exchanges_inside_mlps_are_refused():
     with pytest.raises(UnsupportedModel, match=r"expert parallelism.*NONE"):
-        _refuse_graphs(StaticConfig(probe_set="p"), make_config(CUDAGraphMode.FULL, num_experts_ranks=2), "13.0")
+        refuse_graphs(StaticConfig(probe_set="p"), make_config(CUDAGraphMode.FULL, num_experts_ranks=2), "13.0")
 
 
 def test_decisions_and_reductions_inside_graphs_are_served():
     for mode in CUDAGraphMode:
-        assert _refuse_graphs(StaticConfig(probe_set="p"), make_config(mode), "12.4") is None, mode
+        assert refuse_graphs(StaticConfig(probe_set="p"), make_config(mode), "12.4") is None, mode
+
+
+def test_graphs_stay_where_there_are_none_to_leave():
+    """Nothing of the CUDA room is asked on a CPU or without graphs: here it would fail."""
+    for mode, cuda in ((CUDAGraphMode.FULL, None), (CUDAGraphMode.NONE, "13.0"), (None, "13.0")):
+        config = make_config(mode)
+        leave_graphs(config, cuda)
+        assert config.compilation_config.cudagraph_mode is mode
+    assert not any(name.endswith("if_nodes") for name in sys.modules)
+
+
+def test_ranks_leave_graphs_together(tmp_path):
+    code = f"""if True:
+        import json, sys
+        from types import SimpleNamespace
+        import torch
+        from sedac.engine import refusals
+        from sedac.engine.cuda import if_nodes
+        from vllm.config.compilation import CUDAGraphMode
+        rank = int(sys.argv[1])
+        torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
+        refusals.get_tp_group = lambda: SimpleNamespace(world_size=2, cpu_group=torch.distributed.group.WORLD)
+        modes = []
+        for reasons in (("", ""), ("", "no branch"), ("no branch", "")):
+            if_nodes.check = lambda: reasons[rank]
+            config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL))
+            refusals.leave_graphs(config, "13.0")
+            modes.append(config.compilation_config.cudagraph_mode.name)
+        print(json.dumps(modes))
+    """
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=REPOSITORY, env=make_environment(), stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        assert json.loads(rank.communicate(timeout=300)[0].splitlines()[-1]) == ["FULL", "NONE", "NONE"]
+
+
+@pytest.mark.parametrize("value", [-1, 65537, 1.5, True, "16"])
+def test_sizes_outside_the_limits_are_refused_with_value_limit_and_remedy(value):
+    config = SimpleNamespace(additional_config={"sedac": {"probe_set": "p", "min_weight_mib": value}})
+    with pytest.raises(ConfigError, match=rf"min_weight_mib: {value!r} is not .* 65536; .*leave it out for 16"):
+        StaticConfig.from_vllm(config)
+
+
+@pytest.mark.parametrize("value", [0, 1, 65536])
+def test_sizes_within_the_limits_are_kept(value):
+    config = SimpleNamespace(additional_config={"sedac": {"probe_set": "p", "min_weight_mib": value}})
+    assert StaticConfig.from_vllm(config).min_weight_mib == value
 
 
 def test_the_cpu_loads_nothing_of_the_cuda_room():

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.config.compilation import CompilationMode, CUDAGraphMode
+from vllm.config.compilation import CompilationMode
 from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
 from sedac.engine import checkpoint, mlp
@@ -25,17 +25,18 @@ from sedac.engine.drafting import tap
 from sedac.engine.drafting.setup import is_ours
 from sedac.engine.levels import LevelTable
 from sedac.engine.record import Recorder
+from sedac.engine.refusals import leave_graphs, refuse_graphs, refuse_layout
 from sedac.engine.state import State
 from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
 from sedac.policy import FULL, SKIP, Layout
 from sedac.probe import artifact
 from sedac.probe.artifact import ProbeSet
 from sedac.probe.draft_manifest import DraftManifest, read_draft_manifest
+from sedac.settings import MIN_WEIGHT_MIB, why_not_min_weight_mib
 
 CONFIG_KEY = "sedac"
 """the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
 _USUAL_RANK, _MAX_RANK = 128, 4096  # the kernels take no more
-_MIN_CUDA = (12, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,8 @@ class StaticConfig:
     max_rank: int = 0
     """largest rank of probes that can be swapped in later: two probes of it are held per checkpoint (fp32, rank x hidden size);
     0: 128, or the attached set's rank where that is larger"""
+    min_weight_mib: int = MIN_WEIGHT_MIB
+    """MLPs of fewer MiB on a rank keep their own products at few rows on a GPU, 0 to 65536; 0: none are too small"""
     draft: str = ""
     """directory of the draft of self-speculation; empty: none"""
     draft_sha256: str = ""
@@ -67,7 +70,7 @@ class StaticConfig:
         """Read the entry; None where there is none.
 
         Raises:
-            ConfigError: a key is unknown, or SEDAC is asked for by the environment but has no entry.
+            ConfigError: a key is unknown, a value is outside its limits, or SEDAC is asked for by the environment but has no entry.
         """
         additional = vllm_config.additional_config
         entry = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
@@ -76,9 +79,12 @@ class StaticConfig:
                 raise ConfigError("SEDAC_ENABLED is set, but this engine was started without SEDAC; start it with `sedac serve`")
             return None
         try:
-            return cls(**{**entry, "checkpoint_layers": tuple(entry.get("checkpoint_layers", ()))})
+            static = cls(**{**entry, "checkpoint_layers": tuple(entry.get("checkpoint_layers", ()))})
         except TypeError as error:
             raise ConfigError(f"--additional-config {CONFIG_KEY}: {error}; known keys: {', '.join(cls.__dataclass_fields__)}") from error
+        if reason := why_not_min_weight_mib(static.min_weight_mib):
+            raise ConfigError(f"--additional-config {CONFIG_KEY}: min_weight_mib: {reason}")
+        return static
 
 
 def find_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
@@ -103,37 +109,6 @@ def find_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
     raise UnsupportedModel(f"{architecture}: no list of {num_layers} decoder layers found; serve this model without SEDAC")
 
 
-def _refuse_layout(vllm_config: VllmConfig) -> None:
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        raise UnsupportedModel(
-            f"pipeline_parallel_size is {parallel.pipeline_parallel_size}; SEDAC decides across all layers and supports 1: use tensor parallelism"
-        )
-    if parallel.num_ubatches > 1:
-        raise UnsupportedModel(f"{parallel.num_ubatches} micro-batches per step; SEDAC supports 1: turn dual batch overlap off")
-    if vllm_config.use_v2_model_runner:
-        # It replays full graphs without calling the model (v1/worker/gpu/model_runner.py, 0.32), where SEDAC begins and ends a step.
-        raise UnsupportedModel("Model Runner V2 is not supported yet: set VLLM_USE_V2_MODEL_RUNNER=0")
-
-
-def _refuse_graphs(static: StaticConfig, vllm_config: VllmConfig, cuda: str | None = torch.version.cuda) -> None:
-    """Refuse what can't run inside CUDA graphs: whatever the host must see or change within a pass."""
-    mode, parallel = vllm_config.compilation_config.cudagraph_mode, vllm_config.parallel_config
-    if mode in (None, CUDAGraphMode.NONE) or cuda is None:
-        return
-    reason = ""
-    if static.record:
-        reason = "recording copies every pass's streams to the host"
-    elif static.draft:
-        reason = "self-speculation sets levels from the host within a pass"
-    elif parallel.enable_expert_parallel and parallel.world_size_across_dp > 1:
-        reason = "expert parallelism exchanges tokens inside the MLPs, which conditional nodes may leave out"
-    elif tuple(int(part) for part in cuda.split(".")[:2]) < _MIN_CUDA:
-        reason = f"this torch is built for CUDA {cuda}, conditional nodes need {_MIN_CUDA[0]}.{_MIN_CUDA[1]}"
-    if reason:
-        raise UnsupportedModel(f'cudagraph_mode is {mode.name}, but {reason}: set --compilation-config \'{{"cudagraph_mode": "NONE"}}\'')
-
-
 def _is_draft(vllm_config: VllmConfig) -> bool:
     """Whether the model being built only drafts; methods without a draft model name the target's config in its place (config/speculative.py)."""
     speculative = vllm_config.speculative_config
@@ -151,8 +126,9 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
     static = StaticConfig.from_vllm(vllm_config)
     if static is None or _is_draft(vllm_config):
         return None  # a draft model proposes; decisions belong to the model that verifies
-    _refuse_layout(vllm_config)
-    _refuse_graphs(static, vllm_config)
+    refuse_layout(vllm_config)
+    refuse_graphs(static, vllm_config)
+    leave_graphs(vllm_config)
     text_config = vllm_config.model_config.hf_text_config
     num_layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
     list_name, layers = find_layers(model, num_layers)
@@ -201,6 +177,8 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         device=device,
         allow_native=vllm_config.model_config.dtype in (torch.float32, torch.bfloat16),
     )
+    if state.device_forms is not None:
+        state.device_forms.min_weight_bytes = static.min_weight_mib << 20
     if static.record:
         state.recorder = Recorder(static.record_top_k, keeps_final=static.record_final)
         for i, layer in enumerate(layers):
