@@ -212,6 +212,9 @@ class Runner:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
+            assert self._child.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.close()
             os.close(self._answers)
         self._child = None
 

@@ -74,16 +74,16 @@ def test_every_plan_of_the_step_is_checked():
 
 
 def test_a_dry_run_of_the_card_names_what_its_time_left_out(tmp_path):
-    done = run("card", "--check", "--seconds", "20", "--out", str(tmp_path))
+    done = run("card", "--check", "--seconds", "15", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "card.json").read_text())
     rows, left_out = found["rows"], found["left_out"]
     assert rows == read_lines(tmp_path / "card.jsonl")
-    assert [row["part"] for row in rows[:3]] == ["card", "nodes", "captured"]
-    assert rows[2]["replays"] > 10
+    assert [row["part"] for row in rows[:2]] == ["card", "nodes"]
+    assert all(row["replays"] > 10 for row in rows if row["part"] == "captured")
     assert found["card"]["torch"] == torch.__version__
     assert not found["interrupted"]
-    assert left_out, "the interpreter takes longer than 20 s for all"
+    assert left_out, "the interpreter takes longer than 15 s for all"
     assert f"{len(left_out)} left out" in done.stdout
     assert done.stdout.count("\n  left out: ") == len(left_out)
     parts = [row["part"] for row in (*rows, *left_out)]
@@ -96,7 +96,7 @@ def test_an_interrupted_run_leaves_its_rows(tmp_path, number):
     command, environment = make_command("card", "--check", "--out", str(tmp_path))
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
     lines, end = tmp_path / "card.jsonl", time.monotonic() + 200
-    while not (lines.exists() and len(read_lines(lines)) >= 3):
+    while not (lines.exists() and len(read_lines(lines)) >= 2):  # the third runs
         assert time.monotonic() < end, "no row came"
         assert process.poll() is None
         time.sleep(0.1)
@@ -105,7 +105,7 @@ def test_an_interrupted_run_leaves_its_rows(tmp_path, number):
     assert process.returncode == 130
     found = json.loads((tmp_path / "card.json").read_text())
     assert found["interrupted"]
-    assert len(found["rows"]) >= 3
+    assert [row["part"] for row in found["rows"][:2]] == ["card", "nodes"]
     assert found["rows"] == read_lines(lines)
     assert f"interrupted by {number.name}" in output
     assert "swaps" in {row["part"] for row in found["left_out"]}
@@ -124,14 +124,14 @@ def make_runner(tmp_path, monkeypatch):
 
 def test_a_row_that_fails_crashes_or_hangs_is_told_and_passed_over(make_runner, tmp_path, capsys):
     specs = [{"part": "swaps", "swaps": kind, "tokens": number} for number, kind in enumerate([0, 1, 0, 2, 0, 3, 0])]
-    with make_runner(row_seconds=2) as runner:
+    with make_runner(row_seconds=5) as runner:
         assert runner.run(specs) == []
         assert runner.finish([]) == 1
     rows = read_lines(tmp_path / "out.jsonl")
     assert [row["tokens"] for row in rows] == list(range(7))
     assert rows[1]["failed"] == "ValueError: the row's own"
     assert "SIGABRT" in rows[3]["failed"]
-    assert rows[5]["failed"] == "took longer than 2 s"
+    assert rows[5]["failed"] == "took longer than 5 s"
     processes = [rows[i]["late"] for i in (0, 2, 4, 6)]
     assert processes[0] == processes[1], "an error costs no process"
     assert len(set(processes)) == 3, "a crash and a hang cost one each"
