@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,5 +74,47 @@ def test_torchs_own_nodes_are_asked_for_by_what_is_there(monkeypatch):
     monkeypatch.delattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node", raising=False)
     with pytest.raises(if_nodes.IfNodesUnavailable, match=r"has no CUDAGraph.begin_capture_to_if_node"):
         if_nodes.TorchNodes()
+
+
+class Streams:
+    """torch's streams: so many, handed out in turn, some of them being captured."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.taken, self.captured, self.current = count, 0, set(), None
+
+    def __call__(self) -> SimpleNamespace:
+        self.taken += 1
+        return SimpleNamespace(cuda_stream=(self.taken - 1) % self.count)
+
+    @contextmanager
+    def use(self, stream):
+        before, self.current = self.current, stream.cuda_stream
+        yield
+        self.current = before
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    made = Streams(4)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node", lambda *_: None, raising=False)
-    assert if_nodes.TorchNodes().name == "torch"
+    monkeypatch.setattr(torch.cuda, "Stream", made)
+    monkeypatch.setattr(torch.cuda, "stream", made.use)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.current in made.captured)
+    return made
+
+
+@pytest.mark.parametrize("captured", [{0}, {2}, {1, 2}, {0, 1, 3}])
+def test_torch_never_takes_a_stream_for_a_body_that_is_being_captured(streams, captured):
+    nodes = if_nodes.TorchNodes()
+    streams.captured = captured
+    for _ in range(9):
+        nodes._pass_captured()
+        assert streams().cuda_stream not in captured, "what torch takes next"
+    assert streams.current is None
+
+
+def test_without_a_stream_that_is_free_the_capture_ends(streams):
+    nodes = if_nodes.TorchNodes()
+    streams.captured = {0, 1, 2, 3}
+    with pytest.raises(RuntimeError, match="all 4 streams"):
+        nodes._pass_captured()

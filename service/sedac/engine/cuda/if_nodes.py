@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,9 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("if_nodes.cu")
 _NVCC_SECONDS = 120
+_MAX_STREAMS = 4096
+_NUM_TRIED = 40
+"""bodies of the smoke test's graph, each with another in it: more than torch has streams (32)"""
 
 
 class IfNodesUnavailable(RuntimeError):
@@ -44,27 +47,54 @@ class Nodes(Protocol):
 
 
 class TorchNodes:
-    """IF nodes by torch, which brings a stream of its own for each body; `body` joins it, so that the body's work is on the same one every time."""
+    """IF nodes by torch, which takes a stream of its own for each body; `body` joins it, so that the body's work is on the same one every time.
+
+    torch hands its streams out in turn, also to what is being captured, and does not look whether it takes one of those for a body: with so
+    many bodies as a model has layers it would, and the capture would fail. So it is led past them (c10/cuda/CUDAStream.cpp, torch 2.13).
+    """
 
     name = "torch"
 
     def __init__(self) -> None:
         if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
             raise IfNodesUnavailable(f"torch {torch.__version__} has no CUDAGraph.begin_capture_to_if_node")
+        self._turn = [torch.cuda.Stream()]
+        """torch's streams in the order in which it hands them out"""
+        while (stream := torch.cuda.Stream()).cuda_stream != self._turn[0].cuda_stream:
+            self._turn.append(stream)
+            if len(self._turn) > _MAX_STREAMS:
+                raise IfNodesUnavailable(f"torch {torch.__version__} does not hand out its streams in turn, so none can be kept from its bodies")
+        self._place = {stream.cuda_stream: i for i, stream in enumerate(self._turn)}
 
     @contextlib.contextmanager
     def open(self, wanted: Tensor, body: torch.cuda.Stream) -> Iterator[None]:
         """See `Nodes.open`."""
+        self._pass_captured()
         graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
         graph.begin_capture_to_if_node(wanted)
         try:
             own = torch.cuda.current_stream()
             body.wait_stream(own)
-            with torch.cuda.stream(body):
-                yield
-            own.wait_stream(body)
+            try:
+                with torch.cuda.stream(body):
+                    yield
+            finally:
+                own.wait_stream(body)
         finally:
             graph.end_capture_to_conditional_node()
+
+    def _pass_captured(self) -> None:
+        """Take streams from torch until the next is one that nothing is captured from.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        for _ in self._turn:
+            following = self._turn[(self._place[torch.cuda.Stream().cuda_stream] + 1) % len(self._turn)]
+            with torch.cuda.stream(following):
+                if not torch.cuda.is_current_stream_capturing():
+                    return
+        raise RuntimeError(f"all {len(self._turn)} streams of torch are being captured")
 
 
 class OwnNodes:
@@ -114,7 +144,7 @@ class Capture:
     def get_stream(self, depth: int) -> torch.cuda.Stream:
         """Return the stream of bodies that lie in so many others."""
         while len(self._streams) <= depth:
-            self._streams.append(torch.cuda.Stream())
+            self._streams.append(torch.cuda.Stream(priority=-1))  # of another set than those that graphs are captured from, so never one of them
         return self._streams[depth]
 
     @contextlib.contextmanager
@@ -218,7 +248,9 @@ def get_source() -> str:
 
 
 def _try_out(capture: Capture) -> None:
-    """Capture a body with an allocation and a matrix product, and another in it, and replay it under all flags, outputs poisoned.
+    """Capture bodies with allocations and matrix products, others in them, more of them than torch has streams, and replay under all flags.
+
+    Outputs are poisoned before each replay.
 
     Raises:
         RuntimeError: a replay left what it should not.
@@ -227,32 +259,45 @@ def _try_out(capture: Capture) -> None:
     flags_2 = torch.zeros(2, dtype=torch.bool, device=device)
     x, w = (torch.randn(64, 64, device=device, dtype=torch.bfloat16) for _ in range(2))
     outer, inner, behind = (torch.empty(64, 64, device=device, dtype=torch.bfloat16) for _ in range(3))
+    counts_2 = torch.empty(2, device=device)
 
-    def write(out: Tensor, factor: float) -> Tensor:
-        made = (x * factor) @ w  # allocates twice, and cuBLAS takes its workspace
-        out.copy_(made)
-        return made
+    def write(out: Tensor, factor: float) -> None:
+        out.copy_((x * factor) @ w)  # allocates twice, and cuBLAS takes its workspace
 
-    for depth in range(2):  # cuBLAS's workspace of each stream, and the kernels, before anything is captured
-        with torch.cuda.stream(capture.get_stream(depth)):
-            write(outer, 1.0)
-            write(inner, 2.0)
-    torch.cuda.synchronize()
-    expected = {name: (x * factor) @ w for name, factor in (("outer", 1.0), ("inner", 2.0), ("behind", 3.0))}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        with capture.when(flags_2[0]):
-            write(outer, 1.0)
-            with capture.when(flags_2[1]):
-                write(inner, 2.0)
+    def run(when: Callable[[Tensor], contextlib.AbstractContextManager[None]]) -> None:
+        for _ in range(_NUM_TRIED):
+            with when(flags_2[0]):
+                write(outer, 1.0)
+                counts_2[0].add_(1)
+                with when(flags_2[1]):
+                    write(inner, 2.0)
+                    counts_2[1].add_(1)
         write(behind, 3.0)
+
+    for depth in range(2):  # the kernels, and cuBLAS's workspace of each stream, before anything is captured
+        with torch.cuda.stream(capture.get_stream(depth)):
+            run(lambda _: contextlib.nullcontext())
+    torch.cuda.synchronize()
+    expected = [out.float().clone() for out in (outer, inner, behind)]
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            run(capture.when)
+    except Exception:
+        with contextlib.suppress(RuntimeError):  # a capture that failed would keep the allocator waiting for its end
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        raise
     for first, second in [*itertools.product((True, False), repeat=2)] * 2:
         flags_2.copy_(torch.tensor([first, second]))
+        counts_2.zero_()
         for out in (outer, inner, behind):
             out.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        for name, out, is_written in (("outer", outer, first), ("inner", inner, first and second), ("behind", behind, True)):
-            wrong = not torch.equal(out, expected[name]) if is_written else not bool(out.isnan().all())
-            if wrong:
-                raise RuntimeError(f"flags {first}, {second}: the {name} product is {'wrong or missing' if is_written else 'there all the same'}")
+        wanted = [first, first and second, True]
+        for name, out, right, is_written in zip(("outer", "inner", "following"), (outer, inner, behind), expected, wanted, strict=True):
+            if not (torch.allclose(out.float(), right, rtol=0.05, atol=0.1) if is_written else bool(out.isnan().all())):
+                fault = "is wrong or missing" if is_written else "is there all the same"
+                raise RuntimeError(f"under the flags {first}, {second} the {name} product {fault}")
+        if counts_2.tolist() != [_NUM_TRIED * is_written for is_written in wanted[:2]]:
+            raise RuntimeError(f"under the flags {first}, {second} bodies ran {counts_2.tolist()} times, of {_NUM_TRIED} each")
