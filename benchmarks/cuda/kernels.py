@@ -32,14 +32,15 @@ def add_arguments(
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--eager", action="store_true", help="capture nothing: times have the host's own among them")
     parser.add_argument("--seconds", type=float, default=seconds, help="of the whole: no row is begun afterwards, and those left out are named")
-    parser.add_argument("--row-seconds", type=float, default=60.0, help="of one row, weights and compilation among them; then it is given up")
+    parser.add_argument("--row-seconds", type=float, help="of one row, weights and compilation among them; then it is given up: 60, with --check 600")
     parser.add_argument("--rounds", type=int, default=15, help="in which what is timed takes turns")
 
 
 def make_runner(out: Path | None, arguments: argparse.Namespace) -> Runner:
     """Return a runner as the arguments say."""
+    row_seconds = arguments.row_seconds or (600.0 if arguments.check else 60.0)  # an interpreter on a busy machine is slow, and does not hang
     return Runner(
-        out, is_check=arguments.check, is_eager=arguments.eager, seconds=arguments.seconds, row_seconds=arguments.row_seconds, rounds=arguments.rounds
+        out, is_check=arguments.check, is_eager=arguments.eager, seconds=arguments.seconds, row_seconds=row_seconds, rounds=arguments.rounds
     )
 
 
