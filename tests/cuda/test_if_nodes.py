@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sedac.engine.cuda import if_nodes
+from sedac.engine.cuda import extension, if_nodes
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists(), reason="nvcc is not here, so the extension can't be compiled"
@@ -33,9 +33,9 @@ def test_without_a_gpu_the_reason_is_one_line():
 
 @needs_nvcc
 def test_the_extension_is_compiled_once_and_kept():
-    library = if_nodes.build((9, 0))
+    library = extension.build((9, 0))
     made = library.stat().st_mtime_ns
-    assert if_nodes.build((9, 0)) == library
+    assert extension.build((9, 0)) == library
     assert library.stat().st_mtime_ns == made
     assert [path.name for path in library.parent.iterdir()] == [library.name], "nothing partial is left"
 
@@ -44,7 +44,7 @@ def test_the_extension_is_compiled_once_and_kept():
 @without_gpu
 def test_the_extension_says_what_the_driver_says():
     try:
-        library = ctypes.CDLL(str(if_nodes.build((9, 0))))
+        library = ctypes.CDLL(str(extension.build((9, 0))))
     except OSError as error:
         pytest.skip(f"the CUDA runtime is not on the loader's path: {error}")
     library.sedac_if_error.restype = ctypes.c_char_p
@@ -58,16 +58,16 @@ def test_the_extension_says_what_the_driver_says():
 def test_what_the_compiler_says_is_the_reason(tmp_path, monkeypatch):
     broken = tmp_path / "if_nodes.cu"
     broken.write_text("no such type;")
-    monkeypatch.setattr(if_nodes, "SOURCE", broken)
+    monkeypatch.setattr(extension, "SOURCE", broken)
     with pytest.raises(if_nodes.IfNodesUnavailable, match=r"no such type|undefined|identifier"):
-        if_nodes.build((9, 0))
+        extension.build((9, 0))
 
 
 def test_without_a_compiler_the_remedy_is_named(monkeypatch):
-    monkeypatch.setattr(if_nodes.shutil, "which", lambda _: None)
-    monkeypatch.setattr(if_nodes.os, "access", lambda *_: False)
+    monkeypatch.setattr(extension.shutil, "which", lambda _: None)
+    monkeypatch.setattr(extension.os, "access", lambda *_: False)
     with pytest.raises(if_nodes.IfNodesUnavailable, match=r"install the CUDA toolkit, or a torch that has IF nodes"):
-        if_nodes.build((9, 0))
+        extension.build((9, 0))
 
 
 def test_torchs_own_nodes_are_asked_for_by_what_is_there(monkeypatch):

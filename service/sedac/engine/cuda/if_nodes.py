@@ -1,9 +1,9 @@
 """IF nodes of CUDA graphs: a part of a captured pass that a replay leaves out when a flag on the device says so.
 
 `guard.run_if` is the one caller. Two sources, chosen by what is there: torch's own (CUDAGraph.begin_capture_to_if_node), or the extension
-if_nodes.cu, built here by nvcc for a torch without it. Bodies of one nesting depth run on one stream, always the same, whichever source
+if_nodes.cu, built by nvcc for a torch without it (extension.py). Bodies of one nesting depth run on one stream, always the same, whichever source
 serves: so they share cuBLAS's workspace, and what one body frees the next one takes.
-`check` captures and replays small graphs, and its answer decides whether an engine uses CUDA graphs at all (engine/models.py).
+`check` captures and replays small graphs, and its answer decides whether an engine uses CUDA graphs at all (engine/refusals.py).
 Needs CUDA 12.4 or newer. Source: "Conditional Graph Nodes", CUDA programming guide; torch/cuda/graphs.py (torch 2.13).
 """
 
@@ -12,28 +12,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("if_nodes.cu")
-_NVCC_SECONDS = 120
+from sedac.engine.cuda.extension import IfNodesUnavailable, build
+
 _MAX_STREAMS = 4096
 _NUM_TRIED = 40
 """bodies of the smoke test's graph, each with another in it: more than torch has streams (32)"""
-
-
-class IfNodesUnavailable(RuntimeError):
-    """No source of IF nodes is to be had here; carries each one's reason."""
 
 
 class Nodes(Protocol):
@@ -159,59 +149,13 @@ class Capture:
             self._depth -= 1
 
 
-def find_compiler() -> str:
-    """Return the path of nvcc.
-
-    Raises:
-        IfNodesUnavailable: it is not on PATH, nor in CUDA_HOME or /usr/local/cuda.
-    """
-    places = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home)]
-    found = next((place for place in places if place and os.access(place, os.X_OK)), None)
-    if found is None:
-        raise IfNodesUnavailable("no nvcc to build SEDAC's extension with; install the CUDA toolkit, or a torch that has IF nodes (2.12 or newer)")
-    return found
-
-
-def build(capability: tuple[int, int] | None = None) -> Path:
-    """Return the library made of if_nodes.cu for this GPU (or a compute capability), compiled the first time: some seconds.
-
-    It is kept in $XDG_CACHE_HOME/sedac by what it was made from, or in a temporary folder where that can't be written.
-
-    Raises:
-        IfNodesUnavailable: there is no compiler, or it fails; carries its output.
-    """
-    compiler = find_compiler()
-    major, minor = capability or torch.cuda.get_device_capability()
-    target = f"arch=compute_{major}{minor},code=sm_{major}{minor}"
-    digest = hashlib.sha256(f"{SOURCE.read_text()}{target}{compiler}{torch.version.cuda}".encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sedac"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(folder)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="sedac-if-nodes-"))
-    library = folder / f"if_nodes-{digest}.so"
-    if library.exists():
-        return library
-    with tempfile.TemporaryDirectory(dir=folder) as partial:
-        made = Path(partial) / library.name
-        command = [compiler, "-gencode", target, "-O2", "-shared", "-Xcompiler", "-fPIC", "-cudart", "shared", "-o", str(made), str(SOURCE)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_NVCC_SECONDS, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise IfNodesUnavailable(f"{compiler} took more than {_NVCC_SECONDS} s") from error
-        if done.returncode:
-            raise IfNodesUnavailable(f"{compiler} fails on {SOURCE.name}: {(done.stdout + done.stderr).strip()[-1000:]}")
-        made.rename(library)
-    return library
-
-
 @functools.cache
 def _find() -> tuple[Capture | None, str]:
     """Return the first source that passes the smoke test, or None and each one's reason."""
     if not torch.cuda.is_available():
         return None, "there is no CUDA device"
+    if torch.cuda.is_current_stream_capturing():
+        raise IfNodesUnavailable("nobody has called check() before this capture, and within one it can't look")
     reasons = []
     for make in (TorchNodes, OwnNodes):
         try:
