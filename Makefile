@@ -42,8 +42,12 @@ serve: $(KERNELS) ## serve the demo model on 127.0.0.1:8000, control service bes
 	$(BIN)/sedac serve $(ARGS)
 
 .PHONY: test
-test: $(KERNELS) ## run every test (ARGS='tests/control -k etag')
+test: $(KERNELS) ## run the tests, the thorough part left out (ARGS='tests/control -k etag')
 	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-full
+test-full: $(KERNELS) ## run every test
+	$(BIN)/python -m pytest -m "" $(ARGS)
 
 .PHONY: check
 check: $(STAMP) ## ruff, mypy --strict, import-linter

@@ -48,6 +48,7 @@ def rows(dry_run):
     return [json.loads(line) for line in (dry_run[0] / "engine.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_an_interrupt_ends_it_soon_and_leaves_the_files(dry_run, rows):
     out, lines, seconds = dry_run
@@ -64,6 +65,7 @@ def test_an_interrupt_ends_it_soon_and_leaves_the_files(dry_run, rows):
         assert (out / "logs" / f"{engine_process.make_slug(name)}.log").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_engines_start_and_one_that_can_not_is_passed_over(rows):
     started = {row["engine"]: row for row in rows if row["kind"] == "start"}
@@ -74,6 +76,7 @@ def test_engines_start_and_one_that_can_not_is_passed_over(rows):
     assert "Model Runner V2 requires Triton" in fault["reason"]
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_answers_are_compared(rows):
     exact = {(row["engine"], row["asked"], row["batch"]): row for row in rows if row["kind"] == "exact"}
@@ -88,6 +91,7 @@ def test_answers_are_compared(rows):
     assert 1 > shares["conservative"] > shares["balanced"] > shares["aggressive"]
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_speed_rows_come_in_order_and_are_what_they_say(rows):
     speed = [row for row in rows if row["kind"] == "speed"]
@@ -106,6 +110,7 @@ def test_speed_rows_come_in_order_and_are_what_they_say(rows):
     assert share["contextual 50 %"] == pytest.approx(2 / 3, abs=0.05), "thresholds came from gates measured in the engine"
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_thresholds_come_from_measured_gates_with_the_forms_of_a_gpu(tmp_path):
     environment = make_environment()

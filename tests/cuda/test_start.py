@@ -133,6 +133,7 @@ def test_a_named_draft_beside_graphs_is_refused_before_anything_heavy_loads(star
     assert re.search(f"SEDAC_DRAFT_TOKENS is 4, but there is no draft .*{REMEDY}", room["error"])
 
 
+@pytest.mark.thorough
 def test_drafts_are_served_where_graphs_are_given_up(starter: Starter) -> None:
     found = starter.run_sedac(["serve", *WITHOUT_GRAPHS])
     assert not any("left out" in message for message in found["log"])
@@ -143,6 +144,7 @@ def test_drafts_are_served_where_graphs_are_given_up(starter: Starter) -> None:
     assert made["draft"]
 
 
+@pytest.mark.thorough
 def test_the_engine_itself_refuses_a_draft_inside_graphs(starter: Starter) -> None:
     """The launcher reads flags; what a command of its own brings vLLM to, the engine judges."""
     found = starter.run_sedac(["serve", *WITHOUT_GRAPHS])
@@ -204,6 +206,7 @@ def test_modes_are_read_off_flags_as_vllm_reads_them(starter: Starter, tmp_path:
     assert {case["said"] for case in compared} == {"NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("num_gpus", "build", "variables", "is_cuda"),
     [(1, "vllm", {}, True), (0, "vllm", {}, False), (1, "none", {}, False), (1, "vllm", {"VLLM_TARGET_DEVICE": "cpu"}, False)],
@@ -214,6 +217,7 @@ def test_the_platform_is_the_one_that_vllm_chooses(tmp_path: Path, num_gpus: int
     assert starter.ask_platform(**variables) == {"ours": is_cuda, "vllm": is_cuda}
 
 
+@pytest.mark.thorough
 def test_doctor_says_what_the_launcher_would_do(starter: Starter) -> None:
     def ask(*arguments: str) -> dict[str, dict[str, str]]:
         command = [sys.executable, "-m", "sedac.cli", "doctor", "--json", "--url", "http://127.0.0.1:9", *arguments]
