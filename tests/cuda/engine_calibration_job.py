@@ -25,7 +25,8 @@ def run(folder: Path) -> dict[str, object]:
     options = {
         "model": str(engine_models.write_dummy(folder / "dummy", shape)), "load_format": "dummy", "skip_tokenizer_init": True, "dtype": "float32",
         "max_model_len": 64, "max_num_seqs": 2, "max_num_batched_tokens": 64, "enable_prefix_caching": False, "enforce_eager": True,
-        "kv_cache_memory_bytes": 64 << 20, "worker_cls": "engine_worker.Worker", "additional_config": {"sedac": {"probe_set": str(probe_set)}},
+        "kv_cache_memory_bytes": 64 << 20, "worker_cls": "engine_worker.Worker",
+        "additional_config": {"sedac": {"probe_set": str(probe_set), "min_weight_mib": 0}},
     }  # fmt: skip
     engine = Engine(options, str(folder / "lock"))
     policies = {v.name: v.make_policy(shape.num_layers) for v in engine_variants.VARIANTS}

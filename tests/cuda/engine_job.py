@@ -22,11 +22,9 @@ def use_device_forms() -> None:
     from benchmarks.cuda.interpreter import use_interpreter
 
     use_interpreter()
-    from sedac.engine.cuda import forms
     from sedac.engine.state import State
     from vllm.model_executor.layers import utils
 
-    forms.MIN_WEIGHT_BYTES = 0  # the demo model is small
     inner = State.__init__
 
     def __init__(self: State, *arguments: Any, **keywords: Any) -> None:  # noqa: N807
@@ -44,9 +42,10 @@ def run() -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     probe_set = DEMO / "probe-set"
+    layout = {"probe_set": str(probe_set), "min_weight_mib": 0}  # the demo model is small
     llm = LLM(
         model=str(DEMO / "model"), max_model_len=128, max_num_seqs=8, max_num_batched_tokens=128, enable_prefix_caching=False, dtype="float32",
-        enforce_eager=True, worker_cls="sedac.engine.worker.SedacWorker", additional_config={"sedac": {"probe_set": str(probe_set)}},
+        enforce_eager=True, worker_cls="sedac.engine.worker.SedacWorker", additional_config={"sedac": layout},
     )  # fmt: skip
     manifest = read_manifest(probe_set)
     names = [level.name for level in manifest.levels]
