@@ -157,11 +157,9 @@ class Runner:
             self._begin_child()
         assert self._child is not None
         assert self._child.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it ended between two rows; what it left to read says so below
             self._child.stdin.write(json.dumps({"spec": spec, "context": self.context}) + "\n")
             self._child.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended between two rows; what it left to read says so below
         answer = self._read(limit)
         if answer is not None:
             return answer
