@@ -46,7 +46,7 @@ def _list_changes():
         yield f"checkpoint {name}", dataclasses.replace(POLICY, checkpoints=(POLICY.checkpoints[0], _change(POLICY.checkpoints[1], name)))
     for name in Adaptation.__dataclass_fields__:
         yield f"adaptation {name}", dataclasses.replace(POLICY, adaptation=_change(POLICY.adaptation, name))
-    for name in set(Tier.__dataclass_fields__) - {"name"}:
+    for name in sorted(set(Tier.__dataclass_fields__) - {"name"}):
         yield f"tier {name}", dataclasses.replace(POLICY, tiers=(_change(POLICY.tiers[0], name), POLICY.tiers[1]))
     for name, value in {"phase": "all", "scope": "batch", "rule": "accumulate", "decay": 0.8, "sensitivity": 1.0}.items():
         yield name, dataclasses.replace(POLICY, **{name: value})

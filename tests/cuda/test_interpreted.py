@@ -21,7 +21,8 @@ def make_environment(**more: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_under_the_interpreter(file):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/cuda/interpreted/{file}"]
+    options = ["-q", "--override-ini", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]  # in this one process
+    command = [sys.executable, "-m", "pytest", *options, f"tests/cuda/interpreted/{file}"]
     done = subprocess.run(command, cwd=REPOSITORY, env=make_environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\b[1-9]\d* passed", done.stdout), done.stdout[-2000:]

@@ -92,7 +92,8 @@ def test_an_unknown_tier_is_http_400_that_lists_the_tiers(served):
         served.make_openai().completions.create(model="sedac-demo", prompt="x", extra_body={"vllm_xargs": {"sedac_tier": "turbo"}})
 
 
-def test_500_swaps_under_8_streams(served, control):
+@pytest.mark.parametrize("num_swaps", [100, pytest.param(500, marks=pytest.mark.thorough)])
+def test_swaps_under_8_streams(served, control, num_swaps):
     layers, seen, stopping = _get_layers(control), [], threading.Event()
 
     def watch_revisions() -> None:
@@ -104,7 +105,7 @@ def test_500_swaps_under_8_streams(served, control):
     before = served.read_metrics()
     with Streams(served, 8) as streams:
         watcher.start()
-        for i in range(500):
+        for i in range(num_swaps):
             thresholds = (0.0, 0.3, 1.0, 1e9)[i % 4]
             checkpoints = tuple(Checkpoint(layer=layer, threshold=thresholds) for layer in layers)
             made = control.update_policy(Policy(enabled=True, checkpoints=checkpoints))
@@ -117,10 +118,10 @@ def test_500_swaps_under_8_streams(served, control):
     after = served.read_metrics()
     assert after["sedac_torn_steps_total"] == 0
     assert after["sedac_policy_revision"] == made.revision
-    assert after["sedac_policy_updates_total{ack}"] - before["sedac_policy_updates_total{ack}"] == 500
+    assert after["sedac_policy_updates_total{ack}"] - before["sedac_policy_updates_total{ack}"] == num_swaps
     assert after["sedac_policy_updates_total{nack}"] == before["sedac_policy_updates_total{nack}"]
     assert seen == sorted(seen), "revisions only grow"
-    assert len(set(seen)) > 20
+    assert len(set(seen)) > num_swaps // 25
     assert after[_exits_at(layers[0])] > before[_exits_at(layers[0])]
 
 

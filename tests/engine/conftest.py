@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tests.forked import run_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "probes" / "demo"
@@ -22,12 +22,11 @@ class EngineFailed(Exception):
 
 
 @functools.cache
-def _run(job: str) -> list[Any]:
+def _run(job: str, all_cores: bool) -> list[Any]:
     with tempfile.TemporaryDirectory() as directory:
         job_path, result_path = Path(directory) / "job.json", Path(directory) / "result.pt"
         job_path.write_text(job)
-        command = [sys.executable, str(Path(__file__).with_name("engine_job.py")), str(job_path), str(result_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=directory)
+        done = run_python(Path(__file__).with_name("engine_job.py"), job_path, result_path, timeout=900, cwd=directory, all_cores=all_cores)
         if done.returncode:
             raise EngineFailed(done.stdout + done.stderr)
         return torch.load(result_path, weights_only=False)
@@ -37,7 +36,7 @@ def run_engine(
     model: Path | str, steps: list[dict[str, Any]], *, sedac: dict[str, Any] | None = None, before: tuple[str, ...] = (), **llm: Any
 ) -> list[Any]:
     """Start an engine, run the steps (see engine_job.py), return their results; same job, same process result."""
-    return _run(json.dumps({"llm": {"model": str(model), **llm}, "sedac": sedac, "before": before, "steps": steps}))
+    return _run(json.dumps({"llm": {"model": str(model), **llm}, "sedac": sedac, "before": before, "steps": steps}), "tensor_parallel_size" in llm)
 
 
 @pytest.fixture(scope="session")

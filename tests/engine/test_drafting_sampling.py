@@ -112,6 +112,7 @@ def _draft(demo_model, demo_probes, draft, steps, **llm):
     return run_engine(demo_model, steps, sedac={"probe_set": str(demo_probes), "draft": str(draft)}, speculative_config=DRAFTER, **_LLM, **llm)
 
 
+@pytest.mark.thorough
 def test_distribution_is_plain_samplings(demo_model, demo_probes, drafts, prompt, plain):
     """5000 draws of three drafted positions at T = 0.8, top_p = 0.95; the same with vLLM's own kernel, and with wrong draft probabilities."""
     draw = {"do": "draw", "prompt": prompt, "num": _NUM_DRAWS, "knobs": _TOP_P}
@@ -147,6 +148,7 @@ def _check_verified(drafting: dict) -> None:
     assert drafting["lengths"][3] > 0
 
 
+@pytest.mark.thorough
 def test_distribution_with_seeds_and_ragged_lengths(demo_model, demo_probes, drafts, prompt, plain, seeded):
     """An adapter that stops drafting by confidence, each request with a seed of its own; and that the same seeds give the same answers.
 

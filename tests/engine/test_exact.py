@@ -10,8 +10,10 @@ pytestmark = pytest.mark.engine
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-def test_disabled_equals_plain_vllm(demo_model, demo_probes, heldout_prompts, eager):
-    steps = [{"do": "generate", "prompts": heldout_prompts, "batch": batch, "max_tokens": 64, "logprobs": 0} for batch in (1, 8)]
+@pytest.mark.parametrize(("num_prompts", "max_tokens"), [(16, 32), pytest.param(64, 64, marks=pytest.mark.thorough)])
+def test_disabled_equals_plain_vllm(demo_model, demo_probes, heldout_prompts, num_prompts, max_tokens, eager):
+    prompts = heldout_prompts[:num_prompts]
+    steps = [{"do": "generate", "prompts": prompts, "batch": batch, "max_tokens": max_tokens, "logprobs": 0} for batch in (1, 8)]
     plain = run_engine(demo_model, steps, enforce_eager=eager)
     attached = run_engine(demo_model, steps, sedac={"probe_set": str(demo_probes)}, enforce_eager=eager)
     for batch, theirs, ours in zip((1, 8), plain, attached, strict=True):

@@ -174,7 +174,8 @@ def test_adaptation_reaches_its_target_rates_on_heldout_prompts(demo_model, demo
     steps = [{"do": "apply", "policy": {**policy, "adaptation": adaptation}}]
     for prompts in (heldout_prompts[:32], heldout_prompts, heldout_prompts, prose, 4 * prose, 2 * prose, 2 * heldout_prompts, heldout_prompts):
         steps += [{"do": "generate", "prompts": prompts, "max_tokens": 48}, {"do": "stats"}]
-    results = run_engine(demo_model, steps, sedac={"probe_set": str(demo_probes)}, enforce_eager=True, max_num_seqs=16)
+    llm = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 16}
+    results = run_engine(demo_model, steps, sedac={"probe_set": str(demo_probes)}, **llm)
     snapshots = results[2::2]
     rates = []
     for before, after in zip([None, *snapshots[:-1]], snapshots, strict=True):

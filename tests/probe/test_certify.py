@@ -22,6 +22,8 @@ from sedac_probes.certification.family import TIER, Member, make_family, make_la
 from sedac_probes.certification.session import Settings
 from sedac_probes.corpus import Document
 
+from tests.forked import run_python
+
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo"
 MANIFEST = read_manifest(DEMO / "probe-set")
 WEIGHTS = get_weights_digest(str(DEMO / "model"))
@@ -142,8 +144,8 @@ def test_settings_out_of_range_are_refused(change, problem):
 
 def run(out: Path, *options: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     small = ("--requests", "32", "--tokens", "8", "--prompt-tokens", "32")
-    command = [sys.executable, "-m", "sedac_probes.cli", "certify", "--out", str(out), *small, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd, env=os.environ | {"COLUMNS": "160"})
+    command = ["-m", "sedac_probes.cli", "certify", "--out", str(out), *small, *options]
+    return run_python(*command, timeout=600, cwd=cwd, env=os.environ | {"COLUMNS": "160"})
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from sedac_probes.collecting.collection import read_statistics
 from sedac_probes.commands.options import read_documents
 
 from tests.engine.conftest import run_engine
+from tests.forked import run_python
 
 pytestmark = pytest.mark.engine
 
@@ -25,16 +26,14 @@ DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
 LAYERS, LENGTH, SAMPLES = (0, 2), 96, 20  # two shards, of 16 and of 4 documents
 
 
-def run_collect(out, *options, model=DEMO, **popen):
-    command = [sys.executable, "-m", "sedac_probes.cli", "collect", "--out", str(out), "--model", str(model), *map(str, options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen)
+def make_arguments(out, *options, model=DEMO):
+    return ["-m", "sedac_probes.cli", "collect", "--out", str(out), "--model", str(model), *map(str, options)]
 
 
-def collect(out, *options, **keywords):
-    process = run_collect(out, *options, **keywords)
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, output + errors
-    return output + errors
+def collect(out, *options, all_cores=False, **keywords):
+    done = run_python(*make_arguments(out, *options, **keywords), timeout=600, all_cores=all_cores)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def read_shards(directory):
@@ -123,8 +122,8 @@ def test_equals_transformers_trains_and_serves(tmp_path, architecture, extra):
         torch.testing.assert_close(found.up[layer], up, rtol=1e-4, atol=0)
         torch.testing.assert_close(found.hidden[layer], hidden, rtol=1e-4, atol=1e-9)
     probes = tmp_path / "probes"
-    train = [sys.executable, "-m", "sedac_probes.cli", "train", "--collection", str(out), "--out", str(probes), "--name", "tiny", "--epochs", "2"]
-    assert subprocess.run([*train, "--rank", "16"], capture_output=True, timeout=600).returncode == 0
+    train = ["-m", "sedac_probes.cli", "train", "--collection", out, "--out", probes, "--name", "tiny", "--epochs", "2", "--rank", "16"]
+    assert run_python(*train, timeout=600).returncode == 0
     prompt = tokenizer(documents[0].text)["input_ids"][:40]
     policy = {"enabled": True, "phase": "all", "checkpoints": [{"layer": layer, "threshold": 100.0} for layer in LAYERS]}
     steps = [{"do": "apply", "policy": policy}, {"do": "score", "prompts": [prompt]}, {"do": "stats"}]
@@ -134,10 +133,11 @@ def test_equals_transformers_trains_and_serves(tmp_path, architecture, extra):
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
-    options = ("--samples", 48, "--suggest")
+    options = ("--samples", 48, "--max-length", 160, "--suggest")
     output = collect(tmp_path / "whole", *options)
     assert "rank correlation" in output
-    killed = run_collect(tmp_path / "killed", *options)
+    command = [sys.executable, *make_arguments(tmp_path / "killed", *options)]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = tmp_path / "killed" / "shard-00000.safetensors"
     limit = time.monotonic() + 300
     while not first.exists() and killed.poll() is None and time.monotonic() < limit:
@@ -156,10 +156,11 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     assert [name for name in whole if resumed[name] != whole[name]] == []
 
 
+@pytest.mark.thorough
 def test_two_ranks_record_what_one_does(tmp_path):
     options = ("--samples", 4, "--max-length", 64, "--dtype", "float32")
     collect(tmp_path / "one", *options)
-    collect(tmp_path / "two", *options, "--tensor-parallel-size", 2)
+    collect(tmp_path / "two", *options, "--tensor-parallel-size", 2, all_cores=True)
     (one,), (two,) = read_shards(tmp_path / "one"), read_shards(tmp_path / "two")
     assert sorted(one) == sorted(two)
     for name, values in one.items():
@@ -192,7 +193,7 @@ main()
 def test_full_disk_leaves_nothing_half_written_and_is_resumed(tmp_path):
     out = tmp_path / "streams"
     arguments = ["collect", "--out", str(out), "--samples", "8"]
-    done = subprocess.run([sys.executable, "-c", _FULL.format(arguments=arguments)], capture_output=True, text=True, timeout=600)
+    done = run_python("-c", _FULL.format(arguments=arguments), timeout=600)
     assert done.returncode == 1, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("sedac-probes:")]
     assert "shard-00000.safetensors can't be written" in said

@@ -27,6 +27,7 @@ from sedac_probes.drafts.states import Source, States, collect_states, read_stat
 from sedac_probes.drafts.target import count_parameters, make_head, make_manifest, read_target
 
 from tests.engine.conftest import read_heldout_prompts, run_engine
+from tests.forked import run_python
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
 LENGTH, PIECES, PROMPT = 80, 12, 24
@@ -55,16 +56,11 @@ def reference():
     return transformers.AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def collect(out, **popen):
-    return subprocess.Popen([sys.executable, "-c", _COLLECT, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **popen)
-
-
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     out = tmp_path_factory.mktemp("work") / "streams"
-    process = collect(out)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    done = run_python("-c", _COLLECT, out, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     return out
 
 
@@ -118,7 +114,7 @@ def test_recorded_states_equal_transformers(collection, reference):
 @pytest.mark.engine
 def test_killed_and_resumed_gives_the_same_bytes(collection, tmp_path):
     out = tmp_path / "killed"
-    killed = collect(out)
+    killed = subprocess.Popen([sys.executable, "-c", _COLLECT, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     limit = time.monotonic() + 300
     while not (out / "shard-00000.safetensors").exists() and killed.poll() is None and time.monotonic() < limit:
         time.sleep(0.002)
@@ -128,9 +124,8 @@ def test_killed_and_resumed_gives_the_same_bytes(collection, tmp_path):
     before = sorted(path.name for path in out.iterdir())
     assert "shard-00000.safetensors" in before
     assert "shard-00002.safetensors" not in before
-    again = collect(out)
-    output, _ = again.communicate(timeout=600)
-    assert again.returncode == 0, output
+    again = run_python("-c", _COLLECT, out, timeout=600)
+    assert again.returncode == 0, again.stdout + again.stderr
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in collection.iterdir()}
 
 
@@ -346,11 +341,11 @@ def test_guesses_are_the_heads_own(target):
 @pytest.mark.engine
 def test_the_command_makes_a_draft_and_makes_it_once(tmp_path):
     work, out = tmp_path / "work", tmp_path / "draft"
-    command = [sys.executable, "-m", "sedac_probes.cli", "distill", "--work", str(work), "--samples", "8", "--heldout-samples", "6", "--max-length"]
+    command = ["-m", "sedac_probes.cli", "distill", "--work", str(work), "--samples", "8", "--heldout-samples", "6", "--max-length"]
     command += ["80", "--epochs", "1", "--no-measure", "--out", str(out)]
-    adapter = subprocess.run([*command, "--layers", "3", "--record", "8"], capture_output=True, text=True, timeout=600)
+    adapter = run_python(*command, "--layers", "3", "--record", "8", timeout=600)
     assert adapter.returncode == 0, adapter.stderr
-    exit_head = subprocess.run([*command, "--kind", "exit-head", "--layers", "8", "--pick", "adapter-3"], capture_output=True, text=True, timeout=600)
+    exit_head = run_python(*command, "--kind", "exit-head", "--layers", "8", "--pick", "adapter-3", timeout=600)
     assert exit_head.returncode == 0, exit_head.stderr
     assert "collect streams" not in exit_head.stderr, "the first run recorded both depths"
     manifest = read_draft_manifest(out)
@@ -361,7 +356,7 @@ def test_the_command_makes_a_draft_and_makes_it_once(tmp_path):
     assert sorted(c["name"] for c in table) == ["adapter-3", "exit-head-8"]
     assert (work / "distill.png").stat().st_size > 0
     before = {path: path.stat().st_mtime_ns for path in (work / "drafts").rglob("*")}
-    again = subprocess.run([*command, "--layers", "3", "--pick", "adapter-9"], capture_output=True, text=True, timeout=600)
+    again = run_python(*command, "--layers", "3", "--pick", "adapter-9", timeout=600)
     assert again.returncode == 1
     assert "--pick is 'adapter-9'" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (work / "drafts").rglob("*")} == before, "trained and judged once"

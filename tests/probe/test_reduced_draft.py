@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +22,8 @@ from sedac_probes.drafts.trial import Decoding, Trial
 from sedac_probes.drafts.windows import Agreement
 from transformers.cache_utils import DynamicCache
 from typer.testing import CliRunner
+
+from tests.forked import run_python
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo"
 LAYERS = 4
@@ -281,8 +281,7 @@ def test_the_engine_drafts_as_the_reference(tmp_path, level):
     draft = tmp_path / "draft"
     save_draft(draft, bench.make_manifest(left_out, "test", max_tokens=4, min_confidence=0.0), None)
     (tmp_path / "prompts.json").write_text(json.dumps(bench.prompts[CHECK]))
-    command = [sys.executable, "-c", _ENGINE_JOB, str(draft), str(tmp_path / "prompts.json"), "40", str(tmp_path / "out.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = run_python("-c", _ENGINE_JOB, draft, tmp_path / "prompts.json", "40", tmp_path / "out.pt", timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = torch.load(tmp_path / "out.pt")
 

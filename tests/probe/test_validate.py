@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,14 +17,16 @@ from sedac_probes.training.choosers import ORACLE, RANDOM, compare_choosers
 from sedac_probes.training.damage import make_batch
 from sedac_probes.training.validate import estimate_speedup
 
+from tests.forked import run_python
+
 LENGTH, SAMPLES = 96, 4
 
 
 @pytest.fixture(scope="module")
 def validation(tmp_path_factory):
     out = tmp_path_factory.mktemp("work") / "validation"
-    command = [sys.executable, "-m", "sedac_probes.cli", "validate", "--samples", str(SAMPLES), "--max-length", str(LENGTH), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "200"})  # one engine per process
+    command = ["-m", "sedac_probes.cli", "validate", "--samples", str(SAMPLES), "--max-length", str(LENGTH), "--out", str(out)]
+    done = run_python(*command, timeout=600, env=os.environ | {"COLUMNS": "200"})  # one engine per process
     assert done.returncode == 0, done.stderr
     assert "speed-up by bytes" in done.stdout
     assert out.with_suffix(".png").stat().st_size > 10_000
