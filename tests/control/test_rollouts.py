@@ -386,6 +386,7 @@ def test_a_restarted_engine_gets_the_candidate_and_what_it_measured_before_stays
 
     wait_for(lambda: count() >= 50, "evidence of the candidate")
     engine.close()
+    wait_for(lambda: [e.state for e in client.get_status().engines] == [control_pb2.ENGINE_STATE_STALE], "the end of its reports")
     before = count()
     again = make_engine(canary=Measured(rate=1))
     wait_for(lambda: again.in_force.get(2), "the candidate in the new process")

@@ -132,10 +132,11 @@ def test_exit_rate_on_metrics_follows_within_2_seconds(served, control):
         for threshold, expected in ((0.0, 0.0), (1e9, 1.0), (0.0, 0.0)):
             _set_thresholds(control, threshold)
             time.sleep(2)
-            start = served.read_metrics()
-            time.sleep(1.5)
-            end = served.read_metrics()
-            decoded = end["sedac_decode_tokens_total"] - start["sedac_decode_tokens_total"]
+            start, deadline, decoded = served.read_metrics(), time.monotonic() + 30, 0.0
+            while not decoded and time.monotonic() < deadline:
+                time.sleep(1.5)
+                end = served.read_metrics()
+                decoded = end["sedac_decode_tokens_total"] - start["sedac_decode_tokens_total"]
             assert decoded > 0
             exited = sum(end[name] - start[name] for name in end if name.startswith("sedac_exited_tokens_total"))
             if expected:
