@@ -180,7 +180,7 @@ class _Changer:
         self._policy: Policy = wire.policy_from_proto(client.get_policy())
         self.num_changes = self.num_swaps = 0
         self.seconds: list[float] = []
-        """from asking for a change to the operator's seeing it in force"""
+        """The time of each change, from asking for it until the operator saw it in force."""
         self.swap_seconds: list[float] = []
 
     def change(self) -> None:

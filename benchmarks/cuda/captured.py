@@ -29,7 +29,7 @@ class Scene:
 
     name: str
     levels: Sequence[int] | None
-    """of the live rows; None: no step runs, the graph is replayed all the same"""
+    """The levels of the live rows; with None no step runs, and the graph is replayed all the same."""
     promised: bool = False
 
 

@@ -27,7 +27,7 @@ NEVER_SURE, ALWAYS_SURE = 1e-30, 1e9
 SLACK, TIE = 1e-3, 1e-4
 """how near to its limit a risk may lie (relative), and a confidence to its target, for rounding not to decide"""
 TARGETS = tuple(0.3 + 0.01 * i for i in range(20))
-"""of accumulated confidence; the first that no token lies on is taken"""
+"""Targets of accumulated confidence, of which the first that no token lies on is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)

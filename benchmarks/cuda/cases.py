@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 FULL, SKIP, CONTEXTUAL, WIDTH = 0, 1, 2, 3
 """levels by index in every table made here"""
 FORMS = ("few", "middle", "many")
-"""as sedac.engine.cuda.forms numbers them"""
+"""The forms of the kernels, in the order in which sedac.engine.cuda.forms numbers them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Ceilings:
 
 
 DATA_SHEET = Ceilings(bytes_per_second=4.8e12, flops_per_second=990e12)
-"""of an H200, where nothing was measured"""
+"""The ceilings of an H200 by its data sheet, which stand in where nothing was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ CASES = (
 )
 
 EXITS = (0.25, 0.5, 0.75)
-"""where a step's checkpoints are, as shares of the layers"""
+"""The places of a step's checkpoints, as shares of the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import triton
 from timing import get_l2_bytes, time_once
 
 _COPY_BYTES = 2 << 30
-"""of each of two buffers, many times an L2"""
+"""The size of each of the two buffers, many times that of an L2 cache."""
 _PRODUCT_SIZE = 8192
 
 

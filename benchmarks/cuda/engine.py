@@ -34,7 +34,7 @@ sys.path.insert(0, str(REPOSITORY / "service"))
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 EXACT_BATCHES = (1, 4, 16)
 EXACT_ANSWERS = 4
-"""of a batch size at least"""
+"""The number of answers that each batch size is compared on, at least."""
 PAST_GRAPHS = 320
 """tokens of a pass that no CUDA graph holds"""
 DEMO_SHARE, START_SHARE, EXACT_SHARE = 0.5, 0.7, 0.8

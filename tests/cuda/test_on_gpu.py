@@ -26,8 +26,8 @@ def _paths(monkeypatch):
     torch.manual_seed(0)
 
 
-def run_rows(module: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Run rows of a part in this process; the first that is wrong raises."""
+def check_rows(module: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run rows of a part in this process, each checked against its reference; the first that is wrong raises."""
     run_row = importlib.import_module(module).run_row
     with torch.no_grad():
         return [run_row(row, CONTEXT) for row in rows]
@@ -48,21 +48,21 @@ def test_if_nodes_work():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("shape", ["tiny", "Qwen2.5-0.5B"])
 def test_a_captured_mlp_gives_every_step_its_own_levels(shape, dtype, weights):
-    run_rows("captured", plan("plan_captured", shape, dtype, weights=(weights,)))
+    check_rows("captured", plan("plan_captured", shape, dtype, weights=(weights,)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("shape", ["tiny", "Qwen2.5-7B"])
 def test_captured_checkpoints_decide_as_plain_torch(shape, dtype):
-    run_rows("captured_checkpoints", plan("plan_captured_checkpoints", shape, dtype))
+    check_rows("captured_checkpoints", plan("plan_captured_checkpoints", shape, dtype))
 
 
 def test_a_captured_step_equals_float64():
-    run_rows("stepped", plan("plan_steps", ["tiny"], (1, 5, 33), (9,), dtype="float32"))
+    check_rows("stepped", plan("plan_steps", ["tiny"], (1, 5, 33), (9,), dtype="float32"))
 
 
 def test_a_swap_between_replays_is_seen_whole_by_the_next():
-    (found,) = run_rows("swaps", plan("plan_swaps", 500))
+    (found,) = check_rows("swaps", plan("plan_swaps", 500))
     assert [found[name] for name in ("swaps", "mixed", "late", "moved")] == [500, 0, 0, 0]
 
 

@@ -85,9 +85,10 @@ def test_everything_accepted(demo_model, demo_probes, drafts, prompts):
     assert drafting["num_verified_steps"] == 16 * -(-(_TOKENS - 1) // 5)
 
 
-def test_bfloat16_differs_no_more_than_plain_vllm_between_batch_sizes(demo_model, demo_probes, drafts, prompts):
-    prompts = prompts if FULL else prompts[:16]
-    run = {"do": "answer", "prompts": prompts, "knobs": _KNOBS if FULL else _KNOBS | {"max_tokens": 32}}
+@pytest.mark.parametrize(("num_prompts", "max_tokens"), [(16, 32), pytest.param(_NUM_PROMPTS, _TOKENS, marks=pytest.mark.thorough)])
+def test_bfloat16_differs_no_more_than_plain_vllm_between_batch_sizes(demo_model, demo_probes, drafts, prompts, num_prompts, max_tokens):
+    prompts = prompts[:num_prompts]
+    run = {"do": "answer", "prompts": prompts, "knobs": _KNOBS | {"max_tokens": max_tokens}}
     groups = ([1], [4], [16])
     llm = {"enforce_eager": True, "dtype": "bfloat16", "max_model_len": 256}
     plain = [_tokens(r) for r in run_engine(demo_model, [run | {"groups": g} for g in groups], **llm)]

@@ -165,7 +165,8 @@ def test_mixed_batch_gives_each_request_its_own_rule(demo_model, demo_probes, he
     assert work["aggressive"] < work["balanced"] < work["conservative"] < 1
 
 
-def test_adaptation_reaches_its_target_rates_on_heldout_prompts(demo_model, demo_probes, heldout_prompts):
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+def test_adaptation_reaches_its_target_rates_on_heldout_prompts(demo_model, demo_probes, heldout_prompts, dtype):
     """Targets 0.2 / 0.5 / 0.8 from thresholds far off, then prose in place of code; jitter and recovery are printed."""
     _, policy = _policy(demo_probes, "risk_q0.02", default_tier="balanced", tiers=[{"name": "balanced", "level": "full"}])
     adaptation = {"enabled": True, "target_exit_rates": [0.2, 0.5, 0.8], "alpha": 0.1, "warmup_steps": 8, "window_tokens": 1024}
@@ -174,7 +175,7 @@ def test_adaptation_reaches_its_target_rates_on_heldout_prompts(demo_model, demo
     steps = [{"do": "apply", "policy": {**policy, "adaptation": adaptation}}]
     for prompts in (heldout_prompts[:32], heldout_prompts, heldout_prompts, prose, 4 * prose, 2 * prose, 2 * heldout_prompts, heldout_prompts):
         steps += [{"do": "generate", "prompts": prompts, "max_tokens": 48}, {"do": "stats"}]
-    llm = {"enforce_eager": True, "dtype": "float32", "max_num_seqs": 16}
+    llm = {"enforce_eager": True, "dtype": dtype, "max_num_seqs": 16}
     results = run_engine(demo_model, steps, sedac={"probe_set": str(demo_probes)}, **llm)
     snapshots = results[2::2]
     rates = []
