@@ -130,7 +130,7 @@ USER 10001:10001
 VOLUME ["/var/lib/sedac"]
 EXPOSE 50051 9464
 HEALTHCHECK --interval=5s --timeout=6s --start-period=60s --retries=3 \
-    CMD ["python", "-m", "sedac.control.health"]
+    CMD ["python", "-m", "sedac.control.server.health"]
 CMD ["control"]
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="sedac" \
@@ -143,7 +143,7 @@ FROM runtime AS cpu
 RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-venv /opt/sedac /opt/sedac
 RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl \
-    && python -m sedac.engine.build
+    && python -m sedac.engine.backends.build
 # `sedac serve` looks for the demo model where a clone has it, beside the folder of the package.
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
 COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model

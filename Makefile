@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-KERNELS := service/sedac/engine/_kernels.so
+KERNELS := service/sedac/engine/backends/_kernels.so
 DOCKER ?= docker
 TARGETS ?= cpu control
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -33,8 +33,8 @@ $(STAMP): $(wildcard constraints/*) pyproject.toml
 	@touch $@
 	@echo "setup: done; $(BIN)/sedac --help"
 
-$(KERNELS): $(STAMP) $(wildcard service/sedac/engine/kernels/*)
-	@$(BIN)/python -m sedac.engine.build
+$(KERNELS): $(STAMP) $(wildcard service/sedac/engine/backends/kernels/*)
+	@$(BIN)/python -m sedac.engine.backends.build
 	@touch $@
 
 .PHONY: serve
@@ -62,7 +62,7 @@ format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff format
 
 .PHONY: proto
-proto: $(STAMP) ## regenerate service/sedac/control/v1 from proto/
+proto: $(STAMP) ## regenerate service/sedac/contract/v1 from proto/
 	$(BIN)/python proto/generate.py
 
 .PHONY: demo-model

@@ -34,11 +34,11 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from rich.table import Table  # noqa: E402
-from sedac import wire  # noqa: E402
 from sedac.client.client import ControlClient  # noqa: E402
-from sedac.control.v1 import control_pb2  # noqa: E402
+from sedac.contract import wire  # noqa: E402
+from sedac.contract.v1 import control_pb2  # noqa: E402
 from sedac.errors import NotSynced, SedacError  # noqa: E402
-from sedac.policy import Checkpoint, Policy  # noqa: E402
+from sedac.policy.model import Checkpoint, Policy  # noqa: E402
 from traffic import Memory, Traffic, find_percentile, find_processes, read_apply_percentiles  # noqa: E402
 
 from tests.control.processes import ControlProcess  # noqa: E402

@@ -87,7 +87,7 @@ class Engine:
 
     def set(self, speculation: dict[str, Any], controller: str) -> dict[str, Any]:
         """Apply knobs of speculation; `controller` names whose experience the controller has, new names have none."""
-        from sedac.policy import Policy, Speculation
+        from sedac.policy.model import Policy, Speculation
 
         self._revision += 1
         policy = Policy(speculation=Speculation(**speculation)).to_dict()

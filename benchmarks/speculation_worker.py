@@ -7,7 +7,7 @@ help in another.
 from __future__ import annotations
 
 from sedac.engine.drafting.controller import Controller
-from sedac.engine.worker import SedacWorker
+from sedac.engine.step.worker import SedacWorker
 
 
 class Worker(SedacWorker):

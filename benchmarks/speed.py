@@ -116,7 +116,7 @@ class Engine:
         from vllm import LLM
 
         if sedac is not None:
-            keywords |= {"worker_cls": "sedac.engine.worker.SedacWorker", "additional_config": {"sedac": sedac}}
+            keywords |= {"worker_cls": "sedac.engine.step.worker.SedacWorker", "additional_config": {"sedac": sedac}}
         self.llm = LLM(
             model=str(model), dtype="bfloat16", load_format="dummy", skip_tokenizer_init=True, max_model_len=512, max_num_seqs=32,
             max_num_batched_tokens=2048, enable_prefix_caching=False, **keywords,

@@ -136,6 +136,6 @@ def find_processes(root: psutil.Process) -> dict[str, psutil.Process]:
             found["api server"] = process
         elif "EngineCore" in name or "EngineCore" in command:
             found["engine"] = process
-        elif command.endswith("sedac.cli control"):
+        elif command.endswith("sedac.app.cli control"):
             found["control"] = process
     return found

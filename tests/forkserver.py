@@ -9,7 +9,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
-import sedac.engine.worker  # noqa: F401
+import sedac.engine.step.worker  # noqa: F401
 import sedac_probes.cli  # noqa: F401
 import torch._inductor.compile_fx  # noqa: F401
 import vllm.entrypoints.llm

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sedac.control.v1 import probe_sets_pb2
+from sedac.contract.v1 import probe_sets_pb2
 
 LAYERS, HIDDEN, RANK, NEURONS = 12, 8, 4, 6
 LEVELS = (("width-20", "width"), ("contextual-30", "contextual"))

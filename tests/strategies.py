@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from hypothesis import strategies as st
-from sedac.certificate import Certificate, get_knobs_digest
-from sedac.policy import EXACT, MAX_DRAFT_TOKENS, Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
+from sedac.policy.certificate import Certificate, get_knobs_digest
+from sedac.policy.model import EXACT, MAX_DRAFT_TOKENS, Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 
 _numbers = st.floats(allow_nan=False)
 _int32 = st.integers(-(2**31), 2**31 - 1)

@@ -9,11 +9,11 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac.certificate import get_knobs_digest
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import Adaptation, Audit, Checkpoint, Layout, Policy, Speculation, Tier
-from sedac.validation import validate
-from sedac.weights import get_weights_digest
+from sedac.policy.certificate import get_knobs_digest
+from sedac.policy.check import validate
+from sedac.policy.model import Adaptation, Audit, Checkpoint, Layout, Policy, Speculation, Tier
+from sedac.policy.weights import get_weights_digest
 
 from tests.strategies import certify, valid_policies
 

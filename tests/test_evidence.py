@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedac.evidence import LossCounts, Moments, exceeds, get_limits, get_ratio_limit
+from sedac.contract.evidence import LossCounts, Moments, exceeds, get_limits, get_ratio_limit
 
 NUM_RUNS, NUM_REQUESTS, EVERY = 1000, 1000, 10
 

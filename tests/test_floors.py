@@ -16,7 +16,7 @@ def test_import_contracts_hold():
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("module", ["sedac.control.server", "sedac.client.ctl", "sedac.cli", "sedac.settings", "sedac.engine.plugin"])
+@pytest.mark.parametrize("module", ["sedac.control.server.server", "sedac.ctl.root", "sedac.app.cli", "sedac.settings", "sedac.engine.vllm.plugin"])
 def test_light_modules_load_neither_torch_nor_vllm(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'vllm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -102,7 +102,7 @@ def test_the_engine_s_settings_accept_the_variables_of_logs_and_no_others_like_t
 
 
 def test_the_control_service_logs_json_lines(tmp_path):
-    code = "import sys; from sedac.cli import main; sys.argv = ['sedac', 'control']; main()"
+    code = "import sys; from sedac.app.cli import main; sys.argv = ['sedac', 'control']; main()"
     env = {
         "SEDAC_LOG_FORMAT": "json",
         "SEDAC_CONTROL_PORT": "0",
@@ -120,6 +120,6 @@ def test_the_control_service_logs_json_lines(tmp_path):
         process.kill()
         process.wait()
     lines += [json.loads(line) for line in rest.splitlines()]
-    assert lines[0]["logger"] == "sedac.control.server"
+    assert lines[0]["logger"] == "sedac.control.server.server"
     assert lines[-1]["message"] == "control service stops"
     assert code == 0

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sedac.errors import FieldViolation, PolicyInvalid
-from sedac.policy import MAX_CHECKPOINTS, MAX_DRAFT_TOKENS, MAX_TIERS, Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
-from sedac.validation import validate
+from sedac.policy.check import validate
+from sedac.policy.model import MAX_CHECKPOINTS, MAX_DRAFT_TOKENS, MAX_TIERS, Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
 
 from tests.strategies import any_policies, valid_policies
 

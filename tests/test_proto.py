@@ -12,11 +12,11 @@ from google.protobuf import json_format
 from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac import wire
-from sedac.control.v1 import control_pb2, drafting_pb2
+from sedac.contract import wire
+from sedac.contract.stats import CONTROLLER_STATES, CheckpointStats, ControllerStats, DraftingStats, RankStats, Stats, TierStats
+from sedac.contract.v1 import control_pb2, drafting_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
-from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
-from sedac.stats import CONTROLLER_STATES, CheckpointStats, ControllerStats, DraftingStats, RankStats, Stats, TierStats
+from sedac.policy.model import Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
 
 from tests.strategies import any_policies
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac import launch
+from sedac.app import launch
 from sedac.engine.drafting.setup import DRAFTER
 from sedac.errors import ArtifactError, ConfigError
-from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
+from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 from sedac.probe.draft_manifest import DraftManifest
 from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord, read_manifest
 from sedac.settings import EngineSettings, read_settings

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from sedac.contract.stats import ControllerStats, DraftingStats
 from sedac.engine.drafting.totals import Totals
-from sedac.stats import ControllerStats, DraftingStats
 
 
 def make_controller(num_sequences: int, state: str = "drafting", gain: float = 1.25) -> ControllerStats:

@@ -17,9 +17,9 @@ from checkpoints import get_risk, make_state
 from measured import DTYPES, get_device
 from mlps import CheckFailed
 from replay import Replay, poison_scratch
-from sedac.engine.state import State
-from sedac.engine.tokens import CANARY_ARM, DECIDES, OBSERVED, Tokens
-from sedac.policy import Canary, Checkpoint, Policy, Rule, Scope
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, Tokens
+from sedac.policy.model import Canary, Checkpoint, Policy, Rule, Scope
 from torch import Tensor
 
 LAYERS = (0, 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 FULL, SKIP, CONTEXTUAL, WIDTH = 0, 1, 2, 3
 """levels by index in every table made here"""
 FORMS = ("few", "middle", "many")
-"""The forms of the kernels, in the order in which sedac.engine.cuda.forms numbers them."""
+"""The forms of the kernels, in the order in which sedac.engine.backends.cuda.forms numbers them."""
 
 
 @dataclass(frozen=True, kw_only=True)

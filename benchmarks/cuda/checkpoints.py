@@ -9,9 +9,9 @@ from cases import Shape, get_shape
 from measured import DTYPES, get_device
 from mlps import FULL, NEVER, CheckFailed, make_tokens
 from replay import Replay, poison_scratch
-from sedac.engine.levels import LevelTable
-from sedac.engine.state import State
-from sedac.policy import Checkpoint, Layout, Policy
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.step.state import State
+from sedac.policy.model import Checkpoint, Layout, Policy
 from sedac.probe.probe import LREProbe
 from timing import Variant, time_variants
 from torch import Tensor

@@ -105,7 +105,7 @@ class Session:
         if not is_demo:
             options |= {"load_format": "dummy", "skip_tokenizer_init": True}
         if engine.is_ours:
-            worker = "sedac.engine.worker.SedacWorker" if is_demo else "engine_worker.Worker"
+            worker = "sedac.engine.step.worker.SedacWorker" if is_demo else "engine_worker.Worker"
             directory = engine_models.DEMO / "probe-set" if is_demo else probe_set
             entry: dict[str, Any] = {"probe_set": str(directory)}
             if is_demo and not self.dry:

@@ -172,7 +172,7 @@ class Engine:
 def check_if_nodes() -> str:
     """Say whether CUDA graphs' IF nodes work here, or why not."""
     try:
-        from sedac.engine.cuda import if_nodes
+        from sedac.engine.backends.cuda import if_nodes
 
         return if_nodes.check() or "work"
     except Exception as error:  # noqa: BLE001  the engine has started and knows what it does; this only reports

@@ -82,7 +82,7 @@ def write_probe_set(directory: Path, shape: DummyShape, rank: int = 64) -> Path:
 def read_demo_policy() -> dict[str, Any]:
     """Return the demo's checkpoints and tiers as `sedac_apply` takes them, and a tier `skip` under which every token exits at the last checkpoint."""
     from engine_variants import ALWAYS
-    from sedac.policy import Checkpoint, Policy, Tier
+    from sedac.policy.model import Checkpoint, Policy, Tier
 
     stored = json.loads((DEMO / "policy.json").read_text())
     checkpoints = tuple(Checkpoint(**c) for c in stored["checkpoints"])

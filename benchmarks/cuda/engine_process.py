@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
-PLUGIN = "[vllm.general_plugins]\nsedac = sedac.engine.plugin:register\n"
+PLUGIN = "[vllm.general_plugins]\nsedac = sedac.engine.vllm.plugin:register\n"
 _MAX_ERRORS = 3
 """in a row: a GPU's error leaves a process that can do nothing more"""
 _LOG_LINES, _LINE_CHARS = 4, 240

@@ -59,7 +59,7 @@ class Variant:
 
     def make_policy(self, num_layers: int) -> dict[str, Any]:
         """Return the policy as `sedac_apply` takes it; empty for plain engines."""
-        from sedac.policy import Checkpoint, Policy, Tier
+        from sedac.policy.model import Checkpoint, Policy, Tier
 
         if self.engine != SEDAC:
             return {}

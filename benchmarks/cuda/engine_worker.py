@@ -10,8 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sedac.engine.levels import KIND_CONTEXTUAL
-from sedac.engine.worker import SedacWorker
+from sedac.engine.backends.levels import KIND_CONTEXTUAL
+from sedac.engine.step.worker import SedacWorker
 from torch import Tensor
 from torch.nn import functional
 

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from cases import CONTEXTUAL, FULL, SKIP, WIDTH, Case, Shape
-from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
-from sedac.engine.levels import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
-from sedac.engine.state import State
-from sedac.engine.tokens import DECIDES, Tokens
-from sedac.policy import Checkpoint, Layout, Policy
+from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
+from sedac.engine.backends.levels import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import DECIDES, Tokens
+from sedac.policy.model import Checkpoint, Layout, Policy
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe
 from torch import Tensor

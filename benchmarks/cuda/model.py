@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from cases import CONTEXTUAL, EXITS, SKIP, Ceilings, Plan, Shape
 from mlps import NEVER, Mlps, make_tokens, restart, run_dense
-from sedac.engine.levels import LevelTable
-from sedac.engine.state import State
-from sedac.policy import Checkpoint, Layout, Policy
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.step.state import State
+from sedac.policy.model import Checkpoint, Layout, Policy
 from sedac.probe.probe import LREProbe
 from torch import Tensor
 from torch.nn import functional

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sedac.engine.cuda import if_nodes
+from sedac.engine.backends.cuda import if_nodes
 
 
 def run_row(spec: dict[str, Any], context: dict[str, Any]) -> dict[str, Any]:

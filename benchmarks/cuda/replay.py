@@ -11,8 +11,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from sedac.engine.cuda import if_nodes
-from sedac.engine.state import State
+from sedac.engine.backends.cuda import if_nodes
+from sedac.engine.step.state import State
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -14,7 +14,7 @@ from checkpoints import begin, get_risk, make_state
 from measured import get_device
 from mlps import CheckFailed
 from replay import Replay
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 
 LAYERS = (0, 1)

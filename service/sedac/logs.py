@@ -1,7 +1,7 @@
 """Logs of `sedac serve` and `sedac control`: SEDAC_LOG_FORMAT (text or json) and SEDAC_LOG_LEVEL. Never a secret in them.
 
     SEDAC_LOG_FORMAT=json sedac control
-    {"time": "2026-11-21T12:00:00.123Z", "level": "INFO", "logger": "sedac.control.server", "message": "control service on ..."}
+    {"time": "2026-11-21T12:00:00.123Z", "level": "INFO", "logger": "sedac.control.server.server", "message": "control service on ..."}
 
 What a call of the logger carries in `extra` becomes fields of their own, `exception` holds a traceback. What follows `Bearer`, tokens of
 `sedac control token` and what is in a PEM block are masked wherever they stand: in messages, arguments, extra fields and tracebacks,

@@ -21,9 +21,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sedac import logs
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Speculation, Tier
+from sedac.policy.check import validate
+from sedac.policy.model import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Speculation, Tier
 from sedac.probe.manifest import Manifest
-from sedac.validation import validate
 
 MIN_WEIGHT_MIB, MAX_MIN_WEIGHT_MIB = 16, 65536
 """in MiB: the default of `min_weight_mib` (its reading takes what two launches take), and the most it may be"""

@@ -8,16 +8,16 @@ import threading
 from dataclasses import replace
 
 import pytest
-from sedac import wire
 from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2, evidence_pb2
+from sedac.contract import wire
+from sedac.contract.stats import CheckpointStats, Stats, TierStats
+from sedac.contract.v1 import control_pb2, evidence_pb2
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import Adaptation, Checkpoint, Policy, Tier
+from sedac.policy.model import Adaptation, Checkpoint, Policy, Tier
 from sedac.settings import EngineSettings
-from sedac.stats import CheckpointStats, Stats, TierStats
 
 from tests.agent.test_metrics import get_metric
 from tests.agent.workers import LAYOUT, Workers

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY, CollectorRegistry, Histogram, generate_latest
 from sedac.agent.drafting_metrics import LengthHistogram
 from sedac.agent.metrics import EngineMetrics
-from sedac.stats import CONTROLLER_STATES, DraftingStats, Stats
+from sedac.contract.stats import CONTROLLER_STATES, DraftingStats, Stats
 
 from tests.agent.test_metrics import get_metric
 from tests.agent.workers import LAYOUT

@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
-from sedac import wire
 from sedac.agent.engine import AttachedEngine, EngineDisagreement, PartlyRefused
+from sedac.contract import wire
+from sedac.contract.stats import CheckpointStats, Stats, TierStats
 from sedac.errors import ArtifactError, PolicyInvalid
-from sedac.policy import Canary, Checkpoint, Policy
-from sedac.stats import CheckpointStats, Stats, TierStats
+from sedac.policy.model import Canary, Checkpoint, Policy
 
 from tests.agent.workers import LAYOUT, Workers
 from tests.test_stats import make_controller, make_drafting

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from sedac.agent import fetch as fetching
 from sedac.agent.fetch import NUM_KEPT, FetchedSet, fetch
-from sedac.control.v1 import control_pb2, probe_sets_pb2, probe_sets_pb2_grpc
+from sedac.contract.v1 import control_pb2, probe_sets_pb2, probe_sets_pb2_grpc
 from sedac.errors import ArtifactError
 
 from tests.control.conftest import client, server, settings  # noqa: F401

@@ -11,15 +11,15 @@ from dataclasses import replace
 import grpc
 import pytest
 from google.rpc import error_details_pb2
-from sedac import wire
 from sedac.agent import following
 from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.pushes import find_probe_cache
-from sedac.control.v1 import control_pb2, control_pb2_grpc, probe_sets_pb2, probe_sets_pb2_grpc
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, control_pb2_grpc, probe_sets_pb2, probe_sets_pb2_grpc
 from sedac.errors import ConfigError
-from sedac.policy import Checkpoint, Policy, Tier
+from sedac.policy.model import Checkpoint, Policy, Tier
 from sedac.settings import EngineSettings
 
 from tests.agent.test_metrics import get_metric

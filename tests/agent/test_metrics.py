@@ -9,8 +9,8 @@ from prometheus_client import REGISTRY, Counter
 from sedac.agent.evidence import open_book
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.scoring import Loss
-from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Tier
-from sedac.stats import CheckpointStats, Stats, TierStats
+from sedac.contract.stats import CheckpointStats, Stats, TierStats
+from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Tier
 
 from tests.agent.workers import LAYOUT
 

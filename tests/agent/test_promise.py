@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac.agent import promise
 from sedac.agent.promise import Terms
-from sedac.policy import (
+from sedac.policy.model import (
     ARM_KEY,
     AUDIT_KEY,
     CERTIFICATE_KEY,

@@ -7,12 +7,12 @@ import contextlib
 from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sedac import wire
 from sedac.agent.pushes import Orders, read_push
-from sedac.control.v1 import control_pb2
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2
 from sedac.errors import PolicyInvalid
-from sedac.policy import Policy
-from sedac.validation import validate
+from sedac.policy.check import validate
+from sedac.policy.model import Policy
 
 from tests.strategies import any_policies, valid_policies
 

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac import wire
 from sedac.agent.evidence import open_book
 from sedac.agent.scoring import Answer, AuditFailed, Loss, is_auditable, is_greedy, score
-from sedac.policy import Policy, Tier
+from sedac.contract import wire
+from sedac.policy.model import Policy, Tier
 from vllm.logprobs import Logprob
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 

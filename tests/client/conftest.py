@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from sedac.client.ctl import app
+from sedac.ctl.root import app
 from typer.testing import CliRunner
 
 from tests.control.conftest import (  # noqa: F401
@@ -43,7 +43,7 @@ def ctl(server):  # noqa: F811
 @contextlib.contextmanager
 def watching(server: RunningServer, *command: str) -> Iterator[Iterator[str]]:  # noqa: F811
     """Run a watching command as a user does; yields its lines as they come, then stops it by Ctrl-C, after which it must end in peace."""
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sedac.cli import main; main()"  # else ignored in a job
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sedac.app.cli import main; main()"  # else ignored in a job
     env = {**os.environ, "SEDAC_CONTROL_ADDRESS": server.address, "COLUMNS": "250"}
     process = subprocess.Popen([sys.executable, "-c", code, "ctl", *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     too_late = threading.Timer(60, process.kill)

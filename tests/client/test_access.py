@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 from sedac.client import AsyncControlClient, ControlClient, read_credentials
-from sedac.client.ctl import app
+from sedac.ctl.root import app
 from sedac.errors import ConfigError, ControlUnavailable, PermissionDenied, Unauthenticated
 from typer.testing import CliRunner
 

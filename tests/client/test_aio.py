@@ -6,10 +6,10 @@ import asyncio
 import inspect
 
 import pytest
-from sedac import wire
 from sedac.client import AsyncControlClient, ControlClient
+from sedac.contract import wire
 from sedac.errors import ControlUnavailable, NotSynced, PolicyInvalid, RevisionNotFound
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 
 from tests.control.conftest import FIRST, RunningServer
 from tests.probe_sets import make_set

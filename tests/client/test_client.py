@@ -9,7 +9,7 @@ import time
 import pytest
 from sedac.client.client import ControlClient
 from sedac.errors import ControlUnavailable, NotSynced, PolicyInvalid, RequestIdReused, RevisionNotFound, SedacError, StaleEtag
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 
 from tests.control.conftest import FIRST, RunningServer
 

@@ -9,8 +9,8 @@ import sys
 import time
 
 import pytest
-from sedac.cli import app
-from sedac.policy import Policy, Tier
+from sedac.app.cli import app
+from sedac.policy.model import Policy, Tier
 from typer.testing import CliRunner
 
 from tests.control.conftest import FIRST
@@ -88,7 +88,7 @@ def test_credentials_that_do_not_fit_are_no_noise_either(complete, tmp_path):
 
 def test_bash_gets_its_words(server, client):
     client.update_policy(FIRST, comment="first")
-    code = "import sys; sys.argv = ['sedac']; from sedac.cli import main; main()"
+    code = "import sys; sys.argv = ['sedac']; from sedac.app.cli import main; main()"
     words = "sedac ctl policy rollback "
     env = {"_SEDAC_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(shlex.split(words)))}
     done = subprocess.run(

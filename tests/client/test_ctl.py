@@ -12,11 +12,11 @@ from typing import Any
 
 from google.protobuf import json_format
 from rich.console import Console
-from sedac import wire
-from sedac.client import tables
-from sedac.client.ctl import app
-from sedac.control.v1 import control_pb2
-from sedac.policy import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2
+from sedac.ctl import tables
+from sedac.ctl.root import app
+from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 from typer.testing import CliRunner
 
 from tests.control.conftest import FIRST, RunningServer

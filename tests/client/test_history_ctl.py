@@ -6,10 +6,10 @@ import json
 import time
 
 import pytest
-from sedac import wire
 from sedac.client.client import ControlClient
 from sedac.client.diff import Change, find_changes, find_policy_changes
-from sedac.policy import Checkpoint, Policy, Tier
+from sedac.contract import wire
+from sedac.policy.model import Checkpoint, Policy, Tier
 
 from tests.client.conftest import watching
 from tests.control.conftest import FIRST, RunningServer

@@ -35,7 +35,7 @@ def test_the_commands_run(server, make_engine, tmp_path):
     make_set("mine", levels=False).write(tmp_path / "build" / "mine" / "probe-set")
     program = tmp_path / ".venv" / "bin" / "sedac"
     program.parent.mkdir(parents=True)
-    program.write_text(f"#!{sys.executable}\nfrom sedac.cli import main\nmain()\n")
+    program.write_text(f"#!{sys.executable}\nfrom sedac.app.cli import main\nmain()\n")
     program.chmod(0o755)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", _find_blocks()[0]],

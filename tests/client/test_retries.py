@@ -13,7 +13,7 @@ import pytest
 from sedac.client import AsyncControlClient, ControlClient, requests
 from sedac.client.connection import Attempts
 from sedac.errors import ControlUnavailable
-from sedac.policy import Policy
+from sedac.policy.model import Policy
 
 from tests.control.conftest import FIRST, RunningServer
 

@@ -8,10 +8,10 @@ import time
 
 import pytest
 from google.protobuf import json_format
-from sedac import wire
-from sedac.client.ctl import app
-from sedac.control.v1 import control_pb2, evidence_pb2
-from sedac.policy import Audit, Checkpoint, Policy
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, evidence_pb2
+from sedac.ctl.root import app
+from sedac.policy.model import Audit, Checkpoint, Policy
 from typer.testing import CliRunner
 
 from tests.client.conftest import watching

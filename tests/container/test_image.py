@@ -98,7 +98,7 @@ def counters(container: Container) -> dict[str, float]:
 
 def ctl(container: Container, *arguments: str) -> Any:
     done = subprocess.run(
-        [sys.executable, "-m", "sedac.cli", "ctl", *arguments, "--address", published(container, 50051), "--json"],
+        [sys.executable, "-m", "sedac.app.cli", "ctl", *arguments, "--address", published(container, 50051), "--json"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -11,10 +11,10 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from sedac.control.principals import make_token
-from sedac.control.services import SERVICES
-from sedac.control.v1 import control_pb2
-from sedac.credentials import Metadata, read_credentials
+from sedac.contract.credentials import Metadata, read_credentials
+from sedac.contract.v1 import control_pb2
+from sedac.control.access.principals import make_token
+from sedac.control.base.services import SERVICES
 
 GET, UPDATE, WATCH = (f"/sedac.control.v1.Control/{name}" for name in ("GetStatus", "UpdatePolicy", "WatchStatus"))
 FOLLOW, DOWNLOAD = "/sedac.control.v1.Discovery/Follow", "/sedac.control.v1.ProbeSets/DownloadProbeSet"

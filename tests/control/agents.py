@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 
-from sedac import wire
 from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
-from sedac.control.v1 import control_pb2
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError
 from sedac.settings import EngineSettings
 

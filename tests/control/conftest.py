@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import pytest
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.server import ControlServer
-from sedac.control.settings import ControlSettings
-from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.credentials import read_credentials
-from sedac.policy import Checkpoint, Policy
+from sedac.contract import wire
+from sedac.contract.credentials import read_credentials
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
+from sedac.control.base.settings import ControlSettings
+from sedac.control.server.server import ControlServer
+from sedac.policy.model import Checkpoint, Policy
 
 from tests.control.access import ROLES, PrincipalsFile
 from tests.control.authority import Authority

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sedac.control.v1 import control_pb2, evidence_pb2
+from sedac.contract.v1 import control_pb2, evidence_pb2
 
 from tests.control.conftest import FakeEngine
 

@@ -38,7 +38,7 @@ class ControlProcess:
 
     def start(self) -> None:
         """Start the process and wait until it listens; its address is taken from the start-up line."""
-        command = [sys.executable, "-m", "sedac.cli", "control"]
+        command = [sys.executable, "-m", "sedac.app.cli", "control"]
         self.process = subprocess.Popen(command, env=self._environment, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         lines: list[str] = []

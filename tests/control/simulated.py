@@ -9,9 +9,9 @@ import time
 from collections.abc import AsyncIterator, Collection
 
 import grpc
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 
 from tests.agent.workers import LAYOUT
 from tests.control.agents import make_agent

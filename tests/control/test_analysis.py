@@ -6,11 +6,11 @@ import math
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedac.control.analysis import analyse
-from sedac.control.pooling import CANARY, STABLE, EvidenceBook, pool
-from sedac.control.rollouts import Baseline, Bounds
-from sedac.control.v1 import evidence_pb2
-from sedac.policy import Policy, Tier
+from sedac.contract.v1 import evidence_pb2
+from sedac.control.fleet.pooling import CANARY, STABLE, EvidenceBook, pool
+from sedac.control.rollout.analysis import analyse
+from sedac.control.rollout.store import Baseline, Bounds
+from sedac.policy.model import Policy, Tier
 
 POLICY = Policy(enabled=True, tiers=(Tier(name="balanced"), Tier(name="fast")))
 _int64 = st.integers(-(2**31), 2**40) | st.integers(0, 300)

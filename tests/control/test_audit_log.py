@@ -8,16 +8,16 @@ import sqlite3
 
 import grpc
 import pytest
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.audit_log import AuditLogStore
-from sedac.control.auth import Caller
-from sedac.control.database import Database
-from sedac.control.store import Store
-from sedac.control.v1 import audit_log_pb2_grpc, control_pb2
-from sedac.control.v1.audit_log_pb2 import ListAuditEntriesRequest
+from sedac.contract import wire
+from sedac.contract.v1 import audit_log_pb2_grpc, control_pb2
+from sedac.contract.v1.audit_log_pb2 import ListAuditEntriesRequest
+from sedac.control.access.audit_log import AuditLogStore
+from sedac.control.access.auth import Caller
+from sedac.control.base.database import Database
+from sedac.control.policy.store import Store
 from sedac.errors import StaleEtag, StoreFailed
-from sedac.policy import Policy
+from sedac.policy.model import Policy
 
 from tests.control.conftest import FIRST
 

@@ -7,10 +7,10 @@ import logging
 
 import grpc
 import pytest
-from sedac import wire
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid
-from sedac.policy import Adaptation, Policy, Speculation, Tier
+from sedac.policy.model import Adaptation, Policy, Speculation, Tier
 
 from tests.control.conftest import FIRST
 from tests.strategies import certify
@@ -43,7 +43,7 @@ def test_status_says_whether_the_policy_is_certified(client, make_engine):
 )
 def test_a_change_of_certified_knobs_drops_the_certificate_and_says_so(client, caplog, changed, fields):
     client.update_policy(CERTIFIED)
-    with caplog.at_level(logging.WARNING, "sedac.control.servicer"):
+    with caplog.at_level(logging.WARNING, "sedac.control.policy.servicer"):
         made = client.update_policy(dataclasses.replace(Policy(), **changed), fields=fields)
     assert not made.HasField("certificate")
     assert "revision 2 is UNCERTIFIED: it leaves out the certificate of the one before (balanced certified: mismatch <= 0.05" in caplog.text

@@ -8,11 +8,11 @@ import json
 
 import grpc
 import pytest
-from sedac.control.health import check_health
-from sedac.control.principals import digest_token
-from sedac.control.settings import ControlSettings
-from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.credentials import Metadata, read_credentials
+from sedac.contract.credentials import Metadata, read_credentials
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
+from sedac.control.access.principals import digest_token
+from sedac.control.base.settings import ControlSettings
+from sedac.control.server.health import check_health
 from sedac.errors import ConfigError
 from typer.testing import CliRunner
 
@@ -83,7 +83,7 @@ def test_the_health_check_of_containers_follows_the_settings(start, tls_settings
 
 
 def test_the_command_makes_a_token_once_and_a_line_without_it(tmp_path, start, settings):
-    from sedac.cli import app
+    from sedac.app.cli import app
 
     arguments = ["control", "token", "alice", "--role", "operator", "--expires-days", "2"]
     made = CliRunner().invoke(app, arguments)

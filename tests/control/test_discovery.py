@@ -6,11 +6,11 @@ import time
 
 import grpc
 import pytest
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import NotSynced
-from sedac.policy import Policy
+from sedac.policy.model import Policy
 
 from tests.control.conftest import FIRST, FakeEngine, RunningServer
 from tests.test_stats import make_controller, make_drafting

@@ -10,11 +10,11 @@ import socket
 
 import grpc
 import pytest
-from sedac import wire
 from sedac.agent import following
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.policy import Checkpoint, Policy, Tier
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
+from sedac.policy.model import Checkpoint, Policy, Tier
 
 from tests.control.agents import make_agent, wait_until
 from tests.control.conftest import FIRST, RunningServer

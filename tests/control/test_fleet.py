@@ -7,10 +7,10 @@ import random
 
 import pytest
 from sedac.client.client import ControlClient
-from sedac.control import fleet as fleet_module
-from sedac.control.fleet import Fleet as RememberedFleet
-from sedac.control.metrics import ControlMetrics
-from sedac.control.v1 import control_pb2
+from sedac.contract.v1 import control_pb2
+from sedac.control.base.metrics import ControlMetrics
+from sedac.control.fleet import fleet as fleet_module
+from sedac.control.fleet.fleet import Fleet as RememberedFleet
 
 from tests.control.processes import ControlProcess
 from tests.control.simulated import Fleet

@@ -22,12 +22,12 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from hypothesis import strategies as st
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.services import SERVICES
-from sedac.control.settings import ControlSettings
-from sedac.control.v1 import control_pb2, probe_sets_pb2, rollouts_pb2
-from sedac.policy import Audit, Checkpoint, Policy
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, probe_sets_pb2, rollouts_pb2
+from sedac.control.base.services import SERVICES
+from sedac.control.base.settings import ControlSettings
+from sedac.policy.model import Audit, Checkpoint, Policy
 
 from tests.control.conftest import RunningServer
 from tests.probe_sets import make_set

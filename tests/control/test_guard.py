@@ -6,13 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.guard import find_excess, get_guard_confidence
-from sedac.control.pooling import STABLE, Evidence, Pooled
-from sedac.control.v1 import control_pb2
-from sedac.evidence import LossCounts
-from sedac.policy import Audit, Checkpoint, Policy, Tier
+from sedac.contract import wire
+from sedac.contract.evidence import LossCounts
+from sedac.contract.v1 import control_pb2
+from sedac.control.fleet.pooling import STABLE, Evidence, Pooled
+from sedac.control.rollout.guard import find_excess, get_guard_confidence
+from sedac.policy.model import Audit, Checkpoint, Policy, Tier
 
 from tests.control.conftest import FIRST, RunningServer
 from tests.control.measuring import Measured, MeasuringEngine, wait_for

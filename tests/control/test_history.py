@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import (
     ControlUnavailable,
     PolicyInvalid,
@@ -30,7 +30,7 @@ from sedac.errors import (
     RevisionNotFound,
     StaleEtag,
 )
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 
 from tests.control.processes import ControlProcess
 from tests.probe_sets import MadeSet, make_set

@@ -11,9 +11,9 @@ import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac.control.limits import TokenBucket
-from sedac.control.metrics import ControlMetrics
-from sedac.control.v1 import control_pb2, control_pb2_grpc, probe_sets_pb2
+from sedac.contract.v1 import control_pb2, control_pb2_grpc, probe_sets_pb2
+from sedac.control.access.limits import TokenBucket
+from sedac.control.base.metrics import ControlMetrics
 
 from tests.control.access import PrincipalsFile, call, find_error, wait_until
 from tests.control.conftest import FIRST, FakeEngine, RunningServer

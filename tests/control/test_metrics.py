@@ -10,9 +10,9 @@ import grpc
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 
 from tests.control.conftest import FIRST
 

@@ -8,7 +8,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac.control.principals import read_principals
+from sedac.control.access.principals import read_principals
 from sedac.errors import ConfigError
 
 from tests.control.access import GET, OK, call

@@ -15,10 +15,10 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_status import rpc_status
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.settings import ControlSettings
-from sedac.control.v1 import probe_sets_pb2, probe_sets_pb2_grpc
+from sedac.contract import wire
+from sedac.contract.v1 import probe_sets_pb2, probe_sets_pb2_grpc
+from sedac.control.base.settings import ControlSettings
 from sedac.errors import (
     ArtifactError,
     ConfigError,
@@ -28,7 +28,7 @@ from sedac.errors import (
     ProbeSetInUse,
     ProbeSetNotFound,
 )
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 from sedac.probe.verify import verify
 
 from tests.control.conftest import RunningServer

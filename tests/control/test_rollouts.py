@@ -11,10 +11,10 @@ import time
 
 import grpc
 import pytest
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.v1 import audit_log_pb2, audit_log_pb2_grpc, control_pb2, rollouts_pb2, rollouts_pb2_grpc
-from sedac.policy import Audit, Checkpoint, Policy
+from sedac.contract import wire
+from sedac.contract.v1 import audit_log_pb2, audit_log_pb2_grpc, control_pb2, rollouts_pb2, rollouts_pb2_grpc
+from sedac.policy.model import Audit, Checkpoint, Policy
 
 from tests.control.conftest import FIRST, RunningServer
 from tests.control.measuring import Measured, MeasuringEngine, wait_for

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import grpc
 import pytest
-from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.credentials import read_credentials
+from sedac.contract.credentials import read_credentials
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 
 from tests.control.access import GET, OK, UNAUTHENTICATED, UNAVAILABLE, call, find_error, wait_until
 

@@ -8,9 +8,9 @@ import threading
 
 import grpc
 from prometheus_client import generate_latest
-from sedac.control.auth import RULES
-from sedac.control.principals import digest_token
-from sedac.credentials import read_credentials
+from sedac.contract.credentials import read_credentials
+from sedac.control.access.auth import RULES
+from sedac.control.access.principals import digest_token
 
 from tests.control.access import GET, METHODS, ROLES, UPDATE, call, find_error, wait_until
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from sedac import wire
-from sedac.control.auth import OPEN, RULES
-from sedac.control.principals import digest_token
-from sedac.control.settings import ControlSettings
-from sedac.control.v1 import audit_log_pb2_grpc, control_pb2, control_pb2_grpc
-from sedac.control.v1.audit_log_pb2 import ListAuditEntriesRequest
+from sedac.contract import wire
+from sedac.contract.v1 import audit_log_pb2_grpc, control_pb2, control_pb2_grpc
+from sedac.contract.v1.audit_log_pb2 import ListAuditEntriesRequest
+from sedac.control.access.auth import OPEN, RULES
+from sedac.control.access.principals import digest_token
+from sedac.control.base.settings import ControlSettings
 
 from tests.control.access import (
     DENIED,

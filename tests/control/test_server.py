@@ -18,9 +18,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sedac.client.client import ControlClient
-from sedac.control.settings import ControlSettings
+from sedac.control.base.settings import ControlSettings
 from sedac.errors import ConfigError, ControlUnavailable, SedacError
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 
 from tests.control.conftest import FIRST, FakeEngine, RunningServer
 
@@ -28,7 +28,7 @@ from tests.control.conftest import FIRST, FakeEngine, RunningServer
 def _make_command(path, **variables: str) -> dict:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_")}
     environ |= {"SEDAC_CONTROL_PORT": "0", "SEDAC_CONTROL_METRICS_PORT": "0", "SEDAC_CONTROL_DATABASE": str(path), **variables}
-    return {"args": [sys.executable, "-m", "sedac.cli", "control"], "env": environ, "stderr": subprocess.PIPE, "text": True}
+    return {"args": [sys.executable, "-m", "sedac.app.cli", "control"], "env": environ, "stderr": subprocess.PIPE, "text": True}
 
 
 @contextlib.contextmanager

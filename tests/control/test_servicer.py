@@ -12,11 +12,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag
-from sedac.policy import Adaptation, Checkpoint, Policy, Speculation, Tier
+from sedac.policy.model import Adaptation, Checkpoint, Policy, Speculation, Tier
 
 from tests.control.conftest import FIRST
 from tests.strategies import valid_policies

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from sedac.control.database import Database
-from sedac.control.store import Store
+from sedac.control.base.database import Database
+from sedac.control.policy.store import Store
 from sedac.errors import ConfigError, RevisionNotFound, StaleEtag, StoreFailed
-from sedac.policy import Checkpoint, Policy
+from sedac.policy.model import Checkpoint, Policy
 
 from tests.strategies import valid_policies
 
@@ -76,9 +76,9 @@ TestStoreAgainstModel.settings = settings(max_examples=25, stateful_step_count=1
 _WRITER = """
 import sys
 from pathlib import Path
-from sedac.control.database import Database
-from sedac.control.store import Store
-from sedac.policy import Checkpoint, Policy
+from sedac.control.base.database import Database
+from sedac.control.policy.store import Store
+from sedac.policy.model import Checkpoint, Policy
 store = Store(Database(Path(sys.argv[1])))
 while True:
     number = (store.find_newest().revision if store.find_newest() else 0) + 1

@@ -9,14 +9,14 @@ import time
 
 import grpc
 import pytest
-from sedac.control.database import Database
-from sedac.control.fleet import Engine, Fleet
-from sedac.control.metrics import ControlMetrics
-from sedac.control.settings import ControlSettings
-from sedac.control.store import Store
-from sedac.control.v1 import control_pb2, control_pb2_grpc
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
+from sedac.control.base.database import Database
+from sedac.control.base.metrics import ControlMetrics
+from sedac.control.base.settings import ControlSettings
+from sedac.control.fleet.fleet import Engine, Fleet
+from sedac.control.policy.store import Store
 from sedac.errors import ConfigError, RequestIdReused, RevisionCompacted, RevisionNotFound
-from sedac.policy import Policy
+from sedac.policy.model import Policy
 
 from tests.control.conftest import FIRST, RunningServer
 

@@ -20,13 +20,13 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
-from sedac.engine.cuda import forms
-from sedac.engine.cuda.device import DeviceForms
-from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
-from sedac.engine.levels import LevelTable
-from sedac.engine.state import State
-from sedac.engine.tokens import Tokens
-from sedac.policy import Layout
+from sedac.engine.backends.cuda import forms
+from sedac.engine.backends.cuda.device import DeviceForms
+from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import Tokens
+from sedac.policy.model import Layout
 from sedac.probe.probe import LREProbe
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

@@ -22,7 +22,7 @@ def use_device_forms() -> None:
     from benchmarks.cuda.interpreter import use_interpreter
 
     use_interpreter()
-    from sedac.engine.state import State
+    from sedac.engine.step.state import State
     from vllm.model_executor.layers import utils
 
     inner = State.__init__
@@ -45,7 +45,7 @@ def run() -> dict[str, Any]:
     layout = {"probe_set": str(probe_set), "min_weight_mib": 0}  # the demo model is small
     llm = LLM(
         model=str(DEMO / "model"), max_model_len=128, max_num_seqs=8, max_num_batched_tokens=128, enable_prefix_caching=False, dtype="float32",
-        enforce_eager=True, worker_cls="sedac.engine.worker.SedacWorker", additional_config={"sedac": layout},
+        enforce_eager=True, worker_cls="sedac.engine.step.worker.SedacWorker", additional_config={"sedac": layout},
     )  # fmt: skip
     manifest = read_manifest(probe_set)
     names = [level.name for level in manifest.levels]

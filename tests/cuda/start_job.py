@@ -22,7 +22,7 @@ def run_sedac(arguments: list[str]) -> dict[str, Any]:
     """Run `sedac` with these arguments; returns the engine's command and environment, the log, or the error."""
     import logging
 
-    from sedac import cli, launch
+    from sedac.app import cli, launch
     from sedac.errors import SedacError
 
     found: dict[str, Any] = {"log": [], "error": ""}
@@ -57,7 +57,7 @@ def _make_config(arguments: list[str]) -> Any:
 
 def run_engine(arguments: list[str], *, reason: str = "") -> dict[str, Any]:
     """Configure vLLM and build the model on the CPU, with the GPU's forms attached; `reason`: what the smoke test of IF nodes shall say."""
-    from sedac.engine.cuda import if_nodes
+    from sedac.engine.backends.cuda import if_nodes
 
     config = _make_config(arguments)
     compilation, speculative = config.compilation_config, config.speculative_config
@@ -101,7 +101,7 @@ def _use_device_forms() -> None:
     from benchmarks.cuda.interpreter import use_interpreter
 
     use_interpreter()
-    from sedac.engine.state import State
+    from sedac.engine.step.state import State
 
     inner = State.__init__
 
@@ -131,7 +131,7 @@ def _dispatch(config: Any) -> dict[str, Any]:
 
 def compare_modes(lines: list[list[str]]) -> list[dict[str, Any]]:
     """For each line of flags, the mode of graphs that SEDAC reads off it and the one that vLLM's configuration has."""
-    from sedac.graphs import find_graph_mode
+    from sedac.engine.vllm.graphs import find_graph_mode
 
     found = []
     for line in lines:
@@ -143,7 +143,7 @@ def compare_modes(lines: list[list[str]]) -> list[dict[str, Any]]:
 
 def ask_platform() -> dict[str, Any]:
     """Whether SEDAC and vLLM think that this is CUDA."""
-    from sedac.graphs import is_cuda
+    from sedac.engine.vllm.graphs import is_cuda
     from vllm.platforms import resolve_current_platform_cls_qualname
 
     return {"ours": is_cuda(), "vllm": resolve_current_platform_cls_qualname() == "vllm.platforms.cuda.CudaPlatform"}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sedac.engine.cuda import extension, if_nodes
+from sedac.engine.backends.cuda import extension, if_nodes
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists(), reason="nvcc is not here, so the extension can't be compiled"

@@ -40,7 +40,7 @@ def plan(name: str, *arguments: Any, **more: Any) -> list[dict[str, Any]]:
 
 
 def test_if_nodes_work():
-    if_nodes = importlib.import_module("sedac.engine.cuda.if_nodes")
+    if_nodes = importlib.import_module("sedac.engine.backends.cuda.if_nodes")
     assert if_nodes.check() == ""
 
 

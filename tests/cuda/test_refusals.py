@@ -8,9 +8,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from sedac.engine.cuda import if_nodes
-from sedac.engine.models import StaticConfig
-from sedac.engine.refusals import leave_graphs, refuse_graphs
+from sedac.engine.backends.cuda import if_nodes
+from sedac.engine.vllm.models import StaticConfig
+from sedac.engine.vllm.refusals import leave_graphs, refuse_graphs
 from sedac.errors import ConfigError, UnsupportedModel
 from vllm.config.compilation import CUDAGraphMode
 
@@ -62,8 +62,8 @@ def test_ranks_leave_graphs_together(tmp_path):
         import json, sys
         from types import SimpleNamespace
         import torch
-        from sedac.engine import refusals
-        from sedac.engine.cuda import if_nodes
+        from sedac.engine.vllm import refusals
+        from sedac.engine.backends.cuda import if_nodes
         from vllm.config.compilation import CUDAGraphMode
         rank = int(sys.argv[1])
         torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
@@ -98,7 +98,8 @@ def test_sizes_within_the_limits_are_kept(value):
 
 
 def test_the_cpu_loads_nothing_of_the_cuda_room():
-    code = "import sys, sedac.engine.worker, sedac.engine.models; print([m for m in sys.modules if m.startswith('sedac.engine.cuda')])"
+    room = "sedac.engine.backends.cuda"
+    code = f"import sys, sedac.engine.step.worker, sedac.engine.vllm.models; print([m for m in sys.modules if m.startswith({room!r})])"
     environment = make_environment()
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)

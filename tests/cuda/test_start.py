@@ -109,7 +109,7 @@ def test_documented_lines_start_inside_graphs(starter: Starter, name: str) -> No
     made = starter.run_engine(found)
     assert made["refused"] == ""
     assert (made["device"], made["mode"], made["v2"]) == ("cuda", "FULL_AND_PIECEWISE", False)
-    assert made["worker"] == "sedac.engine.worker.SedacWorker"
+    assert made["worker"] == "sedac.engine.step.worker.SedacWorker"
     assert made["speculative"] is None
     assert made["entry"] == {"probe_set": str(REPOSITORY / "probes/demo/probe-set"), "checkpoint_layers": [], "levels": True}
     assert (made["built"], made["forms"], made["mlps"]) == ("SedacQwen2ForCausalLM", "DeviceForms", ["GatedQwen2MLP"])
@@ -220,7 +220,7 @@ def test_the_platform_is_the_one_that_vllm_chooses(tmp_path: Path, num_gpus: int
 @pytest.mark.thorough
 def test_doctor_says_what_the_launcher_would_do(starter: Starter) -> None:
     def ask(*arguments: str) -> dict[str, dict[str, str]]:
-        command = [sys.executable, "-m", "sedac.cli", "doctor", "--json", "--url", "http://127.0.0.1:9", *arguments]
+        command = [sys.executable, "-m", "sedac.app.cli", "doctor", "--json", "--url", "http://127.0.0.1:9", *arguments]
         done = subprocess.run(command, cwd=REPOSITORY, env=starter.platform, capture_output=True, text=True, timeout=300)
         return {finding["name"]: finding for finding in json.loads(done.stdout)}
 

@@ -14,8 +14,8 @@ import yaml
 from prometheus_client import REGISTRY
 from prometheus_client.metrics import MetricWrapperBase
 from sedac.agent import metrics as agent_metrics  # noqa: F401  declares the agent's
-from sedac.control.metrics import ControlMetrics
-from sedac.control.rollout_metrics import RolloutMetrics
+from sedac.control.base.metrics import ControlMetrics
+from sedac.control.rollout.metrics import RolloutMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

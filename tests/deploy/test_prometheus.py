@@ -13,7 +13,7 @@ import pytest
 import yaml
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from sedac.agent.metrics import EngineMetrics
-from sedac.stats import Stats
+from sedac.contract.stats import Stats
 
 from tests.agent.workers import LAYOUT
 from tests.deploy.scraping import exposing, prepare, scraping, wait_for

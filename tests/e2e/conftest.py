@@ -61,7 +61,7 @@ class Served:
     def find_control(self) -> psutil.Process:
         """The control service's process."""
         children = psutil.Process(self.process.pid).children()
-        return next(child for child in children if child.cmdline()[-2:] == ["sedac.cli", "control"])
+        return next(child for child in children if child.cmdline()[-2:] == ["sedac.app.cli", "control"])
 
 
 def start(directory: Path, *arguments: str, **environment: str) -> Served:
@@ -75,7 +75,7 @@ def start(directory: Path, *arguments: str, **environment: str) -> Served:
         **environment,
     }
     log = directory / "serve.log"
-    command = [sys.executable, "-m", "sedac.cli", "serve", "--port", str(port), "--max-model-len", "512", "--enforce-eager", *arguments]
+    command = [sys.executable, "-m", "sedac.app.cli", "serve", "--port", str(port), "--max-model-len", "512", "--enforce-eager", *arguments]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     served = Served(process=process, port=port, control_address=f"127.0.0.1:{control_port}", log=log)

@@ -15,9 +15,9 @@ from typing import Any
 import grpc
 import pytest
 from safetensors.torch import load_file, save_file
-from sedac import wire
-from sedac.control.v1 import rollouts_pb2, rollouts_pb2_grpc
-from sedac.policy import Audit, Checkpoint, Policy, Speculation, Tier
+from sedac.contract import wire
+from sedac.contract.v1 import rollouts_pb2, rollouts_pb2_grpc
+from sedac.policy.model import Audit, Checkpoint, Policy, Speculation, Tier
 from sedac_probes import corpus
 
 pytestmark = pytest.mark.e2e

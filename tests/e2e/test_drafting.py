@@ -9,9 +9,9 @@ import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from sedac import wire
 from sedac.client.client import ControlClient
-from sedac.client.ctl import app
+from sedac.contract import wire
+from sedac.ctl.root import app
 from sedac.probe.draft import save_draft
 from sedac.probe.draft_manifest import REDUCED, DraftManifest
 from typer.testing import CliRunner

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import openai
 import pytest
+from sedac.app.doctor import examine_engine
 from sedac.client.client import ControlClient
-from sedac.doctor import examine_engine
 from sedac.errors import PolicyInvalid
-from sedac.policy import Policy, Speculation
+from sedac.policy.model import Policy, Speculation
 from sedac.probe.draft import save_draft
 from sedac.probe.draft_manifest import REDUCED, DraftManifest
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from sedac import wire
-from sedac.control.v1 import control_pb2, evidence_pb2, rollouts_pb2
-from sedac.policy import Audit, Checkpoint, Policy, Tier
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2, evidence_pb2, rollouts_pb2
+from sedac.policy.model import Audit, Checkpoint, Policy, Tier
 from sedac_probes import corpus
 
 pytestmark = pytest.mark.e2e

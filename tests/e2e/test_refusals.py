@@ -14,7 +14,7 @@ pytestmark = pytest.mark.e2e
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_")}
-    return subprocess.run([sys.executable, "-m", "sedac.cli", *arguments], capture_output=True, text=True, timeout=120, env=clean | environment)
+    return subprocess.run([sys.executable, "-m", "sedac.app.cli", *arguments], capture_output=True, text=True, timeout=120, env=clean | environment)
 
 
 @pytest.mark.parametrize(

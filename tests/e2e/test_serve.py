@@ -11,10 +11,10 @@ import urllib.request
 import openai
 import pytest
 from sedac.client.client import ControlClient
-from sedac.control.v1 import control_pb2
+from sedac.contract.v1 import control_pb2
 from sedac.errors import PolicyInvalid
-from sedac.policy import Checkpoint, Policy, Tier
-from sedac.weights import get_weights_digest
+from sedac.policy.model import Checkpoint, Policy, Tier
+from sedac.policy.weights import get_weights_digest
 from sedac_probes import corpus
 
 from tests.strategies import certify

@@ -65,7 +65,7 @@ def draw(llm, prompt, num, knobs):
 
 def break_verification(llm, how):
     """Spoil what verifies sampled drafts: `stock` undoes the repair of vLLM's kernel, `biased` hands it wrong draft probabilities, `` heals both."""
-    from sedac.engine import sampling
+    from sedac.engine.vllm import sampling
     from vllm.utils import cpu_triton_utils
     from vllm.v1.sample import rejection_sampler
 

@@ -233,7 +233,7 @@ def main() -> None:
 
     keywords = dict(JOB["llm"])
     if JOB.get("sedac") is not None:
-        keywords |= {"worker_cls": "sedac.engine.worker.SedacWorker", "additional_config": {"sedac": JOB["sedac"]}}
+        keywords |= {"worker_cls": "sedac.engine.step.worker.SedacWorker", "additional_config": {"sedac": JOB["sedac"]}}
     for name in JOB.get("before", ()):
         find_step(name)()
     llm = LLM(**{"max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False} | keywords)

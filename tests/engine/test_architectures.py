@@ -95,7 +95,7 @@ def test_probe_set_of_another_hidden_size_is_refused(tmp_path):
 def test_pipeline_parallelism_is_refused():
     from types import SimpleNamespace
 
-    from sedac.engine.refusals import refuse_layout
+    from sedac.engine.vllm.refusals import refuse_layout
     from sedac.errors import UnsupportedModel
 
     parallel = SimpleNamespace(pipeline_parallel_size=2, num_ubatches=0)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedac.engine.probe_sets import Loaded
-from sedac.engine.state import State
-from sedac.engine.tokens import CANARY_ARM, DECIDES, Tokens
-from sedac.fit import ProbeSetSummary
-from sedac.policy import Adaptation, Canary, Checkpoint, Policy
+from sedac.engine.step.probe_sets import Loaded
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import CANARY_ARM, DECIDES, Tokens
+from sedac.policy.fit import ProbeSetSummary
+from sedac.policy.model import Adaptation, Canary, Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 
 from tests.engine.test_state import LAYOUT, PROBES, make_state, make_tokens
@@ -32,7 +32,7 @@ def make_state_with_sets(use_native: bool) -> State:
 
 def add_set(state: State, name: str, probes: dict[int, LREProbe]) -> None:
     """Put a set in as if it had been preloaded from a directory, which test_probe_sets.py does."""
-    from sedac.engine.probe_sets import _Entry
+    from sedac.engine.step.probe_sets import _Entry
 
     rank = next(iter(probes.values())).down.out_features
     summary = ProbeSetSummary(name=name, sha256=name, size_bytes=1, num_layers=6, hidden_size=24, rank=rank, checkpoint_layers=tuple(probes))

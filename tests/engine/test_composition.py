@@ -96,7 +96,7 @@ def test_speculation_changes_no_token(demo_model, demo_probes, prompts, plain, m
 
 
 def test_speculation_keeps_the_distribution_at_a_temperature(demo_model, demo_probes, prompts):
-    """vLLM's CPU sampler loses the temperature of draft tokens; the worker repairs it (engine/sampling.py)."""
+    """vLLM's CPU sampler loses the temperature of draft tokens; the worker repairs it (engine/vllm/sampling.py)."""
     copies = [prompts[0] * 2] * 512
     run = {"do": "generate", "prompts": copies, "max_tokens": 3, "temperature": 0.7}
     first, second = run_engine(demo_model, [run, run | {"seed": 10_000}], **_EAGER)

@@ -32,7 +32,7 @@ def test_slots_and_lengths(demo_model, monkeypatch, config, lookahead, lengths):
 
 @pytest.mark.parametrize("knobs", [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}])
 def test_requests_that_cannot_be_verified_are_served_without_drafts(knobs):
-    from sedac.engine import sampling
+    from sedac.engine.vllm import sampling
     from vllm import SamplingParams
 
     assert not sampling.can_verify(SamplingParams(**knobs))

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import vllm._custom_ops as ops
-from sedac.engine import native
-from sedac.engine.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable, NeuronWeights, sort_neurons
-from sedac.engine.state import State
-from sedac.engine.tokens import Tokens
-from sedac.policy import Layout, Policy
+from sedac.engine.backends import native
+from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable, NeuronWeights, sort_neurons
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import Tokens
+from sedac.policy.model import Layout, Policy
 from sedac.probe.levels import Level, Neurons, activate, reduce_mlp
 
 D, F, LAYERS = 64, 160, 2

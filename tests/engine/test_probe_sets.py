@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sedac.engine.state import State
+from sedac.engine.step.state import State
 from sedac.errors import PolicyInvalid
-from sedac.policy import Canary, Checkpoint, Policy
+from sedac.policy.model import Canary, Checkpoint, Policy
 from sedac.probe import artifact
 from sedac.probe.levels import Level, Neurons
 from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord

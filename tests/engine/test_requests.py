@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from sedac.engine.requests import Requests
-from sedac.engine.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT
-from sedac.policy import ARM_KEY, CANARY, CERTIFICATE_KEY, ROLLOUT_KEY, TIER_KEY, Canary, Checkpoint, Policy, Tier
+from sedac.engine.step.requests import Requests
+from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT
+from sedac.policy.model import ARM_KEY, CANARY, CERTIFICATE_KEY, ROLLOUT_KEY, TIER_KEY, Canary, Checkpoint, Policy, Tier
 
 from tests.engine.test_state import make_state
 from tests.strategies import certify

@@ -1,4 +1,4 @@
-"""Seeded requests whose prompts are read in pieces: vLLM's CPU runner would end the engine (see engine/sampling.py, `mend_seeds`)."""
+"""Seeded requests whose prompts are read in pieces: vLLM's CPU runner would end the engine (see engine/vllm/sampling.py, `mend_seeds`)."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedac.engine.levels import LevelTable
-from sedac.engine.state import State
-from sedac.engine.tokens import DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy import Adaptation, Checkpoint, Layout, Policy, Tier
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
+from sedac.policy.model import Adaptation, Checkpoint, Layout, Policy, Tier
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe
 

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from sedac.certificate import get_knobs_digest
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import Policy
+from sedac.policy.certificate import get_knobs_digest
+from sedac.policy.check import validate
+from sedac.policy.model import Policy
+from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import LevelRecord, TierRecord, read_manifest
-from sedac.validation import validate
-from sedac.weights import get_weights_digest
 from sedac_probes.certification import certify, losses, policy_file, prompts
 from sedac_probes.certification.family import TIER, Member, make_family, make_layout, make_policy, parse_member
 from sedac_probes.certification.session import Settings

@@ -239,7 +239,7 @@ _ENGINE_JOB = f"""
 import json, sys
 from pathlib import Path
 import torch
-from sedac.policy import Policy, Speculation
+from sedac.policy.model import Policy, Speculation
 from sedac_probes.collecting.recording import start_engine
 from vllm import SamplingParams
 

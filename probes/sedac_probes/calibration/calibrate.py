@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sedac.errors import ConfigError
-from sedac.policy import FULL
+from sedac.policy.model import FULL
 from sedac.probe import artifact
 from sedac.probe.cascade import Knobs
 from sedac.probe.levels import Level, Neurons, Reduction, Score

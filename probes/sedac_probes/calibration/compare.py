@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sedac.errors import ConfigError
-from sedac.policy import Rule, Scope
+from sedac.policy.model import Rule, Scope
 from sedac.probe.artifact import ProbeSet
 from sedac.probe.cascade import Knobs
 from sedac.probe.levels import Neurons

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sedac.certificate import Certificate, get_knobs_digest
 from sedac.errors import ConfigError
-from sedac.policy import Policy
+from sedac.policy.certificate import Certificate, get_knobs_digest
+from sedac.policy.check import validate
+from sedac.policy.model import Policy
+from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import read_manifest
-from sedac.validation import validate
-from sedac.weights import get_weights_digest
 
 from sedac_probes.certification import bounds
 from sedac_probes.certification.family import TIER, Member, make_layout, make_policy

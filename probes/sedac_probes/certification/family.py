@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sedac.errors import ConfigError
-from sedac.policy import FULL, SKIP, Checkpoint, Layout, Policy, Tier
+from sedac.policy.check import validate
+from sedac.policy.model import FULL, SKIP, Checkpoint, Layout, Policy, Tier
 from sedac.probe.manifest import LevelRecord, Manifest
-from sedac.validation import validate
 
 TIER = "certified"
 """name of the tier that certification adds"""

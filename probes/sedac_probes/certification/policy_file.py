@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from google.protobuf import json_format
-from sedac import wire
-from sedac.control.v1 import control_pb2
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError
-from sedac.policy import Policy
+from sedac.policy.model import Policy
 
 
 def write(path: Path, policy: Policy, comment: str) -> None:

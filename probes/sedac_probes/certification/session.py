@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sedac.certificate import get_knobs_digest
 from sedac.errors import ConfigError
-from sedac.policy import EXACT, Policy
+from sedac.policy.certificate import get_knobs_digest
+from sedac.policy.model import EXACT, Policy
+from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import read_manifest
-from sedac.weights import get_weights_digest
 
 from sedac_probes.certification import prompts
 from sedac_probes.certification.bounds import Procedure

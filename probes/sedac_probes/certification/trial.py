@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sedac.errors import ConfigError
-from sedac.policy import EXACT, TIER_KEY, Policy
+from sedac.policy.model import EXACT, TIER_KEY, Policy
 from sedac.versions import find_vllm_version
 from tqdm import tqdm
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from sedac.errors import ConfigError
-from sedac.weights import get_weights_digest
+from sedac.policy.weights import get_weights_digest
 from torch import Tensor
 from tqdm import tqdm
 

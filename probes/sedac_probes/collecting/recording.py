@@ -70,7 +70,7 @@ def start_engine(
         max_model_len=max_length,
         max_num_batched_tokens=max(2048, max_length),
         max_num_seqs=num_sequences,
-        worker_cls="sedac.engine.worker.SedacWorker",
+        worker_cls="sedac.engine.step.worker.SedacWorker",
         additional_config={"sedac": entry},
         **({"tensor_parallel_size": tensor_parallel_size} if tensor_parallel_size > 1 else {}),
         **({"speculative_config": speculative} if draft else {}),

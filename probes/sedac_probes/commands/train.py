@@ -106,7 +106,7 @@ def train(
 def _measure(collection: Path, description: Any, texts: list[Path] | None, level: str, levels_from: Path | None, *, whole: bool) -> Path | None:
     """Measure damage, of all documents or of the held-out ones; None where it is not needed and can't be had."""
     from sedac.errors import ConfigError
-    from sedac.weights import get_weights_digest
+    from sedac.policy.weights import get_weights_digest
 
     from sedac_probes import corpus
     from sedac_probes.calibration.reduced import ReducedModel

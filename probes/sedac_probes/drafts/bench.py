@@ -15,11 +15,11 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from sedac.errors import ConfigError
-from sedac.policy import FULL, MAX_DRAFT_TOKENS
+from sedac.policy.model import FULL, MAX_DRAFT_TOKENS
+from sedac.policy.weights import get_weights_digest
 from sedac.probe import artifact
 from sedac.probe.draft import REDUCED, DraftManifest, save_draft
 from sedac.probe.manifest import LevelRecord
-from sedac.weights import get_weights_digest
 from torch import Tensor
 from tqdm import tqdm
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from sedac.errors import ConfigError
-from sedac.policy import FULL
+from sedac.policy.model import FULL
 from sedac.probe.manifest import LevelRecord
 
 from sedac_probes.drafts.acceptance import StepCosts

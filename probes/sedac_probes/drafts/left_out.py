@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-from sedac.policy import FULL
+from sedac.policy.model import FULL
 from torch import Tensor
 
 from sedac_probes.calibration.reduced import Batch, Form, Plain

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
-from sedac.policy import FULL
+from sedac.policy.model import FULL
 
 from sedac_probes.drafts.acceptance import CONFIDENCES, Proposal, Rollout, StepCosts
 from sedac_probes.drafts.costs import PartCosts

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sedac.contract.stats import DraftingStats
 from sedac.errors import ConfigError
-from sedac.policy import Policy, Speculation
-from sedac.stats import DraftingStats
+from sedac.policy.model import Policy, Speculation
 
 _MAX_ERROR = 600
 

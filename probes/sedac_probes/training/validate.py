@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sedac.policy import FULL, SKIP, Policy
+from sedac.policy.model import FULL, SKIP, Policy
 from sedac.probe import artifact
 from sedac.probe.cascade import Knobs
 from torch import Tensor

@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sedac import wire
 from sedac.agent.audits import Auditor
 from sedac.agent.engine import AttachedEngine, PartlyRefused
 from sedac.agent.evidence import Book, open_book
@@ -22,12 +21,13 @@ from sedac.agent.following import Follower, Outcome
 from sedac.agent.metrics import EngineMetrics, get_target_exit_rates
 from sedac.agent.promise import Terms
 from sedac.agent.pushes import Fetch, Orders, Preparation, ProbeSetSource
-from sedac.control.v1 import control_pb2
+from sedac.contract import wire
+from sedac.contract.stats import Stats
+from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy import EXACT, FULL, Canary, Layout, Policy, Tier
+from sedac.policy.check import validate
+from sedac.policy.model import EXACT, FULL, Canary, Layout, Policy, Tier
 from sedac.settings import EngineSettings
-from sedac.stats import Stats
-from sedac.validation import validate
 
 _log = logging.getLogger(__name__)
 _PREPARE_SECONDS = 180.0  # for fetching, verifying and preloading probe sets

@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from sedac.agent.evidence import Page
 from sedac.agent.scoring import Answer, AuditFailed, Failure, Loss, score
-from sedac.policy import EXACT, TIER_KEY
+from sedac.policy.model import EXACT, TIER_KEY
 
 _log = logging.getLogger(__name__)
 _PRIORITY = 2**31 - 1  # the greatest number is served last

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from sedac.policy import MAX_DRAFT_TOKENS
-from sedac.stats import CONTROLLER_STATES, ControllerStats, DraftingStats
+from sedac.contract.stats import CONTROLLER_STATES, ControllerStats, DraftingStats
+from sedac.policy.model import MAX_DRAFT_TOKENS
 
 _LABELS = ["model_name", "engine", "kind"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sedac.agent.scoring import Loss
-from sedac.evidence import Limits, LossCounts, Moments, get_limits
-from sedac.policy import CANARY, EXACT, STABLE, Policy
-from sedac.stats import Evidence
+from sedac.contract.evidence import Limits, LossCounts, Moments, get_limits
+from sedac.contract.stats import Evidence
+from sedac.policy.model import CANARY, EXACT, STABLE, Policy
 
 _UNIT = 1000
 

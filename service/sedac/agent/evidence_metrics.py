@@ -12,8 +12,8 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from sedac.agent.evidence import Book, Page
 from sedac.agent.scoring import FAILURES, Failure, Loss
-from sedac.evidence import Limits
-from sedac.policy import CANARY, EXACT, STABLE
+from sedac.contract.evidence import Limits
+from sedac.policy.model import CANARY, EXACT, STABLE
 
 _LABELS = ["model_name", "engine"]
 _ARMS = (STABLE, CANARY)

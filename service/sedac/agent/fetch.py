@@ -20,10 +20,10 @@ from typing import BinaryIO
 
 import grpc
 
-from sedac.control.v1 import control_pb2, probe_sets_pb2, probe_sets_pb2_grpc
-from sedac.credentials import Metadata
+from sedac.contract.credentials import Metadata
+from sedac.contract.v1 import control_pb2, probe_sets_pb2, probe_sets_pb2_grpc
 from sedac.errors import ArtifactError
-from sedac.fit import ProbeSetSummary
+from sedac.policy.fit import ProbeSetSummary
 from sedac.probe.manifest import FORMAT, MAX_MANIFEST_BYTES
 from sedac.probe.verify import WEIGHTS, Verified, verify
 

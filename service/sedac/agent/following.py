@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 import grpc
 from google.rpc import code_pb2, status_pb2
 
-from sedac import wire
 from sedac.agent.pushes import Fetch, Orders, read_push
-from sedac.control.v1 import control_pb2, control_pb2_grpc
-from sedac.credentials import Credentials, read_credentials
+from sedac.contract import wire
+from sedac.contract.credentials import Credentials, read_credentials
+from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import ControlUnavailable, PolicyInvalid, SedacError
 
 _log = logging.getLogger(__name__)

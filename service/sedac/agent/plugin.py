@@ -18,7 +18,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request
 from starlette.datastructures import State
 
-from sedac import __version__, wire
+from sedac import __version__
 from sedac.agent import promise
 from sedac.agent.agent import Agent
 from sedac.agent.audits import Auditor
@@ -26,13 +26,14 @@ from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.promise import Terms
 from sedac.agent.watch import Watch
-from sedac.control.v1 import control_pb2
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError
-from sedac.policy import FULL, SKIP, Layout, Policy
+from sedac.policy.model import FULL, SKIP, Layout, Policy
+from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import read_manifest
 from sedac.settings import EngineSettings, read_settings
 from sedac.versions import find_vllm_version
-from sedac.weights import get_weights_digest
 
 _log = logging.getLogger(__name__)
 _MAX_ID_CHARS = 256
@@ -116,7 +117,7 @@ class AgentPlugin:
 
 
 def _share_vllm_log() -> None:
-    """Let the agent's lines out where vLLM's go, where a library has set up the root logger for warnings alone (engine/plugin.py gives way)."""
+    """Let the agent's lines out where vLLM's go, where a library has set up the root logger for warnings alone (engine/vllm/plugin.py gives way)."""
     ours, theirs = logging.getLogger("sedac"), logging.getLogger("vllm")
     if not ours.handlers and not ours.isEnabledFor(theirs.getEffectiveLevel()):
         ours.handlers, ours.propagate = list(theirs.handlers), False

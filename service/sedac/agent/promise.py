@@ -3,7 +3,7 @@
 Its arm is the policy in force, or a roll-out's candidate for that roll-out's share of the keys. A bounded request may be reduced; the KV
 it writes is kept apart from that of every other promise by a cache salt that names its tier, its roll-out, its own knobs and its
 certificate. An exact one is never reduced, whatever policy comes later, and never reads KV that was written under a bounded decision.
-The workers find the promise in `SamplingParams.extra_args`, under the keys of policy.py.
+The workers find the promise in `SamplingParams.extra_args`, under the keys of policy/model.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import quote
 from vllm.exceptions import VLLMValidationError
 
 from sedac.agent.scoring import is_auditable
-from sedac.policy import (
+from sedac.policy.model import (
     ARM_KEY,
     AUDIT_KEY,
     CANARY,

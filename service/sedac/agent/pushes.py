@@ -16,16 +16,16 @@ from typing import TypeVar
 
 import grpc
 
-from sedac import wire
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.fetch import FetchedSet, fetch
-from sedac.control.v1 import control_pb2
-from sedac.credentials import Credentials
+from sedac.contract import wire
+from sedac.contract.credentials import Credentials
+from sedac.contract.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
-from sedac.fit import ProbeSetSummary
-from sedac.policy import Canary, Layout, Policy
+from sedac.policy.check import validate
+from sedac.policy.fit import ProbeSetSummary
+from sedac.policy.model import Canary, Layout, Policy
 from sedac.settings import EngineSettings
-from sedac.validation import validate
 
 _log = logging.getLogger(__name__)
 _MAX_PUSH_BYTES = 2**18  # the largest policy that is valid takes a tenth of it

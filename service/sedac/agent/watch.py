@@ -19,7 +19,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from sedac.agent.evidence import Book, Page
 from sedac.agent.promise import KEPT
 from sedac.agent.scoring import Answer, is_greedy
-from sedac.policy import AUDIT_KEY, ROLLOUT_KEY, TIER_KEY
+from sedac.policy.model import AUDIT_KEY, ROLLOUT_KEY, TIER_KEY
 
 _log = logging.getLogger(__name__)
 _MARK = "sedac_watched"

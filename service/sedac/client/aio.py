@@ -16,9 +16,9 @@ from sedac.client.diff import Change
 from sedac.client.probe_files import ProbeSetDownload, ProbeSetUpload, Progress
 from sedac.client.requests import Call, Knobs
 from sedac.client.steps import Pause, Steps
-from sedac.control.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
-from sedac.credentials import Credentials
-from sedac.policy import Policy
+from sedac.contract.credentials import Credentials
+from sedac.contract.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
+from sedac.policy.model import Policy
 
 _T = TypeVar("_T")
 

@@ -17,9 +17,9 @@ from sedac.client.diff import Change
 from sedac.client.probe_files import ProbeSetDownload, ProbeSetUpload, Progress
 from sedac.client.requests import Call, Knobs
 from sedac.client.steps import Pause, Steps
-from sedac.control.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
-from sedac.credentials import Credentials
-from sedac.policy import Policy
+from sedac.contract.credentials import Credentials
+from sedac.contract.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
+from sedac.policy.model import Policy
 
 _T = TypeVar("_T")
 
@@ -48,7 +48,7 @@ class ControlClient(Connection):
         self._channel.close()
 
     def get_policy(self, revision: int = 0) -> control_pb2.Policy:
-        """Return the policy in force, or one revision of it; `sedac.wire.policy_from_proto` makes it plain Python."""
+        """Return the policy in force, or one revision of it; `sedac.contract.wire.policy_from_proto` makes it plain Python."""
         return self._call(requests.get_policy(revision))
 
     def update_policy(

@@ -14,9 +14,9 @@ from urllib.parse import quote
 import grpc
 from grpc_status import rpc_status
 
-from sedac import wire
-from sedac.control.v1 import audit_log_pb2_grpc, control_pb2_grpc, probe_sets_pb2_grpc, rollouts_pb2_grpc
-from sedac.credentials import Credentials, Metadata, read_credentials
+from sedac.contract import wire
+from sedac.contract.credentials import Credentials, Metadata, read_credentials
+from sedac.contract.v1 import audit_log_pb2_grpc, control_pb2_grpc, probe_sets_pb2_grpc, rollouts_pb2_grpc
 from sedac.errors import ControlUnavailable, LimitExceeded, PermissionDenied, SedacError, Unauthenticated
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"

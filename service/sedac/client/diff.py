@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sedac.policy import Policy
+from sedac.policy.model import Policy
 
 _KEYS = ("layer", "name", "engine_id")
 """what tells the members of a list apart, so that one put in before them doesn't change them all"""

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from sedac.control.v1 import probe_sets_pb2
+from sedac.contract.v1 import probe_sets_pb2
 from sedac.errors import ArtifactError
 from sedac.probe.manifest import read_manifest
 

@@ -12,9 +12,9 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 from google.protobuf import field_mask_pb2
 
-from sedac import wire
-from sedac.control.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
-from sedac.policy import Policy
+from sedac.contract import wire
+from sedac.contract.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
+from sedac.policy.model import Policy
 
 _T = TypeVar("_T")
 Service = Literal["Control", "ProbeSets", "Rollouts", "AuditLog"]

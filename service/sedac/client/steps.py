@@ -13,13 +13,13 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from sedac import wire
 from sedac.client import requests
 from sedac.client.diff import Change, find_policy_changes
 from sedac.client.requests import Call
-from sedac.control.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
+from sedac.contract import wire
+from sedac.contract.v1 import audit_log_pb2, control_pb2, probe_sets_pb2, rollouts_pb2
 from sedac.errors import NotSynced
-from sedac.policy import Policy
+from sedac.policy.model import Policy
 
 _T = TypeVar("_T")
 _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.05, 0.5

@@ -1,6 +1,6 @@
 """The decision rule of one checkpoint, pure: which tokens are confident here, and at which level they go on.
 
-The engine's plain form, the oracle of its native kernel (engine/kernels/checkpoint.cpp), and what the workshop simulates with.
+The engine's plain form, the oracle of its native kernel (engine/backends/kernels/checkpoint.cpp), and what the workshop simulates with.
 N tokens that may still be decided about.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sedac.policy import Rule, Scope
+from sedac.policy.model import Rule, Scope
 
 
 @dataclass(frozen=True, kw_only=True)

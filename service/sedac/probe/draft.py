@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sedac.errors import ArtifactError
-from sedac.policy import MAX_DRAFT_TOKENS as MAX_DRAFT_TOKENS
+from sedac.policy.model import MAX_DRAFT_TOKENS as MAX_DRAFT_TOKENS
 from sedac.probe.draft_manifest import ADAPTER as ADAPTER
 from sedac.probe.draft_manifest import EXIT_HEAD as EXIT_HEAD
 from sedac.probe.draft_manifest import FORMAT as FORMAT

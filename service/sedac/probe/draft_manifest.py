@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sedac.errors import ArtifactError
-from sedac.policy import FULL, MAX_DRAFT_TOKENS
+from sedac.policy.model import FULL, MAX_DRAFT_TOKENS
 
 FORMAT = "sedac-draft/1"
 ADAPTER, EXIT_HEAD, REDUCED = "adapter", "exit-head", "reduced"

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from sedac.engine.cuda.forms import FEW, MANY, MIDDLE
-from sedac.engine.levels import KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
-from sedac.engine.state import State
-from sedac.engine.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy import Canary, Checkpoint, Layout, Policy
+from sedac.engine.backends.cuda.forms import FEW, MANY, MIDDLE
+from sedac.engine.backends.levels import KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT, Tokens
+from sedac.policy.model import Canary, Checkpoint, Layout, Policy
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe
 from torch.nn import functional

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sedac.engine import checkpoint, mlp
-from sedac.engine.cuda import forms, gated
-from sedac.engine.levels import LevelTable
-from sedac.engine.state import State
-from sedac.engine.tokens import DECIDES, Tokens
+from sedac.engine.backends import mlp
+from sedac.engine.backends.cuda import forms, gated
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.step import checkpoint
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import DECIDES, Tokens
 from sedac.errors import UnsupportedModel
-from sedac.policy import Checkpoint, Layout, Policy, Tier
+from sedac.policy.model import Checkpoint, Layout, Policy, Tier
 from sedac.probe.levels import Level, Neurons, reduce_mlp
 from sedac.probe.probe import LREProbe
 from torch import nn
@@ -179,7 +180,7 @@ def test_long_passes_outside_graphs_never_wait_for_the_device(monkeypatch):
     model = Model()
     model.state.apply(Policy(enabled=True), 1)
     made = model.make_mlp()
-    monkeypatch.setattr("sedac.engine.cuda.mlp.MAX_HOST_ROWS", 8)
+    monkeypatch.setattr("sedac.engine.backends.cuda.mlp.MAX_HOST_ROWS", 8)
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the host read a flag"))
     levels = [0, 1, 2, 3] * 5
     begin(model.state, levels)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sedac.engine.cuda import forms, guard, if_nodes
+from sedac.engine.backends.cuda import forms, guard, if_nodes
 
 from tests.cuda.interpreted.test_mlp import Case, D
 
@@ -38,7 +38,7 @@ def capture() -> Iterator[list[tuple[str, int]]]:
     captured._streams = ["outer", "inner"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(guard, "is_capturing", lambda: True)
-        patch.setattr("sedac.engine.cuda.mlp.is_capturing", lambda: True)
+        patch.setattr("sedac.engine.backends.cuda.mlp.is_capturing", lambda: True)
         patch.setattr(if_nodes, "get", lambda: captured)
         patch.setattr(torch.Tensor, "__bool__", lambda self: pytest.fail("the host read a flag while capturing"))
         yield nodes

@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from sedac.engine.cuda import forms
-from sedac.engine.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
-from sedac.engine.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
-from sedac.engine.state import State
-from sedac.engine.tokens import DECIDES, Tokens
-from sedac.policy import Layout, Policy
+from sedac.engine.backends.cuda import forms
+from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
+from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import DECIDES, Tokens
+from sedac.policy.model import Layout, Policy
 from sedac.probe.levels import Level, activate
 from torch.nn import functional
 

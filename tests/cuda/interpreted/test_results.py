@@ -7,10 +7,10 @@ import functools
 import numpy as np
 import pytest
 import torch
-from sedac.engine.cuda.results import Waiting
-from sedac.engine.requests import Requests
-from sedac.engine.tokens import DECIDES, Tokens
-from sedac.policy import Adaptation, Checkpoint, Policy
+from sedac.engine.backends.cuda.results import Waiting
+from sedac.engine.step.requests import Requests
+from sedac.engine.step.tokens import DECIDES, Tokens
+from sedac.policy.model import Adaptation, Checkpoint, Policy
 
 from tests.cuda.interpreted.test_decide import D, make_state, make_tokens
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from sedac.stats import ControllerStats
+from sedac.contract.stats import ControllerStats
 
 _PACE = 0.02
 """weight of the newest step in the moving averages"""

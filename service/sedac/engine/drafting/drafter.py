@@ -25,6 +25,7 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from sedac.contract.stats import DraftingStats
 from sedac.engine.drafting import draws
 from sedac.engine.drafting.acceptance import Acceptance
 from sedac.engine.drafting.attention import DraftAttention
@@ -34,10 +35,9 @@ from sedac.engine.drafting.model import DraftModel, make_layers, make_norm
 from sedac.engine.drafting.native import NativeDraft
 from sedac.engine.drafting.totals import Totals
 from sedac.errors import ConfigError, UnsupportedModel
-from sedac.policy import FULL, Speculation
+from sedac.policy.model import FULL, Speculation
 from sedac.probe.draft import REDUCED, load_head, read_draft_manifest
 from sedac.probe.draft_manifest import check_fit
-from sedac.stats import DraftingStats
 
 _log = logging.getLogger(__name__)
 _HEAD_PREFIX = "sedac_draft.layers"

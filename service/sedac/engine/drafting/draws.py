@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-from sedac.engine import native
+from sedac.engine.backends import native
 
 _SEED_SALT = 0x5EDAC
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from sedac.engine import native
+from sedac.engine.backends import native
+from sedac.engine.backends.levels import find_activation
+from sedac.engine.backends.mlp import find_handler
 from sedac.engine.drafting.heads import HeadLayer, Nothing
-from sedac.engine.levels import find_activation
-from sedac.engine.mlp import find_handler
 
 _log = logging.getLogger(__name__)
 _NONE = torch.empty(0)

@@ -29,7 +29,7 @@ def _with_tap(base: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            # the sum in fp32, for the reason given in engine/checkpoint.py
+            # the sum in fp32, for the reason given in engine/step/checkpoint.py
             torch.ops.vllm.sedac_tap(hidden_TD.float() + residual_TD.float(), self.sedac_stream_TD)
         else:
             torch.add(hidden_TD, residual_TD, out=self.sedac_stream_TD[: hidden_TD.shape[0]])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sedac.stats import ControllerStats, DraftingStats
+from sedac.contract.stats import ControllerStats, DraftingStats
 
 
 class Totals:

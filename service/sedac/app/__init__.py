@@ -1,0 +1,1 @@
+"""The programs: `sedac` with its commands, and what starts an engine."""

@@ -1,0 +1,159 @@
+"""`sedac doctor`: what is attached, to which vLLM, and why not if not."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from sedac.app.launch import choose_draft, read_draft, with_demo_defaults
+from sedac.engine.vllm.graphs import find_graph_mode, is_cuda
+from sedac.errors import SedacError
+from sedac.policy.model import Speculation
+from sedac.probe.manifest import Manifest, read_manifest
+from sedac.settings import EngineSettings, read_settings
+from sedac.versions import find_vllm_version
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    state: Literal["ok", "absent", "bad"]
+    detail: str
+
+
+def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None = None, vllm_args: Sequence[str] = ()) -> list[Finding]:
+    """Look at the installation, the model, the probe set, the draft and a running engine; nothing is started or changed.
+
+    `vllm_args`: flags of vLLM's own with which `sedac serve` would be started.
+    """
+    findings = [*_examine_installation(), _examine_device(vllm_args)]
+    try:
+        filled = with_demo_defaults(read_settings(model=model or None, probe_dir=probe_set, draft_dir=draft))
+        settings, reason = choose_draft(filled, vllm_args)
+    except SedacError as error:
+        return [*findings, Finding("settings", "bad", str(error))]
+    findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
+    return [*findings, *_examine_model(settings, reason), examine_engine(url)]
+
+
+def _examine_installation() -> Iterator[Finding]:
+    try:
+        yield Finding("vLLM", "ok", find_vllm_version())
+    except SedacError as error:
+        yield Finding("vLLM", "bad", str(error))
+        return
+    for group, name in (("vllm.general_plugins", "sedac"), ("vllm.endpoint_plugins", "sedac_agent")):
+        try:
+            (entry,) = importlib.metadata.entry_points(group=group, name=name)
+            entry.load()
+            yield Finding(f"plugin {name}", "ok", entry.value)
+        except ValueError:
+            yield Finding(f"plugin {name}", "bad", f"no entry point in {group}: install SEDAC into vLLM's environment")
+        except ImportError as error:
+            yield Finding(f"plugin {name}", "bad", f"does not import: {error}")
+
+
+def _examine_device(vllm_args: Sequence[str]) -> Finding:
+    if not is_cuda():
+        return Finding("device", "ok", "CPU, or what else vLLM finds: no NVIDIA GPU, or a vLLM that was not built for one")
+    return Finding("device", "ok", f"CUDA, cudagraph_mode {find_graph_mode(vllm_args)}")
+
+
+def _examine_model(settings: EngineSettings, left_out: str) -> Iterator[Finding]:
+    path = Path(settings.model) / "config.json"
+    if not path.is_file():
+        yield Finding("model", "absent", f"{settings.model} is not a local directory: its architecture is checked when the engine starts")
+        config = {}
+    else:
+        config = json.loads(path.read_text())
+        yield _examine_architecture(config["architectures"][0])
+    try:
+        manifest = read_manifest(settings.probe_dir)
+        policy = settings.make_policy(manifest)
+    except SedacError as error:
+        yield Finding("probe set", "bad", str(error))
+        return
+    text_config = config.get("text_config", config)
+    expected = (text_config.get("hidden_size", manifest.hidden_size), text_config.get("num_hidden_layers", manifest.num_layers))
+    if (manifest.hidden_size, manifest.num_layers) != expected:
+        yield Finding(
+            "probe set", "bad", f"{manifest.name} is for hidden size, layers {manifest.hidden_size}, {manifest.num_layers}; the model has {expected}"
+        )
+    else:
+        layers = ", ".join(str(p.layer) for p in manifest.probes)
+        yield Finding("probe set", "ok", f"{manifest.name}, rank {manifest.rank}, checkpoints after layers {layers} of {manifest.num_layers}")
+        levels = ", ".join(f"{level.name} (saves {level.saved:.0%}, perplexity x {level.perplexity_ratio:.3f})" for level in manifest.levels)
+        yield Finding("levels", "ok" if levels else "absent", levels or "full and skip alone: the probe set has no reduced ones")
+        tiers = ", ".join(tier.name for tier in policy.get_tiers())
+        yield Finding("tiers", "ok", f"exact, {tiers}; requests that name none get {policy.default_tier if policy.enabled else 'exact'}")
+        yield _examine_draft(settings, manifest, policy.speculation, left_out)
+
+
+def _examine_draft(settings: EngineSettings, manifest: Manifest, knobs: Speculation, left_out: str) -> Finding:
+    try:
+        draft = read_draft(settings, manifest)
+    except SedacError as error:
+        return Finding("draft", "bad", str(error))
+    if draft is None and left_out:
+        return Finding("draft", "absent", f"the demo model's is left out: {left_out}")
+    if draft is None:
+        return Finding("draft", "absent", "none, so nothing is drafted; name one with --draft or SEDAC_DRAFT_DIR")
+    room = settings.draft_tokens or draft.max_tokens
+    use = f"up to {room} tokens per step" if knobs.enabled else f"room for {room} tokens per step, off at first (SEDAC_SPECULATION=0)"
+    return Finding("draft", "ok", f"{draft.name}: {draft.kind}, {draft.depth} of {draft.num_layers} layers, {use}")
+
+
+def _examine_architecture(architecture: str) -> Finding:
+    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
+
+    if architecture not in _TEXT_GENERATION_MODELS:
+        return Finding("architecture", "bad", f"{architecture} is not a text-generation architecture of this vLLM")
+    module = importlib.import_module(f"vllm.model_executor.models.{_TEXT_GENERATION_MODELS[architecture][0]}")
+    for name, layer in inspect.getmembers(module, inspect.isclass):
+        if name.endswith("DecoderLayer"):
+            parameters = [p for p in inspect.signature(vars(layer).get("forward", layer)).parameters if p != "self"]
+            if parameters[:3] == ["positions", "hidden_states", "residual"]:
+                return Finding("architecture", "ok", f"{architecture}: {name}(positions, hidden_states, residual)")
+    return Finding("architecture", "bad", f"{architecture} has no decoder layer (positions, hidden_states, residual); serve it without SEDAC")
+
+
+def examine_engine(url: str) -> Finding:
+    """Ask the engine that answers at `url` what it has attached."""
+    try:
+        with urllib.request.urlopen(f"{url}/sedac/status", timeout=3) as answer:
+            status = json.load(answer)
+    except urllib.error.HTTPError:
+        return Finding("running engine", "bad", f"{url} runs without SEDAC's agent: start it with `sedac serve`")
+    except OSError:
+        return Finding("running engine", "absent", f"nothing answers at {url}")
+    layout = status.get("layout")
+    if not layout:
+        return Finding("running engine", "bad", f"{url}: {status.get('state')}")
+    layers = ", ".join(map(str, layout["checkpoint_layers"]))
+    draft = f"draft {layout['draft']}, up to {layout['max_draft_tokens']} tokens" if layout.get("draft") else "no draft"
+    return Finding("running engine", "ok", f"{url}: {status['state']}, revision {status['revision']}, checkpoints after layers {layers}, {draft}")
+
+
+def show(findings: list[Finding], *, as_json: bool) -> None:
+    """Print the findings as a table or as JSON."""
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "what", "found", box=None)
+    marks = {"ok": "[green]ok[/]", "absent": "[yellow]--[/]", "bad": "[red]no[/]"}
+    for finding in findings:
+        table.add_row(marks[finding.state], finding.name, finding.detail)
+    Console().print(table)

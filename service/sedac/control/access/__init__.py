@@ -1,0 +1,1 @@
+"""Who may call: principals, roles, TLS, limits, the audit log."""

@@ -1,0 +1,1 @@
+"""What every room of the service stands on: settings, the database, metrics, errors as statuses."""

@@ -1,0 +1,1 @@
+"""Engines: who is attached, what each runs and reports."""

@@ -1,0 +1,1 @@
+"""Policies: the store of revisions, what changes them, who watches them."""

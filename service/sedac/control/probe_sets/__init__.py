@@ -1,0 +1,1 @@
+"""Probe sets: the store of artifacts and its service."""

@@ -1,0 +1,1 @@
+"""Roll-outs and the guard: evidence, verdicts, and what follows from them."""

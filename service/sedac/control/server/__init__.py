@@ -1,0 +1,1 @@
+"""The process: it wires every room together and answers for its health."""

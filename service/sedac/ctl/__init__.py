@@ -1,0 +1,1 @@
+"""`sedac ctl`: its commands, their options and their tables."""

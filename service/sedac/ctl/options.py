@@ -1,0 +1,71 @@
+"""The options that commands of `sedac ctl` share, and how what is given there is read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from google.protobuf import json_format
+
+from sedac.contract.v1 import control_pb2
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table; one line per event for watches.")]
+Comment = Annotated[str, typer.Option(help="Why; kept with the revision.")]
+Wait = Annotated[float, typer.Option(help="Seconds to wait until every engine runs the new revision; 0: don't wait.")]
+DryRun = Annotated[bool, typer.Option(help="Check against the attached engines and change nothing.")]
+
+_ADAPTATION = "Adaptation"
+Adaptive = Annotated[
+    bool | None, typer.Option("--adaptive/--fixed", help="Whether thresholds follow target exit rates.", rich_help_panel=_ADAPTATION)
+]
+Frozen = Annotated[bool | None, typer.Option("--frozen/--thawed", help="Keep the adapted thresholds as they are.", rich_help_panel=_ADAPTATION)]
+ExitRates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exit-rate", help="LAYER=RATE or all=RATE, 0 to 1: share of the tokens evaluated there that shall exit.", rich_help_panel=_ADAPTATION
+    ),
+]
+Alpha = Annotated[
+    float | None, typer.Option(help="Over 0 to 1: how fast thresholds move; 0.1 averages about ten steps.", rich_help_panel=_ADAPTATION)
+]
+WarmupSteps = Annotated[int | None, typer.Option(help="Steps with evaluated tokens before the first change.", rich_help_panel=_ADAPTATION)]
+WindowTokens = Annotated[
+    int | None, typer.Option(help="64 to 65536: risks remembered per checkpoint; more is steadier and slower.", rich_help_panel=_ADAPTATION)
+]
+MinThreshold = Annotated[float | None, typer.Option(help="Adapted thresholds stay at or above it.", rich_help_panel=_ADAPTATION)]
+MaxThreshold = Annotated[float | None, typer.Option(help="Adapted thresholds stay at or below it.", rich_help_panel=_ADAPTATION)]
+
+Limit = Annotated[int, typer.Option(min=1, help="How many at most, newest first.")]
+
+
+def merge_by_layer(option: str, values: dict[int, float], given: Sequence[str]) -> dict[int, float]:
+    """Return `values` with the LAYER=VALUE and all=VALUE of an option put in."""
+    merged = dict(values)
+    for item in given:
+        layer, _, value = item.partition("=")
+        try:
+            layers = list(merged) if layer == "all" else [int(layer)]
+            merged |= dict.fromkeys(layers, float(value))
+        except ValueError:
+            raise typer.BadParameter(f"{option} {item!r}: give LAYER=VALUE or all=VALUE, such as 5=0.4") from None
+    return merged
+
+
+def parse_number_or(word: str, option: str, text: str) -> float | None:
+    """Return an option's number; None where it is the word."""
+    try:
+        return None if text == word else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{option} {text!r}: give a number from 0 to 1, or {word}") from None
+
+
+def read_policy_file(file: Path) -> control_pb2.Policy:
+    """Read a policy as JSON; - is standard input."""
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        return json_format.Parse(text, control_pb2.Policy())
+    except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+        raise typer.BadParameter(f"{file} can't be read as a policy: {error}") from None

@@ -1,0 +1,1 @@
+"""What happens around each step of an engine: requests, arms, their tokens, counters, adaptation."""

@@ -1,0 +1,235 @@
+"""The requests of a worker: what each one's tier lets its tokens get, and what it was computed with.
+
+A token counts as prompt by its position, not by how it was scheduled, so recomputing a preempted request or splitting a
+prompt changes nothing. T tokens of the step, N requests of the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sedac.engine.step.arms import ARMS, Arm
+from sedac.engine.step.state import State
+from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
+from sedac.policy.model import (
+    ARM_KEY,
+    CANARY,
+    CERTIFICATE_KEY,
+    EXACT,
+    LEVEL_KEY,
+    ROLLOUT_KEY,
+    SCALE_KEY,
+    SPECULATION_KEY,
+    TIER_KEY,
+    Policy,
+    Speculation,
+    Tier,
+)
+
+_MAX_FINISHED = 1000
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(kw_only=True)
+class _Request:
+    tier: str
+    """empty: the policy's default"""
+    level: str | None
+    scale: float
+    certificate: str
+    """its knobs' digest, as promised; empty: uncertified, from the start or since other knobs were in force"""
+    rollout: int = 0
+    """whose candidate shall serve it while it is in force; 0: none"""
+    version: int = -1
+    """of what is in force, for which the fields below were resolved"""
+    revision: int = 0
+    arm: Arm | None = None
+    tier_name: str = ""
+    probe_set_sha256: str = ""
+    """of the certificate that it was first computed under"""
+    may_draft: bool = True
+    """whether its sampling parameters and its own wish allow drafts"""
+    tier_row: int = 0
+    is_bounded: bool = False
+    floor: int = 0
+    goal: int = 0
+    role: int = 0
+    own_scale: float = 1.0
+    num_tokens: int = 0
+    num_saved: float = 0.0
+    prompt_risk: float = 0.0
+    num_prompt_risks: int = 0
+    difficulty: float | None = None
+    """factor on the thresholds from the prompt's own risk, once the prompt is over"""
+
+
+class Requests:
+    """Tracks requests by the engine's ids; driven by the worker once per step."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._running: dict[str, _Request] = {}
+        self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._key: tuple[Any, ...] | None = None
+        self._cached: Tokens | None = None
+
+    def add(self, request_id: str, extra: dict[str, Any], *, may_draft: bool = True) -> None:
+        """Remember a new request and its `vllm_xargs`."""
+        self._running[request_id] = _Request(
+            tier=str(extra.get(TIER_KEY, "")),
+            level=extra.get(LEVEL_KEY),
+            scale=float(extra.get(SCALE_KEY, 1.0)),
+            certificate=str(extra.get(CERTIFICATE_KEY, "")),
+            rollout=int(extra.get(ROLLOUT_KEY, 0)) if extra.get(ARM_KEY) == CANARY else 0,
+            may_draft=may_draft and str(extra.get(SPECULATION_KEY, "true")).lower() not in ("false", "0", "no", "off"),
+        )
+
+    def has(self, request_id: str) -> bool:
+        """Whether a request with this id runs, or has finished without having been counted."""
+        return request_id in self._running
+
+    def finish(self, request_ids: Iterable[str]) -> None:
+        """Keep only the reports of finished requests, and of these the newest."""
+        for request_id in request_ids:
+            if request_id in self._running:
+                self._finished[request_id] = self._make_report(request_id, self._running.pop(request_id))
+                if len(self._finished) > _MAX_FINISHED:
+                    self._finished.popitem(last=False)
+
+    def make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
+        """Return what the step's tokens may get; `bounds` (N + 1) are the first rows of the requests, the others (N) counts."""
+        state = self._state
+        decoding = bool((num_computed >= num_prompt).all()) or all(arm.policy.phase == "all" for arm in state.arms)
+        key = (state.version, tuple(request_ids), len(request_ids) == bounds[-1])
+        if decoding and key[2] and key == self._key and self._cached is not None:
+            return self._cached  # the same requests go on generating, a token each
+        tokens = self._make_tokens(request_ids, bounds, num_prompt, num_computed)
+        self._key, self._cached = (key, tokens) if decoding and key[2] else (None, None)
+        return tokens
+
+    def _make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
+        requests = [self._resolve(request_id) for request_id in request_ids]
+        policies = [arm.policy for _, arm in requests]
+        counts = np.diff(bounds)
+        num_full = np.where([p.phase == "all" for p in policies], 0, np.clip(num_prompt - num_computed, 0, counts))
+
+        def gather(values: Iterable[float], dtype: type) -> Array:
+            return np.repeat(np.fromiter(values, dtype=dtype, count=len(requests)), counts)
+
+        offset_T = np.arange(bounds[-1]) - np.repeat(bounds[:-1], counts)
+        bounded_T = gather((r.is_bounded for r, _ in requests), np.bool_)
+        reducible_T = bounded_T & (offset_T >= np.repeat(num_full, counts))
+        role_T = np.where(reducible_T, gather((r.role for r, _ in requests), np.uint8), np.uint8(0))
+        if any(p.sensitivity > 0 for p in policies):
+            observed_T = gather((OBSERVED | arm.role if arm.policy.sensitivity > 0 and arm.has_thresholds else 0 for _, arm in requests), np.uint8)
+            role_T = np.where(bounded_T & ~reducible_T, observed_T, role_T)
+            for (request, arm), full, count in zip(requests, num_full.tolist(), counts.tolist(), strict=True):
+                if arm.policy.sensitivity > 0 and request.difficulty is None and full < count:
+                    mean = request.prompt_risk / request.num_prompt_risks if request.num_prompt_risks else math.nan
+                    request.difficulty = arm.difficulty.get_scale(mean, arm.policy.sensitivity)
+                    arm.difficulty.add(mean)
+        return Tokens(
+            role_T=role_T,
+            floor_T=np.where(reducible_T, gather((r.floor for r, _ in requests), np.uint8), np.uint8(0)),
+            goal_T=gather((r.goal for r, _ in requests), np.uint8),
+            scale_T=gather((r.own_scale * (r.difficulty or 1.0) for r, _ in requests), np.float32),
+            tier_T=gather((r.tier_row for r, _ in requests), np.int64),
+        )
+
+    def _resolve(self, request_id: str) -> tuple[_Request, Arm]:
+        """Look the request's arm and tier up in what is in force; no such tier, or a policy not enabled: served in full."""
+        state, request = self._state, self._running[request_id]
+        if request.arm is not None and request.version == state.version:
+            return request, request.arm
+        arm, table = state.get_arm(request.rollout), state.table
+        if arm is not request.arm:
+            request.prompt_risk, request.num_prompt_risks = 0.0, 0  # so far by other probes, or none
+        policy, request.arm, request.version, request.revision = arm.policy, arm, state.version, state.revision
+        name = request.tier or policy.default_tier
+        tier = next((t for t in policy.get_tiers() if t.name == name), None) if policy.enabled else None
+        request.is_bounded, request.tier_name = tier is not None, name
+        self._check_certificate(request, policy)
+        tier = tier or Tier(name=EXACT)
+        request.tier_row = state.get_tier_row(tier.name)
+        level = tier.level if request.level is None or request.level not in table.names else request.level
+        request.floor, request.goal = table.get_index(tier.floor), table.get_index(level)
+        request.role = DECIDES | (SOFT if tier.soft_exit else 0) | arm.role
+        request.own_scale = tier.threshold_scale * request.scale
+        return request, arm
+
+    def _check_certificate(self, request: _Request, policy: Policy) -> None:
+        """Take the certificate of a request whose policy is switched off, or has another one: neither the certified answer nor the exact one."""
+        has = policy.certificate if policy.enabled else None
+        if has is None or has.knobs_sha256 != request.certificate or request.probe_set_sha256 not in ("", has.probe_set_sha256):
+            request.certificate = ""
+        elif has:
+            request.probe_set_sha256 = has.probe_set_sha256
+
+    def get_speculation(self, request_id: str) -> Speculation | None:
+        """Return the knobs under which the request may draft now; None: it may not."""
+        if not self._running[request_id].may_draft:
+            return None
+        request, arm = self._resolve(request_id)
+        speculation = arm.policy.speculation
+        if not speculation.enabled or (speculation.tiers and request.tier_name not in speculation.tiers):
+            return None
+        return speculation
+
+    def count_step(self, request_ids: Sequence[str], bounds: Array, saved_T: Array | None) -> None:
+        """Count the step's tokens and what they saved to their requests."""
+        is_enabled = self._state.is_enabled
+        saved_N = np.zeros(len(request_ids)) if saved_T is None else np.add.reduceat(saved_T, bounds[:-1])
+        for request_id, count, saved in zip(request_ids, np.diff(bounds).tolist(), saved_N.tolist(), strict=True):
+            request = self._running[request_id]
+            request.num_tokens += count
+            request.num_saved += saved
+            if not is_enabled:
+                request.certificate = ""  # nothing was resolved in this step
+        if saved_T is not None and any(arm.policy.sensitivity > 0 for arm in self._state.arms):
+            self._count_risks(request_ids, bounds)
+
+    def _count_risks(self, request_ids: Sequence[str], bounds: Array) -> None:
+        tokens = self._state.observed_tokens
+        assert tokens is not None
+        observed_T = tokens.role_T & OBSERVED > 0
+        for request_id, start, end in zip(request_ids, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            risk = self._state.risk_CT[:, start:end][:, observed_T[start:end]]
+            request = self._running[request_id]
+            request.prompt_risk += float(np.nansum(risk))
+            request.num_prompt_risks += int((~np.isnan(risk)).sum())
+
+    def _make_report(self, request_id: str, request: _Request) -> dict[str, Any]:
+        blocks = request.num_tokens * self._state.layout.num_layers
+        arm = request.arm or self._state.stable
+        return {
+            "request_id": request_id,
+            "arm": ARMS[arm.number],
+            "tier": request.tier_name or request.tier or arm.policy.default_tier,
+            "certified": bool(request.certificate),
+            "revision": request.revision,
+            "num_tokens": request.num_tokens,
+            "num_mlp_blocks_computed": blocks - request.num_saved,
+            "mlp_share": (blocks - request.num_saved) / blocks if blocks else 1.0,
+        }
+
+    def get_report(self, request_id: str) -> dict[str, Any] | None:
+        """Return the report of the request with this id, or of all its parts together; None: unknown.
+
+        vLLM's own ids are the answer's id, then `-` and a number for each prompt and choice and a random part.
+        """
+        reports = [self._make_report(i, r) for i, r in self._running.items()] + list(self._finished.values())
+        parts = [r for r in reports if r["request_id"] == request_id or r["request_id"].startswith(f"{request_id}-")]
+        if not parts:
+            return None
+        tokens, blocks = sum(r["num_tokens"] for r in parts), sum(r["num_mlp_blocks_computed"] for r in parts)
+        total = tokens * self._state.layout.num_layers
+        share = blocks / total if total else 1.0
+        whole = {"request_id": request_id, "num_tokens": tokens, "num_mlp_blocks_computed": blocks, "mlp_share": share}
+        return parts[0] | whole | {"certified": all(r["certified"] for r in parts)}

@@ -1,0 +1,239 @@
+"""The worker: vLLM's own, plus SEDAC's step boundaries and the remote calls `sedac_*`.
+
+Named by `--worker-cls sedac.engine.step.worker.SedacWorker`. Remote calls run on the same queue and thread as forward passes,
+so a policy changes between two passes, never within one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config.compilation import CompilationMode
+from vllm.forward_context import get_forward_context
+from vllm.platforms import current_platform
+from vllm.v1.outputs import ModelRunnerOutput
+
+from sedac.engine.backends import mlp
+from sedac.engine.drafting import setup
+from sedac.engine.drafting.drafter import Drafter
+from sedac.engine.step.record import NO_TOKEN, Recorder
+from sedac.engine.step.requests import Requests
+from sedac.engine.step.state import State
+from sedac.engine.vllm import sampling
+from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
+from sedac.policy.model import Canary, Policy
+
+if TYPE_CHECKING or current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+_log = logging.getLogger(__name__)
+
+
+class SedacWorker(_Worker):
+    """A vLLM worker whose model carries a SEDAC `State`."""
+
+    sedac_state: State
+    sedac_drafter: Drafter | None = None
+    """None: this engine drafts with another method of vLLM, or not at all"""
+
+    def init_device(self) -> Any:
+        """Make the device and the runner ready."""
+        setup.restore_processors()
+        return super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model and make sure that SEDAC is attached to it.
+
+        Raises:
+            UnsupportedModel: the model's class is not one that SEDAC can attach to.
+            ConfigError: the engine was started without SEDAC's layout.
+        """
+        super().load_model(*args, **kwargs)
+        sampling.mend_seeds(self.model_runner)
+        if self.vllm_config.speculative_config is not None:
+            sampling.mend()
+            sampling.skip_empty_verification(self.model_runner)
+        model = self.model_runner.get_model()
+        if not hasattr(model, "sedac_state"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} is not a text-generation architecture that SEDAC attaches to, or the plugin `sedac` is missing from "
+                "VLLM_PLUGINS; `sedac doctor` tells which"
+            )
+        if model.sedac_state is None:
+            raise ConfigError("SedacWorker needs the layout in --additional-config; start the engine with `sedac serve`")
+        self.sedac_state = model.sedac_state
+        self._sedac_requests = Requests(self.sedac_state)
+        self._sedac_in_step = False
+        for module in model.modules():
+            if hasattr(module, "sedac_handlers"):
+                mlp.finish(module)
+        drafter = getattr(self.model_runner, "drafter", None)
+        self.sedac_drafter = drafter if isinstance(drafter, Drafter) else None
+        if self.sedac_drafter is not None:
+            self.sedac_drafter.bind(self.model_runner, self._sedac_requests)
+        layout = self.sedac_state.layout
+        _log.info(
+            "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r (room for rank %d), levels %s, %s kernels%s",
+            type(model).__name__.removeprefix("Sedac"),
+            layout.num_layers,
+            ", ".join(map(str, layout.checkpoint_layers)) or "none",
+            layout.probe_set,
+            layout.max_rank,
+            ", ".join(layout.levels),
+            "native" if self.sedac_state.native else "plain torch" if self.sedac_state.device_forms is None else "Triton",
+            ", recording" if self.sedac_state.recorder else "",
+        )
+        self.model_runner._model_forward = functools.partial(self._sedac_forward, self.model_runner._model_forward)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up, and also the gated MLPs at the sizes that only exits bring."""
+        result = super().compile_or_warm_up_model()
+        if self.sedac_drafter is not None:
+            self.sedac_drafter.warm_up()
+        gated = [m for m in self.model_runner.get_model().modules() if hasattr(m, "sedac_handlers") and not m.sedac_native]
+        if gated and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+            mlp.warm_up(gated[-1], self.sedac_state.layout.hidden_size, self.model_config.dtype)
+        return result
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run one step, remembering what each new request asked for."""
+        waiting = self.sedac_state.device_forms and self.sedac_state.device_forms.waiting
+        for new in scheduler_output.scheduled_new_reqs:
+            if waiting and self._sedac_requests.has(new.req_id):
+                self.sedac_state.settle()  # the one before it under this id has finished, but was not counted
+            extra = new.sampling_params.extra_args if new.sampling_params else None
+            self._sedac_requests.add(new.req_id, extra or {}, may_draft=sampling.can_verify(new.sampling_params))
+        if waiting:
+            finished = tuple(scheduler_output.finished_req_ids)
+            waiting.then(lambda _: self._sedac_requests.finish(finished))
+        else:
+            self._sedac_requests.finish(scheduler_output.finished_req_ids)
+        if self.sedac_drafter is not None:
+            self.sedac_drafter.forget(scheduler_output.finished_req_ids)
+            self._sedac_drafts = scheduler_output.scheduled_spec_decode_tokens
+        self._sedac_in_step = scheduler_output.total_num_scheduled_tokens > 0
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self._sedac_in_step = False
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample, draft, and send the drafts along (see sedac.engine.drafting.setup)."""
+        result = super().sample_tokens(grammar_output)
+        if self.sedac_drafter is not None and isinstance(result, ModelRunnerOutput):
+            drafts = self.take_draft_token_ids()
+            setattr(result, setup.DRAFTS, drafts if drafts is not None and any(drafts.draft_token_ids) else None)
+        return result
+
+    def _sedac_forward(self, forward: Any, **inputs: Any) -> Any:
+        """Wrap the model's forward pass in a step; dummy and profile runs pass through."""
+        if not self._sedac_in_step:
+            return forward(**inputs)
+        state, runner = self.sedac_state, self.model_runner
+        batch = runner.input_batch
+        bounds = runner.query_start_loc.np[: batch.num_reqs + 1]
+        starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
+        tokens = (
+            self._sedac_requests.make_tokens(batch.req_ids, bounds, batch.num_prompt_tokens[: batch.num_reqs], starts) if state.is_enabled else None
+        )
+        state.begin_step(int(bounds[-1]), tokens)
+        try:
+            hidden = forward(**inputs)
+        finally:
+            saved_T = state.end_step()
+        if state.device_forms is not None:
+            state.device_forms.waiting.then(functools.partial(self._sedac_requests.count_step, tuple(batch.req_ids), bounds.copy()))
+        else:
+            self._sedac_requests.count_step(batch.req_ids, bounds, saved_T)
+        if self.sedac_drafter is not None:
+            is_decode = bool((starts >= batch.num_prompt_tokens[: batch.num_reqs]).all())
+            self.sedac_drafter.begin_step(
+                batch.req_ids, bounds, inputs["positions"], get_forward_context().slot_mapping, self._sedac_drafts, is_decode
+            )
+        if state.recorder is not None:
+            counts = np.diff(bounds)
+            requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.req_ids)]
+            next_T = torch.cat([_get_next(batch, i, start, count) for i, (_, start, count) in enumerate(requests)])
+            state.recorder.finish_step(requests, next_T, hidden, runner.model.compute_logits)
+        return hidden
+
+    def sedac_describe(self) -> dict[str, Any]:
+        """Return what is attached: the layout as a dict."""
+        return asdict(self.sedac_state.layout)
+
+    def sedac_preload(self, directory: str, sha256: str) -> None:
+        """Start reading and verifying the probe set in `directory`, whose weights have this digest; returns at once, steps go on."""
+        self.sedac_state.probe_sets.preload(Path(directory), sha256)
+
+    def sedac_preloaded(self, sha256: str) -> dict[str, Any]:
+        """Return how far a preloaded set is; see `ProbeSets.get_state`."""
+        return self.sedac_state.probe_sets.get_state(sha256)
+
+    def sedac_apply(self, policy: dict[str, Any], revision: int, canary: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Put a policy (`Policy.to_dict`), a candidate beside it (`Canary.to_dict`) and their probe sets into force, all at once.
+
+        Probe sets are named among the attached and the preloaded ones; preloaded ones that nothing names any more are forgotten.
+        A refusal lists its violations and leaves everything as it was.
+        """
+        state, violations = self.sedac_state, []
+        candidate = Canary(**{**canary, "policy": Policy.from_dict(canary["policy"])}) if canary else None
+        try:
+            state.apply(Policy.from_dict(policy), revision, candidate)
+        except PolicyInvalid as error:
+            violations = [(v.field, v.description) for v in error.violations]
+        return {"revision": state.revision, "rollout": state.rollout, "violations": violations}
+
+    def sedac_get_stats(self) -> dict[str, Any]:
+        """Return the totals since the worker started (`Stats` as a dict)."""
+        stats = self.sedac_state.get_stats()
+        return asdict(replace(stats, drafting=self.sedac_drafter.get_stats()) if self.sedac_drafter else stats)
+
+    def sedac_get_report(self, request_id: str) -> dict[str, Any] | None:
+        """Return what a running or recently finished request was computed with; None where it is unknown."""
+        self.sedac_state.settle()
+        return self._sedac_requests.get_report(request_id)
+
+    def sedac_take_records(self) -> list[dict[str, Any]]:
+        """Return and forget what was recorded since the last call; see `Recorder.finish_step`.
+
+        Raises:
+            ConfigError: the engine does not record.
+        """
+        return self._sedac_get_recorder().take()
+
+    def sedac_take_statistics(self) -> dict[str, Any]:
+        """Return and forget the sums per neuron since the last call, of this rank's share; see `Recorder.take_statistics`.
+
+        Raises:
+            ConfigError: the engine does not record.
+        """
+        return self._sedac_get_recorder().take_statistics()
+
+    def sedac_keep_streams(self, layers: list[int]) -> None:
+        """Record from now on the streams after these layers only, of those that have a checkpoint.
+
+        Raises:
+            ConfigError: the engine does not record.
+        """
+        self._sedac_get_recorder().layers = frozenset(layers)
+
+    def _sedac_get_recorder(self) -> Recorder:
+        if self.sedac_state.recorder is None:
+            raise ConfigError('this engine does not record; start it with --additional-config \'{"sedac": {"record": true, ...}}\'')
+        return self.sedac_state.recorder
+
+
+def _get_next(batch: Any, index: int, start: int, count: int) -> torch.Tensor:
+    """Return the tokens that follow a request's rows of this step, or NO_TOKEN: int64 (count,)."""
+    known = int(batch.num_tokens_no_spec[index])
+    next_T = torch.full((count,), NO_TOKEN)
+    found = torch.from_numpy(batch.token_ids_cpu[index, start + 1 : min(start + 1 + count, known)].copy())
+    next_T[: len(found)] = found.long()
+    return next_T
