@@ -86,7 +86,7 @@ def test_a_change_that_is_refused_leaves_no_entry(database, audit_log):
 def test_no_change_without_its_entry(database, audit_log):
     """Where the entry can't be written, the change is not made either."""
     store = Store(database)
-    database.create("CREATE TRIGGER full BEFORE INSERT ON audit_log BEGIN SELECT RAISE(ABORT, 'disk full'); END;")
+    database.execute("CREATE TRIGGER full BEFORE INSERT ON audit_log BEGIN SELECT RAISE(ABORT, 'disk full'); END")
     with pytest.raises(StoreFailed):
         audit_log.append_revision(store, Policy(), action="UpdatePolicy", caller=CALLER)
     assert store.find_newest() is None

@@ -23,12 +23,6 @@ from sedac.control.base.status import answering, refuse
 from sedac.control.policy.store import POLICY_NAME, Revision, Store
 from sedac.policy.model import Policy
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS audit_log (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, principal TEXT NOT NULL, author TEXT NOT NULL, peer TEXT NOT NULL,
-    action TEXT NOT NULL, resource TEXT NOT NULL, before_json TEXT NOT NULL, after_json TEXT NOT NULL, comment TEXT NOT NULL
-) STRICT;
-"""
 _COLUMNS = "number, time, principal, author, peer, action, resource, before_json, after_json, comment"
 _DEFAULT_PAGE, _MAX_PAGE = 50, 1000
 _MAX_PAGE_BYTES = 1 << 20  # of an answer; clients take 4 MiB unless told otherwise
@@ -38,13 +32,8 @@ class AuditLogStore:
     """The entries of one database; see the module's docstring."""
 
     def __init__(self, database: Database, *, now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)) -> None:
-        """Use an open database.
-
-        Raises:
-            ConfigError: it is damaged or not writable.
-        """
+        """Use an open database."""
         self._db, self._now = database, now
-        database.create(_SCHEMA)
 
     def append(self, action: str, resource: str, before: Message | None, after: Message | None, comment: str = "", *, caller: Caller) -> None:
         """Write one entry, in the running transaction where there is one.

@@ -1,8 +1,11 @@
 """The control service's database: one SQLite file, durable before a write returns, for one process alone.
 
-Revisions, roll-outs, probe sets and the audit log keep their tables in it, each in its own file of this room; `transaction` makes
-what several of them write one act. One connection and one lock: writes are serial. Called from worker threads, because an fsync
-must not hold up the event loop.
+Revisions, roll-outs, probe sets, the guard and the audit log keep their rows in it, each in its own file; its tables are in schema.py.
+`transaction` makes what several of them write one act. One connection and one lock: writes are serial. Called from worker threads,
+because an fsync must not hold up the event loop.
+
+Opening brings an older schema to the newest, each step in a transaction of its own, so that a crash leaves the version before a step or
+the one after it. A newer schema, and what another application wrote, is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -11,21 +14,23 @@ import contextlib
 import fcntl
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sedac.control.base.schema import STEPS, Step, find_version, migrate
 from sedac.errors import ConfigError, StoreFailed
 
 
 class Database:
     """One open database; see the module's docstring."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file.
+    def __init__(self, path: Path, *, steps: Sequence[Step] = STEPS) -> None:
+        """Open or create the file, and bring its schema to version `len(steps)`.
 
         Raises:
-            ConfigError: the file can't be opened, is not a database, or another control service uses it.
+            ConfigError: the file can't be opened, is not a database, or another control service uses it; its schema is newer, or
+                another application's.
         """
         self.path, self._lock = path, threading.RLock()
         try:
@@ -37,31 +42,20 @@ class Database:
             raise ConfigError(f"database {path} is in use by another control service; stop that one or change SEDAC_CONTROL_DATABASE") from error
         except OSError as error:
             raise ConfigError(f"database {path} can't be used ({error}); name a writable file in SEDAC_CONTROL_DATABASE") from error
-        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection = _open(path, steps)
         except sqlite3.Error as error:
-            self.close()
+            self._lock_file.close()
             raise ConfigError(f"database {path} can't be used ({error}); name a writable file in SEDAC_CONTROL_DATABASE") from error
+        except ConfigError:
+            self._lock_file.close()
+            raise
 
     def close(self) -> None:
         """Close the file and let another process use it."""
         with self._lock:
             self._connection.close()
             self._lock_file.close()
-
-    def create(self, schema: str) -> None:
-        """Make tables that are not there yet.
-
-        Raises:
-            ConfigError: the file is damaged or not writable.
-        """
-        try:
-            with self._lock:
-                self._connection.executescript(schema)
-        except sqlite3.Error as error:
-            raise ConfigError(f"database {self.path} can't be used ({error}); name a writable file in SEDAC_CONTROL_DATABASE") from error
 
     def execute(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
         """Run one statement, inside the running transaction where there is one.
@@ -109,3 +103,16 @@ class Database:
                 yield
             except sqlite3.Error as error:
                 raise StoreFailed(f"database {self.path} failed: {error}; nothing was stored: look at the disk, then retry") from error
+
+
+def _open(path: Path, steps: Sequence[Step]) -> sqlite3.Connection:
+    version = find_version(path, steps)
+    connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        migrate(connection, path, version, steps)
+    except BaseException:
+        connection.close()
+        raise
+    return connection

@@ -20,15 +20,6 @@ from sedac.policy.model import Policy
 
 POLICY_NAME = "policies/default"
 """the one policy there is"""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS revisions (
-    revision INTEGER PRIMARY KEY, etag TEXT NOT NULL, policy TEXT NOT NULL,
-    author TEXT NOT NULL, comment TEXT NOT NULL, created REAL NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS request_ids (
-    request_id TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, revision INTEGER NOT NULL, created REAL NOT NULL
-) STRICT;
-"""
 _REQUEST_LIFE_SECONDS = 24 * 3600.0
 KEEP_REVISIONS = 10_000
 """how many of the newest revisions are kept where nobody says otherwise"""
@@ -69,15 +60,10 @@ class Store:
         keep_revisions: int = KEEP_REVISIONS,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ) -> None:
-        """Use an open database; of its revisions the newest `keep_revisions` are kept, and those that a `keep` asks for.
-
-        Raises:
-            ConfigError: it is damaged or not writable.
-        """
+        """Use an open database; of its revisions the newest `keep_revisions` are kept, and those that a `keep` asks for."""
         assert keep_revisions >= 1, "the revision in force is always kept"
         self._db, self._now, self._keep_revisions = database, now, keep_revisions
         self._keepers: list[Callable[[], Iterable[int]]] = []
-        database.create(_SCHEMA)
 
     def keep(self, find_needed: Callable[[], Iterable[int]]) -> None:
         """Ask `find_needed` before revisions are compacted away which of them must stay.

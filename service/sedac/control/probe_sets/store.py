@@ -32,12 +32,6 @@ from sedac.probe.manifest import FORMAT, parse_manifest
 from sedac.probe.verify import Verified, verify
 
 _log = logging.getLogger(__name__)
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS probe_sets (
-    name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size_bytes INTEGER NOT NULL, manifest BLOB NOT NULL, manifest_sha256 TEXT NOT NULL,
-    levels_sha256 TEXT NOT NULL, author TEXT NOT NULL, created REAL NOT NULL, deleted REAL
-) STRICT;
-"""
 _COLUMNS = "name, sha256, size_bytes, manifest, manifest_sha256, levels_sha256, author, created, deleted"
 _MAX_SETS = 1000
 _SUFFIX = ".safetensors"
@@ -104,7 +98,6 @@ class ProbeSetStore:
         self._max_bytes, self._max_total_bytes = max_bytes, max_total_bytes
         self._staging = directory / "staging"
         self._lock = threading.Lock()
-        database.create(_SCHEMA)
         try:
             for path in (directory, self._staging):
                 path.mkdir(parents=True, exist_ok=True, mode=0o700)

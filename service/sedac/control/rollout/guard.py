@@ -29,25 +29,14 @@ from sedac.policy.model import Audit, GuardAction, Policy
 
 _log = logging.getLogger(__name__)
 _PAGE = 100
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS guard_verdicts (
-    revision INTEGER PRIMARY KEY, knobs TEXT NOT NULL, made INTEGER NOT NULL, reason TEXT NOT NULL, time REAL NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS acknowledged (revision INTEGER PRIMARY KEY) STRICT;
-"""
 
 
 class GuardStore:
     """Which revisions engines had in force, and which were condemned."""
 
     def __init__(self, database: Database, *, now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)) -> None:
-        """Use an open database.
-
-        Raises:
-            ConfigError: it is damaged or not writable.
-        """
+        """Use an open database."""
         self._db, self._now = database, now
-        database.create(_SCHEMA)
 
     def acknowledge(self, revisions: set[int]) -> None:
         """Note that an engine had these in force.

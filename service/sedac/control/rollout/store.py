@@ -36,14 +36,6 @@ STATES: dict[State, rollouts_pb2.RolloutState] = {
 }
 _UNDER_WAY = ("progressing", "paused")
 _REQUEST_LIFE_SECONDS = 24 * 3600.0
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS rollouts (
-    number INTEGER PRIMARY KEY, version INTEGER NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL, evidence BLOB NOT NULL
-) STRICT;
-CREATE TABLE IF NOT EXISTS rollout_requests (
-    request_id TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, number INTEGER NOT NULL, created REAL NOT NULL
-) STRICT;
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,13 +186,8 @@ class RolloutStore:
     """The roll-outs of one database; see the module's docstring."""
 
     def __init__(self, database: Database, *, now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC)) -> None:
-        """Use an open database.
-
-        Raises:
-            ConfigError: it is damaged or not writable.
-        """
+        """Use an open database."""
         self._db, self._now = database, now
-        database.create(_SCHEMA)
 
     def find_newest(self) -> Rollout | None:
         """Return the one under way, or the newest; there is never a newer one than the one under way. None before the first."""
