@@ -85,10 +85,10 @@ ENV HOME=/var/cache/sedac \
     SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
     SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
-COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model
-COPY --chmod=0755 probes/demo/probe-set /usr/share/sedac/demo/probe-set
-COPY --chmod=0755 probes/demo/draft /usr/share/sedac/demo/draft
-COPY --chmod=0644 probes/demo/policy.json /usr/share/sedac/demo/policy.json
+COPY --chmod=0755 probes/sedac_demo/model /usr/share/sedac/demo/model
+COPY --chmod=0755 probes/sedac_demo/probe-set /usr/share/sedac/demo/probe-set
+COPY --chmod=0755 probes/sedac_demo/draft /usr/share/sedac/demo/draft
+COPY --chmod=0644 probes/sedac_demo/policy.json /usr/share/sedac/demo/policy.json
 USER 10001:10001
 WORKDIR /var/lib/sedac
 VOLUME ["/var/lib/sedac", "/var/cache/sedac"]
@@ -146,10 +146,10 @@ RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-ca
     && python -m sedac.engine.backends.build
 # `sedac serve` looks for the demo model where a clone has it, beside the folder of the package.
 RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
-COPY --chmod=0755 probes/demo/model /usr/share/sedac/demo/model
-COPY --chmod=0755 probes/demo/probe-set /usr/share/sedac/demo/probe-set
-COPY --chmod=0755 probes/demo/draft /usr/share/sedac/demo/draft
-COPY --chmod=0644 probes/demo/policy.json /usr/share/sedac/demo/policy.json
+COPY --chmod=0755 probes/sedac_demo/model /usr/share/sedac/demo/model
+COPY --chmod=0755 probes/sedac_demo/probe-set /usr/share/sedac/demo/probe-set
+COPY --chmod=0755 probes/sedac_demo/draft /usr/share/sedac/demo/draft
+COPY --chmod=0644 probes/sedac_demo/policy.json /usr/share/sedac/demo/policy.json
 # Compiled graphs are loaded as libraries, so their folder is a volume: a tmpfs is mounted noexec by default.
 ENV XDG_CACHE_HOME=/var/cache/sedac \
     XDG_CONFIG_HOME=/var/cache/sedac/config \

@@ -77,7 +77,7 @@ demo-probes: $(KERNELS) ## the whole workshop on the demo model, into build/demo
 demo-draft: $(KERNELS) ## drafts of the demo model, into build/demo-draft: adapters, exit heads, a reduced one, one table (resumes)
 	$(BIN)/sedac-probes distill --work build/demo-draft --layers 2,3,4 --record 8 $(ARGS)
 	$(BIN)/sedac-probes distill --work build/demo-draft --kind exit-head --layers 8 $(ARGS)
-	$(BIN)/sedac-probes distill --work build/demo-draft --kind reduced --probe-set probes/demo/probe-set --out build/demo-draft/best $(ARGS)
+	$(BIN)/sedac-probes distill --work build/demo-draft --kind reduced --probe-set probes/sedac_demo/probe-set --out build/demo-draft/best $(ARGS)
 
 .PHONY: bench
 bench: $(KERNELS) ## speed against plain vLLM: attached, reduced, exited (ARGS=--help); writes benchmarks/results/speed.*

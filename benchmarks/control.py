@@ -136,7 +136,7 @@ def _make_sets(directory: Path, count: int) -> list[Path]:
     import torch
     from sedac.probe import artifact
 
-    demo = artifact.load(ROOT / "probes" / "demo" / "probe-set")
+    demo = artifact.load(ROOT / "probes" / "sedac_demo" / "probe-set")
     made = []
     for number in range(count):
         torch.manual_seed(number)

@@ -33,7 +33,7 @@ from sedac.probe.levels import Neurons
 from sedac.probe.probe import LREProbe
 from torch import Tensor
 
-DEMO = Path(__file__).resolve().parents[1] / "probes" / "demo"
+DEMO = Path(__file__).resolve().parents[1] / "probes" / "sedac_demo"
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _STD = 0.02
 """of new weights that read"""

@@ -43,7 +43,7 @@ import speculation_report as report
 from sedac.probe.draft_manifest import read_draft_manifest
 
 HERE = Path(__file__).resolve().parent
-DEMO = HERE.parent / "probes" / "demo"
+DEMO = HERE.parent / "probes" / "sedac_demo"
 MAX_TOKENS = 4
 CONTEXTS = {"short": 64, "long": 384}
 """tokens of a prompt"""

@@ -16,7 +16,7 @@ from sedac.probe.levels import reduce_mlp
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "probes" / "demo"
+DEMO = ROOT / "probes" / "sedac_demo"
 DEPTH = 3
 
 

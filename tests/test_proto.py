@@ -77,7 +77,7 @@ def test_unset_fields_mean_the_defaults_of_the_policy():
         speculation=Speculation(enabled=True, max_tokens=3, min_confidence=None, adaptive=True),
     )
     assert wire.policy_from_proto(sparse) == expected
-    of_before = json.loads((ROOT / "probes" / "demo" / "policy.json").read_text())
+    of_before = json.loads((ROOT / "probes" / "sedac_demo" / "policy.json").read_text())
     of_before.pop("speculation", None)
     assert wire.policy_from_proto(json_format.ParseDict(of_before, control_pb2.Policy())).speculation == Speculation()
 

@@ -313,7 +313,7 @@ def test_the_demo_models_draft_is_left_out_where_its_level_is_not_there(caplog):
 
 def test_the_shipped_draft_fits_the_demo_model():
     settings = launch.with_draft(launch.with_demo_defaults(EngineSettings()))
-    assert settings.draft_dir.parts[-3:] == ("probes", "demo", "draft")
+    assert settings.draft_dir.parts[-3:] == ("probes", "sedac_demo", "draft")
     manifest = read_manifest(settings.probe_dir)
     draft = launch.read_draft(settings, manifest)
     speculation = settings.make_policy(manifest).speculation

@@ -15,7 +15,7 @@ from typing import Any
 from engine_variants import CONTEXTUAL, DEPTHS, WIDTH, get_layer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO = REPOSITORY / "probes" / "demo"
+DEMO = REPOSITORY / "probes" / "sedac_demo"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@
     python probes/demo/train_model.py --architecture llama     a second, different small model, to see what carries over
 
 Two single-threaded processes share each batch and average gradients once a step; this stands contention better than two
-threads in one process. Writes `probes/demo/model/`: weights in bf16, config, tokenizer, chat template, loss curve and
+threads in one process. Writes `probes/sedac_demo/model/`: weights in bf16, config, tokenizer, chat template, loss curve and
 `training.json`. The work directory keeps the tokenizer, the token stream and the last state.
 """
 
@@ -243,7 +243,7 @@ def main() -> None:
     """Parse the arguments and run tokenizer, training and export in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", choices=["qwen2", "llama"], default="qwen2", help="qwen2: the demo model")
-    parser.add_argument("--out", type=Path, help="where the finished model goes; default: probes/demo/model, build/llama-model")
+    parser.add_argument("--out", type=Path, help="where the finished model goes; default: probes/sedac_demo/model, build/llama-model")
     parser.add_argument("--work", type=Path, help="tokens and resumable state; default: build/demo-model, build/llama-work")
     parser.add_argument("--steps", type=int, help="optimizer steps; default: 1300, 700")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank and step")
@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--export-only", action="store_true", help="export the last state without training on")
     args = parser.parse_args()
     is_demo = args.architecture == "qwen2"
-    args.out = args.out or (HERE / "model" if is_demo else Path("build/llama-model"))
+    args.out = args.out or (HERE.parent / "sedac_demo" / "model" if is_demo else Path("build/llama-model"))
     args.work = args.work or Path("build/demo-model" if is_demo else "build/llama-work")
     args.steps = args.steps or (1300 if is_demo else 700)
     if args.restart:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO = REPOSITORY / "probes" / "demo"
+DEMO = REPOSITORY / "probes" / "sedac_demo"
 
 
 def use_device_forms() -> None:

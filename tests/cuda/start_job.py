@@ -136,7 +136,7 @@ def compare_modes(lines: list[list[str]]) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         said = find_graph_mode(line)
-        config = _make_config(["--model", str(REPOSITORY / "probes/demo/model"), *line])
+        config = _make_config(["--model", str(REPOSITORY / "probes/sedac_demo/model"), *line])
         found.append({"line": line, "said": said, "made": config.compilation_config.cudagraph_mode.name})
     return found
 

@@ -20,7 +20,7 @@ import yaml
 
 from tests.cuda.forced_platform import REPOSITORY, make_environment
 
-DRAFT = str(REPOSITORY / "probes" / "demo" / "draft")
+DRAFT = str(REPOSITORY / "probes" / "sedac_demo" / "draft")
 WITHOUT_GRAPHS = ["--compilation-config", '{"cudagraph_mode": "NONE"}']
 REMEDY = re.escape(shlex.join(WITHOUT_GRAPHS))
 
@@ -111,7 +111,7 @@ def test_documented_lines_start_inside_graphs(starter: Starter, name: str) -> No
     assert (made["device"], made["mode"], made["v2"]) == ("cuda", "FULL_AND_PIECEWISE", False)
     assert made["worker"] == "sedac.engine.step.worker.SedacWorker"
     assert made["speculative"] is None
-    assert made["entry"] == {"probe_set": str(REPOSITORY / "probes/demo/probe-set"), "checkpoint_layers": [], "levels": True}
+    assert made["entry"] == {"probe_set": str(REPOSITORY / "probes/sedac_demo/probe-set"), "checkpoint_layers": [], "levels": True}
     assert (made["built"], made["forms"], made["mlps"]) == ("SedacQwen2ForCausalLM", "DeviceForms", ["GatedQwen2MLP"])
     assert (made["attention"], made["draft"], made["min_weight_bytes"]) == ("FlashAttentionImpl", "", 16 << 20)
     assert made["mode_built"] == "FULL_AND_PIECEWISE"

@@ -23,7 +23,7 @@ from sedac_probes import corpus
 pytestmark = pytest.mark.e2e
 
 PROMPTS = corpus.cut_prompts(corpus.read_stdlib("heldout"), num_prompts=24, num_chars=160)
-PROBE_SET = Path("probes/demo/probe-set")
+PROBE_SET = Path("probes/sedac_demo/probe-set")
 WAIT_SECONDS = 60
 NUM_TOKENS = 48
 

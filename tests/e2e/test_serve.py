@@ -240,7 +240,7 @@ def test_a_certificate_is_held_against_the_model_that_serves_and_told_of_its_req
     policy = Policy(enabled=True, checkpoints=tuple(Checkpoint(layer=layer, threshold=1.0) for layer in layers), tiers=tiers, allow_overrides=True)
     (engine,) = control.get_status().engines
     weights, probe_set = engine.engine.weights_sha256, engine.engine.probe_set_sha256
-    assert weights == get_weights_digest("probes/demo/model")
+    assert weights == get_weights_digest("probes/sedac_demo/model")
     with pytest.raises(PolicyInvalid, match=r"certificate\.weights_sha256: aaaaaaaaaaaa\.\.\., the engine has"):
         control.update_policy(certify(policy, weights="a" * 64, probe_set=probe_set))
     made = control.update_policy(certify(policy, weights=weights, probe_set=probe_set))

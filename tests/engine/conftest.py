@@ -14,7 +14,7 @@ import torch
 from tests.forked import run_python
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEMO = REPOSITORY / "probes" / "demo"
+DEMO = REPOSITORY / "probes" / "sedac_demo"
 
 
 class EngineFailed(Exception):

@@ -24,7 +24,7 @@ from sedac_probes.corpus import Document
 
 from tests.forked import run_python
 
-DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo"
 MANIFEST = read_manifest(DEMO / "probe-set")
 WEIGHTS = get_weights_digest(str(DEMO / "model"))
 

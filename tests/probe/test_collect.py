@@ -22,7 +22,7 @@ from tests.forked import run_python
 
 pytestmark = pytest.mark.engine
 
-DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
+DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo" / "model"
 LAYERS, LENGTH, SAMPLES = (0, 2), 96, 20  # two shards, of 16 and of 4 documents
 
 

@@ -29,7 +29,7 @@ from sedac_probes.drafts.target import count_parameters, make_head, make_manifes
 from tests.engine.conftest import read_heldout_prompts, run_engine
 from tests.forked import run_python
 
-DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
+DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo" / "model"
 LENGTH, PIECES, PROMPT = 80, 12, 24
 
 _COLLECT = f"""

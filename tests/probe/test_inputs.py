@@ -16,7 +16,7 @@ import torch
 from sedac_probes.cli import main
 from sedac_probes.collecting.texts import read_texts
 
-DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
+DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo" / "model"
 GOOD = "def read(self):\n    return self.file.read()\n" * 3
 HIDDEN = 16
 

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from tests.forked import run_python
 
-DEMO = Path(__file__).resolve().parents[2] / "probes" / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo"
 LAYERS = 4
 SETTINGS = Settings(num_prompts=6, num_heldout=4, prompt_tokens=12, answer_tokens=14, check_tokens=20, max_tokens=4, max_trials=40, is_measured=False)
 LESS = LeftOut(attention=(1, 3), mlp=(2,))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from sedac.errors import ConfigError
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
+DEMO = Path(__file__).resolve().parents[2] / "sedac_demo"
 
 Model = Annotated[str, typer.Option(help="Model directory.")]
 Texts = Annotated[

@@ -19,7 +19,7 @@ def report(
     One file with everything in it: no network, no scripts; it can be sent and printed. What the work directory lacks is left out,
     with the command that makes it.
 
-    Example: sedac-probes report build/demo-probes --probe-set probes/demo/probe-set
+    Example: sedac-probes report build/demo-probes --probe-set probes/sedac_demo/probe-set
     """
     from sedac_probes.page.page import make_page, write_page
 

@@ -30,7 +30,7 @@ from sedac.probe.manifest import Manifest, read_manifest
 from sedac.settings import MIN_WEIGHT_MIB, EngineSettings
 
 _log = logging.getLogger(__name__)
-_SHIPPED = Path(__file__).resolve().parents[3] / "probes" / "demo"
+_SHIPPED = Path(__file__).resolve().parents[3] / "probes" / "sedac_demo"
 _PLUGINS = ("sedac", "sedac_agent")
 _NO_DRAFT = Path("none")
 _SPECULATION_FLAGS = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
