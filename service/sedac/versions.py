@@ -1,4 +1,4 @@
-"""Which vLLM this SEDAC was built against, and which one is installed."""
+"""Which vLLM this SEDAC was built against, which one is installed, and what this SEDAC can do beyond the contract of SEDAC 0.1.0."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import importlib.metadata
 from sedac.errors import UnsupportedModel
 
 SUPPORTED_VLLM = "0.32"
+REFUSE_UNKNOWN_FIELDS = "refuse-unknown-fields"
+CAPABILITIES = (REFUSE_UNKNOWN_FIELDS,)
+"""told to the other side in every hello, push and status; control.proto says what each one means"""
 
 
 def find_vllm_version() -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from sedac import __version__
 from sedac.agent import following
 from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
@@ -131,6 +132,47 @@ async def _until(condition) -> None:
     async with asyncio.timeout(20):
         while not condition():  # noqa: ASYNC110  the agent has nothing to wait for
             await asyncio.sleep(0.01)
+
+
+_NEWER = b"\xa0\x06\x07"
+"""field 100, a varint, 7: what a newer contract would add"""
+
+
+@pytest.mark.parametrize(
+    ("find", "path"),
+    [
+        (lambda push: push.policy, "100"),
+        (lambda push: push.policy.speculation, "speculation.100"),
+        (lambda push: push.policy.checkpoints[1], "checkpoints[1].100"),
+        (lambda push: push.canary, "canary.100"),
+        (lambda push: push.canary.policy.audit, "canary.policy.audit.100"),
+    ],
+)
+def test_a_knob_of_a_newer_contract_is_refused_by_its_number(find, path):
+    async def scenario() -> None:
+        async with _following("older") as (agent, service):
+            await service.push(FIRST, 3)
+            push = control_pb2.PolicyPush(nonce="n4", policy=wire.policy_to_proto(FIRST, revision=4))
+            push.canary.CopyFrom(control_pb2.Canary(rollout=1, policy=wire.policy_to_proto(OTHER), share=0.5))
+            find(push).MergeFromString(_NEWER)
+            answer = await service.push_raw(push)
+            assert (answer.revision, answer.rollout) == (3, 0), "the last good policy stays"
+            told = f"is the number of a field that this engine's SEDAC {__version__} does not know; update the engine, or leave that knob out"
+            assert _fields(answer) == {path: told}
+            assert agent.revision == 3
+
+    asyncio.run(scenario())
+
+
+def test_what_a_newer_service_says_beside_the_policies_is_ignored():
+    async def scenario() -> None:
+        async with _following("older-beside") as (_, service):
+            push = control_pb2.PolicyPush(nonce="n5", policy=wire.policy_to_proto(FIRST, revision=5), version="99.0.0", capabilities=["dreams"])
+            push.MergeFromString(_NEWER)
+            answer = await service.push_raw(push)
+            assert (answer.revision, answer.HasField("error")) == (5, False)
+
+    asyncio.run(scenario())
 
 
 def test_a_candidate_comes_stays_grows_and_goes():

@@ -77,7 +77,12 @@ class FakeEngine:
         levels_sha256: str = "",
         draft: str = "",
         max_draft_tokens: int = 0,
+        version: str = "",
+        capabilities: Sequence[str] = (),
+        hello: control_pb2.EngineHello | None = None,
     ) -> None:
+        """Connect; `hello` holds what is sent beside the rest, as it is."""
+        beside = hello
         self._outbox: queue.Queue[control_pb2.EngineMessage | None] = queue.Queue()
         self.pushes: queue.Queue[control_pb2.PolicyPush] = queue.Queue()
         self.error: grpc.RpcError | None = None
@@ -89,6 +94,10 @@ class FakeEngine:
         hello.weights_sha256, hello.probe_set_sha256 = weights, "2" * 64
         hello.max_rank, hello.levels_sha256 = max_rank, levels_sha256
         hello.draft, hello.max_draft_tokens = draft, max_draft_tokens
+        hello.sedac_version = version
+        hello.capabilities.extend(capabilities)
+        if beside is not None:
+            hello.MergeFrom(beside)
         if initial is not None:
             hello.initial_policy.CopyFrom(wire.policy_to_proto(initial))
         self.send(control_pb2.EngineMessage(hello=hello))

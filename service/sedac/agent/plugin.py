@@ -33,7 +33,7 @@ from sedac.policy.model import FULL, SKIP, Layout, Policy
 from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import read_manifest
 from sedac.settings import EngineSettings, read_settings
-from sedac.versions import find_vllm_version
+from sedac.versions import CAPABILITIES, find_vllm_version
 
 _log = logging.getLogger(__name__)
 _MAX_ID_CHARS = 256
@@ -143,6 +143,7 @@ def _make_hello(settings: EngineSettings, engine: AttachedEngine, layout: Layout
         data_parallel_size=engine.num_ranks,
         draft=layout.draft,
         max_draft_tokens=layout.max_draft_tokens,
+        capabilities=CAPABILITIES,
     )
 
 

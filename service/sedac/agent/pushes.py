@@ -20,6 +20,7 @@ from sedac.agent.engine import AttachedEngine
 from sedac.agent.fetch import FetchedSet, fetch
 from sedac.contract import wire
 from sedac.contract.credentials import Credentials
+from sedac.contract.unknown_fields import check_known
 from sedac.contract.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
@@ -53,12 +54,15 @@ def read_push(push: control_pb2.PolicyPush) -> Orders:
     """Read a push and check all that needs neither the model nor a probe set.
 
     Raises:
-        PolicyInvalid: with the fields at fault; those of the candidate begin with `canary`.
+        PolicyInvalid: with the fields at fault; those of the candidate begin with `canary`. Fields that this version does not know
+            are refused too, because the policy would be in force without them.
     """
     if push.ByteSize() > _MAX_PUSH_BYTES:
         raise PolicyInvalid([FieldViolation("policy", f"the push has {push.ByteSize()} bytes, at most {_MAX_PUSH_BYTES} are read")])
     if push.policy.revision <= 0:
         raise PolicyInvalid([FieldViolation("policy.revision", f"{push.policy.revision} is no revision; they count from 1")])
+    check_known(push.policy, "engine")
+    check_known(push.canary, "engine", "canary.")
     policy = wire.policy_from_proto(push.policy)
     canary = wire.canary_from_proto(push.canary) if push.HasField("canary") else None
     _validate_both(policy, canary)

@@ -24,11 +24,12 @@ def make_engines_table(engines: Iterable[control_pb2.EngineStatus], before: cont
 
     Rates are of everything since the engine started, or since the status `before`.
     """
-    table = Table("engine", "state", "revision", "model", "exit rate by checkpoint", "MLP work saved", "steps", box=None)
+    table = Table("engine", "state", "revision", "model", "SEDAC", "exit rate by checkpoint", "MLP work saved", "steps", box=None)
     for e, last in _pair(engines, before):
         rates, saved = _make_rates(e.report, last)
         revision = str(e.active_revision) if e.active_revision == e.desired_revision else f"{e.active_revision} (wanted {e.desired_revision})"
-        table.add_row(escape(e.engine.engine_id), make_state(get_state(e)), revision, escape(e.engine.model), rates, saved, str(e.report.num_steps))
+        words = (revision, e.engine.model, e.engine.sedac_version or "-", rates, saved, str(e.report.num_steps))
+        table.add_row(escape(e.engine.engine_id), make_state(get_state(e)), *map(escape, words))
         if e.active_rollout:
             table.add_row("", "", Text(f"+ roll-out {e.active_rollout}", style="cyan"))
         if e.error.message:

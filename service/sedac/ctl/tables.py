@@ -21,6 +21,8 @@ def make_status(status: control_pb2.Status, before: control_pb2.Status | None = 
         parts += [make_evidence_table(status.evidence), Text()]
     if status.guard.HasField("act_time"):
         parts += [make_guard(status.guard), Text()]
+    if status.version:  # since 0.2.0
+        parts += [Text(f"control service: SEDAC {status.version}"), Text()]
     parts.append(make_engines_table(status.engines, before) if status.engines else Text("no engine has connected"))
     if any(e.report.checkpoints for e in status.engines):
         parts += [Text(), make_checkpoints_table(status)]

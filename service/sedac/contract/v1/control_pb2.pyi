@@ -133,20 +133,24 @@ class WatchStatusRequest(_message.Message):
     def __init__(self, interval_seconds: _Optional[float] = ...) -> None: ...
 
 class Status(_message.Message):
-    __slots__ = ("policy", "engines", "certification", "rollout", "evidence", "guard")
+    __slots__ = ("policy", "engines", "certification", "rollout", "evidence", "guard", "version", "capabilities")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATION_FIELD_NUMBER: _ClassVar[int]
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_FIELD_NUMBER: _ClassVar[int]
     GUARD_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     policy: _policy_pb2.Policy
     engines: _containers.RepeatedCompositeFieldContainer[EngineStatus]
     certification: Certification
     rollout: _rollouts_pb2.Rollout
     evidence: _containers.RepeatedCompositeFieldContainer[_evidence_pb2.TierEvidence]
     guard: Guard
-    def __init__(self, policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ..., certification: _Optional[_Union[Certification, str]] = ..., rollout: _Optional[_Union[_rollouts_pb2.Rollout, _Mapping]] = ..., evidence: _Optional[_Iterable[_Union[_evidence_pb2.TierEvidence, _Mapping]]] = ..., guard: _Optional[_Union[Guard, _Mapping]] = ...) -> None: ...
+    version: str
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ..., certification: _Optional[_Union[Certification, str]] = ..., rollout: _Optional[_Union[_rollouts_pb2.Rollout, _Mapping]] = ..., evidence: _Optional[_Iterable[_Union[_evidence_pb2.TierEvidence, _Mapping]]] = ..., guard: _Optional[_Union[Guard, _Mapping]] = ..., version: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Guard(_message.Message):
     __slots__ = ("act_time", "refused_revision", "revision", "reason")
@@ -219,7 +223,7 @@ class EngineMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[EngineHello, _Mapping]] = ..., answer: _Optional[_Union[PolicyAnswer, _Mapping]] = ..., report: _Optional[_Union[EngineReport, _Mapping]] = ...) -> None: ...
 
 class EngineHello(_message.Message):
-    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy", "levels", "weights_sha256", "max_rank", "levels_sha256", "data_parallel_size", "draft", "max_draft_tokens")
+    __slots__ = ("engine_id", "model", "vllm_version", "sedac_version", "num_layers", "hidden_size", "checkpoint_layers", "probe_set", "probe_set_sha256", "num_workers", "active_revision", "initial_policy", "levels", "weights_sha256", "max_rank", "levels_sha256", "data_parallel_size", "draft", "max_draft_tokens", "capabilities")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VLLM_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +243,7 @@ class EngineHello(_message.Message):
     DATA_PARALLEL_SIZE_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     MAX_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     model: str
     vllm_version: str
@@ -258,7 +263,8 @@ class EngineHello(_message.Message):
     data_parallel_size: int
     draft: str
     max_draft_tokens: int
-    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ..., weights_sha256: _Optional[str] = ..., max_rank: _Optional[int] = ..., levels_sha256: _Optional[str] = ..., data_parallel_size: _Optional[int] = ..., draft: _Optional[str] = ..., max_draft_tokens: _Optional[int] = ...) -> None: ...
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, engine_id: _Optional[str] = ..., model: _Optional[str] = ..., vllm_version: _Optional[str] = ..., sedac_version: _Optional[str] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., checkpoint_layers: _Optional[_Iterable[int]] = ..., probe_set: _Optional[str] = ..., probe_set_sha256: _Optional[str] = ..., num_workers: _Optional[int] = ..., active_revision: _Optional[int] = ..., initial_policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., levels: _Optional[_Iterable[str]] = ..., weights_sha256: _Optional[str] = ..., max_rank: _Optional[int] = ..., levels_sha256: _Optional[str] = ..., data_parallel_size: _Optional[int] = ..., draft: _Optional[str] = ..., max_draft_tokens: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PolicyAnswer(_message.Message):
     __slots__ = ("nonce", "revision", "error", "apply_seconds", "rollout")
@@ -343,16 +349,20 @@ class TierReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_exited: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[float] = ...) -> None: ...
 
 class PolicyPush(_message.Message):
-    __slots__ = ("nonce", "policy", "canary", "probe_sets")
+    __slots__ = ("nonce", "policy", "canary", "probe_sets", "version", "capabilities")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
     CANARY_FIELD_NUMBER: _ClassVar[int]
     PROBE_SETS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     nonce: str
     policy: _policy_pb2.Policy
     canary: Canary
     probe_sets: _containers.RepeatedCompositeFieldContainer[ProbeSetReference]
-    def __init__(self, nonce: _Optional[str] = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., canary: _Optional[_Union[Canary, _Mapping]] = ..., probe_sets: _Optional[_Iterable[_Union[ProbeSetReference, _Mapping]]] = ...) -> None: ...
+    version: str
+    capabilities: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, nonce: _Optional[str] = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., canary: _Optional[_Union[Canary, _Mapping]] = ..., probe_sets: _Optional[_Iterable[_Union[ProbeSetReference, _Mapping]]] = ..., version: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Canary(_message.Message):
     __slots__ = ("rollout", "policy", "share")

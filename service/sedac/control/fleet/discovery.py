@@ -15,7 +15,9 @@ from dataclasses import replace
 import grpc
 from google.rpc import code_pb2, status_pb2
 
+from sedac import __version__
 from sedac.contract import wire
+from sedac.contract.unknown_fields import check_known
 from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.control.access.audit_log import AuditLogStore
 from sedac.control.access.auth import Caller, check_engine_id, get_caller
@@ -26,6 +28,7 @@ from sedac.control.policy.store import Store
 from sedac.errors import ControlUnavailable, EngineReplaced, FieldViolation, PolicyInvalid, StaleEtag
 from sedac.policy.check import validate
 from sedac.policy.model import Policy
+from sedac.versions import CAPABILITIES, REFUSE_UNKNOWN_FIELDS
 
 _log = logging.getLogger(__name__)
 _MAX_ID_CHARS = 128
@@ -48,7 +51,11 @@ class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
                 _log.warning("engine %s connected from %s and replaces its connection from %s; two engines need two ids (SEDAC_ENGINE_ID)",
                              engine.id, engine.peer, replaced.peer)  # fmt: skip
             else:
-                _log.info("engine %s connected from %s: model %s, %d workers", engine.id, engine.peer, hello.model, hello.num_workers)
+                _log.info("engine %s connected from %s: model %s, %d workers, SEDAC %s",
+                          engine.id, engine.peer, hello.model, hello.num_workers, hello.sedac_version or "unknown")  # fmt: skip
+            if REFUSE_UNKNOWN_FIELDS not in hello.capabilities:
+                _log.warning("engine %s runs SEDAC %s, which drops knobs that it does not know; those added since have no effect there: update it",
+                             engine.id, hello.sedac_version or "of an unknown version")  # fmt: skip
             stream = _Stream(engine, self._metrics, self._fleet)
             reader = asyncio.create_task(stream.read(messages), name=f"follow-{engine.id}")
             reader.add_done_callback(stream.end)
@@ -111,6 +118,8 @@ class _Stream:
                 canary = fleet.candidate.to_proto() if fleet.candidate else None
                 references = fleet.find_references(fleet.desired.policy, *([fleet.candidate.policy] if fleet.candidate else []))
                 push = control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=canary, probe_sets=references)
+                push.version = __version__
+                push.capabilities.extend(CAPABILITIES)
                 await context.write(push)
             else:
                 await engine.wake.wait()
@@ -161,6 +170,11 @@ async def _read_hello(messages: AsyncIterator[control_pb2.EngineMessage]) -> tup
     if not 0 < len(hello.engine_id) <= _MAX_ID_CHARS:
         raise refuse("hello.engine_id", f"{len(hello.engine_id)} characters; give 1 to {_MAX_ID_CHARS} (SEDAC_ENGINE_ID)")
     if not hello.HasField("initial_policy"):
+        return hello, None
+    try:
+        check_known(hello.initial_policy, "control service")
+    except PolicyInvalid as error:  # it can be followed all the same
+        _log.warning("engine %s: what it started with does not become the first policy: %s", hello.engine_id, error)
         return hello, None
     try:
         initial = wire.policy_from_proto(hello.initial_policy)

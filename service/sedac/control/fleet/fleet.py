@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from google.rpc import status_pb2
 
+from sedac import __version__
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2, evidence_pb2, rollouts_pb2
 from sedac.control.base.metrics import STATES, ControlMetrics
@@ -26,6 +27,7 @@ from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.fit import ProbeSetSummary
 from sedac.policy.model import Layout, Policy
+from sedac.versions import CAPABILITIES
 
 _FORGET_AFTER = datetime.timedelta(days=1)
 _MAX_GONE = 1024
@@ -286,7 +288,7 @@ class Fleet:
         desired = self.desired
         engines = [self.describe(engine) for engine in self.list_engines()]
         if desired is None:
-            return control_pb2.Status(engines=engines)
+            return control_pb2.Status(engines=engines, version=__version__, capabilities=CAPABILITIES)
         certified = desired.policy.certificate is not None
         certification = control_pb2.CERTIFICATION_CERTIFIED if certified else control_pb2.CERTIFICATION_UNCERTIFIED
         return control_pb2.Status(
@@ -296,6 +298,8 @@ class Fleet:
             rollout=self.rollout,
             evidence=self.evidence,
             guard=self.guard,
+            version=__version__,
+            capabilities=CAPABILITIES,
         )
 
     def check(self, policy: Policy) -> None:

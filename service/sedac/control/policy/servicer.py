@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import Message
 
 from sedac.contract import wire
+from sedac.contract.unknown_fields import check_known
 from sedac.contract.v1 import control_pb2
 from sedac.control.access.auth import Caller, get_caller
 from sedac.control.base.metrics import ControlMetrics
@@ -98,6 +99,7 @@ class ControlServicer(WatchServicer):
         check_name(sent.name)
         if not request.HasField("policy"):
             raise refuse("policy", "is missing; send the fields to set")
+        check_known(sent, "control service")
         _check_lengths(comment=sent.comment, request_id=request.request_id, probe_set=sent.probe_set)
 
         def make(newest: Revision | None) -> Policy:

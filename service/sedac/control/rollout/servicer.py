@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 
 from sedac.contract import wire
+from sedac.contract.unknown_fields import check_known
 from sedac.contract.v1 import rollouts_pb2, rollouts_pb2_grpc
 from sedac.control.access.auth import Caller, get_caller
 from sedac.control.base.status import answering, refuse
@@ -138,6 +139,7 @@ class RolloutServicer(rollouts_pb2_grpc.RolloutsServicer):
             return (await asyncio.to_thread(self._store.get, request.revision)).policy
         if request.policy.name not in ("", POLICY_NAME):
             raise RevisionNotFound(f"policy {request.policy.name[:40]!r} does not exist; there is {POLICY_NAME!r}")
+        check_known(request.policy, "control service")
         return wire.policy_from_proto(request.policy)
 
     def _check(self, policy: Policy) -> None:
