@@ -23,7 +23,7 @@ ENV PYTHONUNBUFFERED=1 \
     PIP_FIND_LINKS=/wheels \
     PATH=/opt/sedac/bin:$PATH
 
-# The sedac wheel; pip and hatchling stay behind here.
+# The sedac wheel, the demo's files in it; pip and hatchling stay behind here.
 FROM python AS package
 RUN python3 -m venv /opt/sedac
 COPY constraints/*.txt /build/constraints/
@@ -33,10 +33,10 @@ RUN --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
     pip install --constraint /build/constraints/tools.txt --constraint /build/constraints/cpu.txt hatchling
 COPY pyproject.toml README.md LICENSE /build/
 COPY service /build/service
-COPY probes/sedac_probes /build/probes/sedac_probes
+COPY probes /build/probes
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /dist /build
 
-# Dependencies only: the wheel is installed in the final stage, so that a change of code makes one small layer.
+# Dependencies only: the wheel is installed in the final stage, so that a change of code makes one layer, of the wheel alone.
 FROM python AS control-venv
 RUN python3 -m venv /opt/sedac
 COPY constraints/cpu.txt pyproject.toml /build/
@@ -84,11 +84,6 @@ ENV HOME=/var/cache/sedac \
     SEDAC_CONTROL_INSECURE=1 \
     SEDAC_CONTROL_METRICS_HOST=0.0.0.0 \
     SEDAC_CONTROL_DATABASE=/var/lib/sedac/control.sqlite3
-RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
-COPY --chmod=0755 probes/sedac_demo/model /usr/share/sedac/demo/model
-COPY --chmod=0755 probes/sedac_demo/probe-set /usr/share/sedac/demo/probe-set
-COPY --chmod=0755 probes/sedac_demo/draft /usr/share/sedac/demo/draft
-COPY --chmod=0644 probes/sedac_demo/policy.json /usr/share/sedac/demo/policy.json
 USER 10001:10001
 WORKDIR /var/lib/sedac
 VOLUME ["/var/lib/sedac", "/var/cache/sedac"]
@@ -144,12 +139,6 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 &&
 COPY --from=cpu-venv /opt/sedac /opt/sedac
 RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl \
     && python -m sedac.engine.backends.build
-# `sedac serve` looks for the demo model where a clone has it, beside the folder of the package.
-RUN python3 -c "import pathlib, sedac; p = pathlib.Path(sedac.__file__).parents[2] / 'probes'; p.mkdir(); (p / 'demo').symlink_to('/usr/share/sedac/demo')"
-COPY --chmod=0755 probes/sedac_demo/model /usr/share/sedac/demo/model
-COPY --chmod=0755 probes/sedac_demo/probe-set /usr/share/sedac/demo/probe-set
-COPY --chmod=0755 probes/sedac_demo/draft /usr/share/sedac/demo/draft
-COPY --chmod=0644 probes/sedac_demo/policy.json /usr/share/sedac/demo/policy.json
 # Compiled graphs are loaded as libraries, so their folder is a volume: a tmpfs is mounted noexec by default.
 ENV XDG_CACHE_HOME=/var/cache/sedac \
     XDG_CONFIG_HOME=/var/cache/sedac/config \

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+from sedac import __version__
 from sedac.errors import SedacError
 
 from sedac_probes.commands.calibrate import calibrate
@@ -19,6 +22,17 @@ from sedac_probes.commands.validate import validate
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help="From a model and some text to a probe set that `sedac serve` serves.")
 for command in (collect, train, calibrate, validate, compare, certify, distill, convert, report, demo):
     app.command()(command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"sedac-probes {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False) -> None:
+    pass
 
 
 def main() -> None:

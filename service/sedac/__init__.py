@@ -1,3 +1,3 @@
 """SEDAC: adaptive-compute serving of language models through vLLM."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -7,13 +7,13 @@ depend on everything that decides them and on nothing else: the losses are compu
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sedac import __version__
 from sedac.errors import ConfigError
 from sedac.policy.model import EXACT, TIER_KEY, Policy
 from sedac.versions import find_vllm_version
@@ -143,5 +143,5 @@ def describe_engine(llm: LLM) -> str:
     """Name what computes: versions, device and dtype."""
     config = llm.llm_engine.vllm_config
     dtype = str(config.model_config.dtype).removeprefix("torch.")
-    versions = f"vllm {find_vllm_version()}, sedac {importlib.metadata.version('sedac')}"
+    versions = f"vllm {find_vllm_version()}, sedac {__version__}"
     return f"{versions}, {config.device_config.device_type}, {dtype}"

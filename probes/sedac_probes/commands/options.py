@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import sedac_demo
 import typer
 from sedac.errors import ConfigError
 
-DEMO = Path(__file__).resolve().parents[2] / "sedac_demo"
+DEMO = sedac_demo.DIRECTORY
 
 Model = Annotated[str, typer.Option(help="Model directory.")]
 Texts = Annotated[

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from sedac.app.launch import choose_draft, read_draft, with_demo_defaults
+from sedac.engine.backends.build import find_library
 from sedac.engine.vllm.graphs import find_graph_mode, is_cuda
 from sedac.errors import SedacError
 from sedac.policy.model import Speculation
@@ -36,7 +37,7 @@ def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None 
 
     `vllm_args`: flags of vLLM's own with which `sedac serve` would be started.
     """
-    findings = [*_examine_installation(), _examine_device(vllm_args)]
+    findings = [*_examine_installation(), _examine_device(vllm_args), _examine_kernels()]
     try:
         filled = with_demo_defaults(read_settings(model=model or None, probe_dir=probe_set, draft_dir=draft))
         settings, reason = choose_draft(filled, vllm_args)
@@ -67,6 +68,15 @@ def _examine_device(vllm_args: Sequence[str]) -> Finding:
     if not is_cuda():
         return Finding("device", "ok", "CPU, or what else vLLM finds: no NVIDIA GPU, or a vLLM that was not built for one")
     return Finding("device", "ok", f"CUDA, cudagraph_mode {find_graph_mode(vllm_args)}")
+
+
+def _examine_kernels() -> Finding:
+    if is_cuda():
+        return Finding("native kernels", "absent", "of the CPU, not used on CUDA")
+    library = find_library()
+    if library:
+        return Finding("native kernels", "ok", str(library))
+    return Finding("native kernels", "absent", "not built, slower torch forms run; `sedac serve` builds them with a C++ compiler (CXX, or g++)")
 
 
 def _examine_model(settings: EngineSettings, left_out: str) -> Iterator[Finding]:

@@ -19,8 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import sedac_demo
+
 from sedac.control.access.tls import check_exposure
 from sedac.control.base.settings import ControlSettings
+from sedac.engine.backends.build import build_missing
 from sedac.engine.drafting.setup import DRAFTER
 from sedac.engine.vllm.graphs import NONE, WITHOUT_GRAPHS, find_graph_mode, is_cuda
 from sedac.errors import ArtifactError, ConfigError
@@ -30,7 +33,7 @@ from sedac.probe.manifest import Manifest, read_manifest
 from sedac.settings import MIN_WEIGHT_MIB, EngineSettings
 
 _log = logging.getLogger(__name__)
-_SHIPPED = Path(__file__).resolve().parents[3] / "probes" / "sedac_demo"
+_SHIPPED = sedac_demo.DIRECTORY
 _PLUGINS = ("sedac", "sedac_agent")
 _NO_DRAFT = Path("none")
 _SPECULATION_FLAGS = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
@@ -240,6 +243,8 @@ def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | 
     manifest = read_manifest(settings.probe_dir)
     settings.make_policy(manifest)
     draft = read_draft(settings, manifest)
+    if not is_cuda():
+        build_missing()
     control_command = None
     if control is None:
         check_exposure(ControlSettings())

@@ -1,12 +1,15 @@
-"""Build the native kernels for the CPU: `python -m sedac.engine.backends.build`, called by `make setup` and by the image.
+"""Build the native kernels for the CPU: `python -m sedac.engine.backends.build`, called by `make setup`, by the image and by `sedac serve`.
 
-Compiles kernels/*.cpp against the torch of this environment into one library beside this file. It holds a form for every
-x86-64 level and picks when it is loaded, so a library built on one machine runs on another. Without it the engine runs the
-same rules in plain torch, slower.
+Compiles kernels/*.cpp against the torch of this environment into one library: beside this file, or in the user's cache where that folder
+can't be written to. It holds a form for every x86-64 level and picks when it is loaded, so a library built on one machine runs on another.
+Without it the engine runs the same rules in plain torch, slower.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +18,38 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE / "_kernels.so"
+
+_log = logging.getLogger(__name__)
+
+
+def get_cached_library() -> Path:
+    """Return the library's place in the user's cache, which names the sources and the torch that it is built from."""
+    sources = sorted((HERE / "kernels").iterdir())
+    try:
+        torch_version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch_version = ""
+    made_of = [torch_version.encode(), *(path.read_bytes() for path in sources)]
+    digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sedac" / "kernels" / f"{digest}.so"
+
+
+def find_library() -> Path | None:
+    """Return the built library; None: there is none."""
+    if LIBRARY.exists():
+        return LIBRARY
+    cached = get_cached_library()
+    return cached if cached.exists() else None
+
+
+def build_missing() -> None:
+    """Build the library once where there is none; a warning tells where it can't be built, and serving goes on without it."""
+    if find_library():
+        return
+    _log.info("building SEDAC's native kernels once, about a minute")
+    done = subprocess.run([sys.executable, "-m", "sedac.engine.backends.build"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        _log.warning("SEDAC's native kernels are not built, slower torch forms run: %s", done.stderr.strip() or f"exit code {done.returncode}")
 
 
 def make_command(output: Path) -> list[str]:
@@ -36,20 +71,24 @@ def main() -> None:
     Raises:
         SystemExit: the compiler is missing or fails; carries its output.
     """
+    library = LIBRARY if os.access(HERE, os.W_OK) else get_cached_library()
     newest = max(path.stat().st_mtime for path in (HERE / "kernels").iterdir())
-    if LIBRARY.exists() and LIBRARY.stat().st_mtime > newest and "--force" not in sys.argv:
-        print(f"kernels: {LIBRARY.name} is up to date")
+    if library.exists() and library.stat().st_mtime > newest and "--force" not in sys.argv:
+        print(f"kernels: {library.name} is up to date")
         return
-    partial = LIBRARY.with_suffix(".partial")
+    partial = library.with_suffix(f".{os.getpid()}.partial")
     print(f"kernels: compiling for {sysconfig.get_platform()}")
     try:
+        library.parent.mkdir(parents=True, exist_ok=True)
         done = subprocess.run(make_command(partial), capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise SystemExit(f"kernels: no C++ compiler ({error.filename}); install g++ or name one in CXX") from error
+    except OSError as error:
+        raise SystemExit(f"kernels: {error}") from error
     if done.returncode:
         raise SystemExit(f"kernels: {done.stderr[-4000:]}\nkernels: the compiler failed; the engine will run its slower torch forms")
-    partial.rename(LIBRARY)
-    print(f"kernels: built {LIBRARY}")
+    partial.rename(library)
+    print(f"kernels: built {library}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import logging
 import torch
 from torch import Tensor
 
-from sedac.engine.backends.build import LIBRARY
+from sedac.engine.backends.build import find_library
 
 _log = logging.getLogger(__name__)
 
@@ -20,11 +20,12 @@ _log = logging.getLogger(__name__)
 @functools.cache
 def load() -> bool:
     """Load the operators; False, with a warning, where they were not built or don't fit this torch."""
-    if not LIBRARY.exists():
+    library = find_library()
+    if library is None:
         _log.warning("SEDAC's native kernels are not built, slower torch forms run: python -m sedac.engine.backends.build")
         return False
     try:
-        torch.ops.load_library(str(LIBRARY))
+        torch.ops.load_library(str(library))
     except OSError as error:
         _log.warning("SEDAC's native kernels don't load (%s), slower torch forms run: python -m sedac.engine.backends.build --force", error)
         return False
