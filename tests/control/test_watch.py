@@ -14,7 +14,7 @@ from sedac.control.base.database import Database
 from sedac.control.base.metrics import ControlMetrics
 from sedac.control.base.settings import ControlSettings
 from sedac.control.fleet.fleet import Engine, Fleet
-from sedac.control.policy.store import Store
+from sedac.control.revisions.store import Store
 from sedac.errors import ConfigError, RequestIdReused, RevisionCompacted, RevisionNotFound
 from sedac.policy.model import Policy
 

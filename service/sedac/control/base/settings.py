@@ -11,10 +11,11 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sedac.contract.credentials import VARIABLES
-from sedac.control.policy.store import KEEP_REVISIONS
 from sedac.errors import ConfigError
 
 _PREFIX = "SEDAC_CONTROL_"
+KEEP_REVISIONS = 10_000
+"""how many of the newest revisions are kept where nobody says otherwise"""
 _CLIENTS_OWN = {"SEDAC_CONTROL_ADDRESS", *VARIABLES}
 
 

@@ -22,7 +22,7 @@ from sedac.control.access.auth import Caller, check_engine_id, get_caller
 from sedac.control.base.metrics import ControlMetrics
 from sedac.control.base.status import answering, refuse
 from sedac.control.fleet.fleet import Engine, Fleet, Target
-from sedac.control.policy.store import Store
+from sedac.control.revisions.store import Store
 from sedac.errors import ControlUnavailable, EngineReplaced, FieldViolation, PolicyInvalid, StaleEtag
 from sedac.policy.check import validate
 from sedac.policy.model import Policy
@@ -66,8 +66,8 @@ class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
             return
         try:
             made = await asyncio.to_thread(
-                self._audit_log.append_revision,
-                self._store,
+                self._store.append_audited,
+                self._audit_log,
                 initial,
                 action="Follow",
                 caller=replace(caller, author=f"engine {engine.id}"),

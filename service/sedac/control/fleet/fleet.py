@@ -21,7 +21,7 @@ from sedac.contract import wire
 from sedac.contract.v1 import control_pb2, evidence_pb2, rollouts_pb2
 from sedac.control.base.metrics import STATES, ControlMetrics
 from sedac.control.fleet.pooling import EvidenceBook
-from sedac.control.policy.store import Revision
+from sedac.control.revisions.store import Revision
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.fit import ProbeSetSummary

@@ -19,13 +19,13 @@ import grpc
 
 from sedac.contract.v1 import probe_sets_pb2, probe_sets_pb2_grpc, rollouts_pb2
 from sedac.control.access.auth import Caller, get_caller
+from sedac.control.base.pages import get_limit, refuse_token
 from sedac.control.base.settings import ControlSettings
 from sedac.control.base.status import answering, refuse
 from sedac.control.fleet.fleet import Fleet
-from sedac.control.policy.store import POLICY_NAME, Store
-from sedac.control.policy.watches import get_limit
 from sedac.control.probe_sets.staging import StagedWeights
 from sedac.control.probe_sets.store import ProbeSetStore, StoredProbeSet
+from sedac.control.revisions.store import POLICY_NAME, Store
 from sedac.errors import ControlUnavailable, LimitExceeded, ProbeSetExists, ProbeSetInUse, ProbeSetNotFound, RevisionCompacted, RevisionNotFound
 from sedac.policy.fit import find_fit_problem
 from sedac.probe.manifest import FORMAT, MAX_MANIFEST_BYTES, parse_manifest
@@ -71,7 +71,7 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
         async with answering(context):
             limit = get_limit(request.page_size)
             if request.page_token and not _NAME.fullmatch(request.page_token):
-                raise refuse("page_token", f"{request.page_token[:40]!r} was not made by this service; start again without one")
+                raise refuse_token(request.page_token)
             records = self._probe_sets.records
             coming = self._find_coming()
             names = sorted({*records, *coming})

@@ -15,8 +15,8 @@ from dataclasses import replace
 from sedac.contract.v1 import control_pb2, rollouts_pb2
 from sedac.control.fleet.fleet import Engine, Fleet
 from sedac.control.fleet.pooling import CANARY, STABLE, Evidence, pool
-from sedac.control.policy.changes import ROLLOUT, Changes
 from sedac.control.rollout.analysis import Verdict, analyse, count_tests, get_confidence, to_tier_evidence
+from sedac.control.rollout.changes import ROLLOUT, Changes
 from sedac.control.rollout.metrics import RolloutMetrics
 from sedac.control.rollout.store import Baseline, Rollout
 from sedac.errors import PolicyInvalid, StoreFailed

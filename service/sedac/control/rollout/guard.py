@@ -20,9 +20,9 @@ from sedac.contract.v1 import control_pb2
 from sedac.control.base.database import Database
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.fleet.pooling import STABLE, Evidence
-from sedac.control.policy.changes import GUARD, Changes
-from sedac.control.policy.store import Revision, Store
+from sedac.control.revisions.store import Revision, Store
 from sedac.control.rollout.analysis import get_confidence
+from sedac.control.rollout.changes import GUARD, Changes
 from sedac.control.rollout.metrics import RolloutMetrics
 from sedac.errors import PolicyInvalid
 from sedac.policy.model import Audit, GuardAction, Policy

@@ -11,8 +11,8 @@ import logging
 from sedac.contract.v1 import evidence_pb2
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.fleet.pooling import Evidence, pool
-from sedac.control.policy.changes import Changes
 from sedac.control.rollout.analysis import count_tests, get_confidence, to_tier_evidence
+from sedac.control.rollout.changes import Changes
 from sedac.control.rollout.guard import Guard, GuardStore, get_guard_confidence
 from sedac.control.rollout.metrics import RolloutMetrics
 from sedac.errors import StoreFailed
