@@ -61,7 +61,7 @@ def test_a_bad_policy_goes_back_to_the_last_good_one(client, server, make_engine
     client.update_policy(_make_policy(9.0), comment="a bet")
     guard = _wait_for_guard(client, 3)
     assert guard.revision == 4
-    assert "mismatch of tier balanced is over 0." in guard.reason
+    assert "tier balanced: mismatch is over 0." in guard.reason
     assert "back to revision 2, the last good one" in guard.reason
     policy = client.get_policy()
     assert (policy.revision, policy.author) == (4, "guard")

@@ -16,7 +16,8 @@ from sedac.control.base.database import Database
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.revisions.store import Revision, Store
 from sedac.control.rollout.metrics import RolloutMetrics
-from sedac.control.rollout.store import Rollout, RolloutStore
+from sedac.control.rollout.rollout import Rollout
+from sedac.control.rollout.store import RolloutStore
 from sedac.policy.check import validate
 from sedac.policy.model import Policy
 

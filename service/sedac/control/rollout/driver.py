@@ -15,10 +15,12 @@ from dataclasses import replace
 from sedac.contract.v1 import control_pb2, rollouts_pb2
 from sedac.control.fleet.fleet import Engine, Fleet
 from sedac.control.fleet.pooling import CANARY, STABLE, Evidence, pool
-from sedac.control.rollout.analysis import Verdict, analyse, count_tests, get_confidence, to_tier_evidence
+from sedac.control.rollout.bounds import Baseline
 from sedac.control.rollout.changes import ROLLOUT, Changes
+from sedac.control.rollout.estimates import to_tier_evidence
+from sedac.control.rollout.judge import Verdict, judge
 from sedac.control.rollout.metrics import RolloutMetrics
-from sedac.control.rollout.store import Baseline, Rollout
+from sedac.control.rollout.rollout import Rollout
 from sedac.errors import PolicyInvalid, StoreFailed
 
 _log = logging.getLogger(__name__)
@@ -156,9 +158,17 @@ class RolloutDriver:
             await self._promote(judged, f"every step passed: {verdict.reason}")
 
     def _judge(self, rollout: Rollout, evidence: Evidence, unheard: tuple[str, ...]) -> tuple[Verdict, bytes]:
-        bounds, policy = rollout.bounds, rollout.policy
-        verdict = analyse(evidence, policy=policy, bounds=bounds, min_requests=rollout.min_requests, baseline=rollout.baseline, unheard=unheard)
-        confidence = get_confidence(bounds.confidence, count_tests(bounds, policy))
+        confidence = rollout.limit_confidence
+        verdict = judge(
+            evidence,
+            rollout.bounds,
+            confidence,
+            arm=CANARY,
+            together=True,
+            baseline=rollout.baseline,
+            min_requests=rollout.min_requests,
+            unheard=unheard,
+        )
         shown = to_tier_evidence(evidence, confidence, confidence)
         return verdict, rollouts_pb2.Rollout(evidence=shown).SerializeToString()
 

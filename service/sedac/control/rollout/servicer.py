@@ -20,9 +20,11 @@ from sedac.control.base.status import answering, refuse
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.fleet.pooling import pool
 from sedac.control.revisions.store import Store, check_name
+from sedac.control.rollout.bounds import Bounds
 from sedac.control.rollout.changes import Changes
 from sedac.control.rollout.driver import RolloutDriver, get_baseline
-from sedac.control.rollout.store import Bounds, Rollout, RolloutStore
+from sedac.control.rollout.rollout import Rollout
+from sedac.control.rollout.store import RolloutStore
 from sedac.errors import FieldViolation, PolicyInvalid, RolloutConflict, RolloutNotFound
 from sedac.policy.model import Policy
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sedac.contract.v1 import evidence_pb2
-from sedac.control.fleet.pooling import CANARY, STABLE, EvidenceBook, pool
-from sedac.control.rollout.analysis import analyse
-from sedac.control.rollout.store import Baseline, Bounds
+from sedac.control.fleet.pooling import CANARY, STABLE, Evidence, EvidenceBook, pool
+from sedac.control.rollout.bounds import Baseline, Bounds
+from sedac.control.rollout.judge import Verdict, judge
 from sedac.policy.model import Policy, Tier
 
 POLICY = Policy(enabled=True, tiers=(Tier(name="balanced"), Tier(name="fast")))
@@ -58,6 +59,10 @@ _bounds = st.builds(
 )  # fmt: skip
 
 
+def _judge_candidate(evidence: Evidence, bounds: Bounds, **more) -> Verdict:
+    return judge(evidence, bounds, bounds.get_limit_confidence(POLICY, together=True), arm=CANARY, together=True, **more)
+
+
 def _sound(evidence: evidence_pb2.Evidence) -> bool:
     """Whether a piece of evidence is possible, told apart from how the service tells."""
     seconds = evidence.token_seconds
@@ -74,7 +79,7 @@ def _sound(evidence: evidence_pb2.Evidence) -> bool:
 )
 @settings(max_examples=400, deadline=None)
 def test_nothing_passes_without_enough_sound_evidence(reported, bounds, least, unheard):
-    verdict = analyse(pool([("e1", e) for e in reported]), policy=POLICY, bounds=bounds, min_requests=least, baseline=Baseline(), unheard=unheard)
+    verdict = _judge_candidate(pool([("e1", e) for e in reported]), bounds, min_requests=least, unheard=unheard)
     assert verdict.reason
     if verdict.kind != "pass":
         return
@@ -103,7 +108,15 @@ def _make(**more) -> evidence_pb2.Evidence:
 
 def _judge(*reported, baseline=Baseline(), **bounds):  # noqa: B008  frozen
     found = pool([(f"e{i}", e) for i, e in enumerate(reported)])
-    return analyse(found, policy=POLICY, bounds=Bounds(**{"max_mismatch": 0.05, **bounds}), min_requests=100, baseline=baseline)
+    return _judge_candidate(found, Bounds(**{"max_mismatch": 0.05, **bounds}), min_requests=100, baseline=baseline)
+
+
+def test_the_confidence_is_of_all_limits_together():
+    bounds = Bounds(max_mismatch=0.05, max_nll_difference=0.1, max_error_share=0.1, confidence=0.9)
+    assert bounds.get_limit_confidence(POLICY, together=True) == pytest.approx(1 - 0.1 / 7), "two losses of two tiers and of both, and one more"
+    assert bounds.get_limit_confidence(POLICY, together=False) == pytest.approx(1 - 0.1 / 5)
+    assert bounds.get_limit_confidence(Policy(), together=True) == pytest.approx(1 - 0.1 / 3), "all of one tier are that tier's"
+    assert Bounds(confidence=0.9).get_limit_confidence(POLICY, together=True) == 0.9
 
 
 def test_what_was_counted_before_the_step_is_no_sample_but_counts_for_the_limits():
