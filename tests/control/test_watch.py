@@ -13,7 +13,8 @@ from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.control.base.database import Database
 from sedac.control.base.metrics import ControlMetrics
 from sedac.control.base.settings import ControlSettings
-from sedac.control.fleet.fleet import Engine, Fleet
+from sedac.control.fleet.engine import Engine
+from sedac.control.fleet.fleet import Fleet
 from sedac.control.revisions.store import Store
 from sedac.errors import ConfigError, RequestIdReused, RevisionCompacted, RevisionNotFound
 from sedac.policy.model import Policy

@@ -21,7 +21,8 @@ from sedac.control.access.audit_log import AuditLogStore
 from sedac.control.access.auth import Caller, check_engine_id, get_caller
 from sedac.control.base.metrics import ControlMetrics
 from sedac.control.base.status import answering, refuse
-from sedac.control.fleet.fleet import Engine, Fleet, Target
+from sedac.control.fleet.engine import Engine, Target
+from sedac.control.fleet.fleet import Fleet
 from sedac.control.revisions.store import Store
 from sedac.errors import ControlUnavailable, EngineReplaced, FieldViolation, PolicyInvalid, StaleEtag
 from sedac.policy.check import validate
@@ -109,7 +110,7 @@ class _Stream:
             if fleet.desired and not self._nonce and fleet.target != self._pushed:
                 self._nonce, self._pushed = secrets.token_hex(8), fleet.target
                 canary = fleet.candidate.to_proto() if fleet.candidate else None
-                references = fleet.find_references(fleet.desired.policy, *([fleet.candidate.policy] if fleet.candidate else []))
+                references = fleet.probe_sets.find_references(fleet.desired.policy, *([fleet.candidate.policy] if fleet.candidate else []))
                 push = control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=canary, probe_sets=references)
                 await context.write(push)
             else:

@@ -22,6 +22,7 @@ from sedac.control.access.auth import Caller, get_caller
 from sedac.control.base.pages import get_limit, refuse_token
 from sedac.control.base.settings import ControlSettings
 from sedac.control.base.status import answering, refuse
+from sedac.control.fleet.fitting import NamedProbeSets
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.probe_sets.staging import StagedWeights
 from sedac.control.probe_sets.store import ProbeSetStore, StoredProbeSet
@@ -231,8 +232,8 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
         _log.info("probe set %s deleted by %s", name, caller.author)
 
     def _announce(self) -> None:
-        self._fleet.probe_sets = {name: record.summary for name, record in self._probe_sets.records.items()}
-        self._fleet.deleted_probe_sets = self._probe_sets.deleted
+        stored = {name: record.summary for name, record in self._probe_sets.records.items()}
+        self._fleet.probe_sets = NamedProbeSets(stored=stored, deleted=self._probe_sets.deleted)
 
     async def _find_references(self) -> dict[str, list[str]]:
         """Return by set what names it: the policy in force, a roll-out under way, engines that still run what was in force before."""

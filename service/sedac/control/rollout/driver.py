@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from sedac.contract.v1 import control_pb2, rollouts_pb2
-from sedac.control.fleet.fleet import Engine, Fleet
+from sedac.control.fleet.engine import Engine
+from sedac.control.fleet.fleet import Fleet
 from sedac.control.fleet.pooling import CANARY, STABLE, Evidence, pool
 from sedac.control.rollout.bounds import Baseline
 from sedac.control.rollout.changes import ROLLOUT, Changes

@@ -18,7 +18,7 @@ from typing import Literal
 
 from sedac.contract import wire
 from sedac.contract.v1 import rollouts_pb2
-from sedac.control.fleet.fleet import Candidate
+from sedac.control.fleet.engine import Candidate
 from sedac.control.rollout.bounds import Baseline, Bounds
 from sedac.errors import RolloutConflict, StaleEtag
 from sedac.policy.model import Policy
