@@ -19,7 +19,7 @@ from sedac.control.revisions.store import Store
 from sedac.errors import StaleEtag, StoreFailed
 from sedac.policy.model import Policy
 
-from tests.control.conftest import FIRST
+from testing.control.engines import FIRST
 
 CALLER = Caller(principal="token:alice", author="Alice", peer="ipv4:192.0.2.1:5")
 T0 = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)

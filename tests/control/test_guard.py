@@ -14,8 +14,9 @@ from sedac.control.fleet.pooling import STABLE, Evidence, Pooled
 from sedac.control.rollout.guard import find_excess, get_guard_confidence
 from sedac.policy.model import Audit, Checkpoint, Policy, Tier
 
-from tests.control.conftest import FIRST, RunningServer
-from tests.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.engines import FIRST
+from testing.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.running import RunningServer
 
 AUDIT = Audit(share=0.5, max_mismatch=0.05)
 BAD = Measured(mismatch=300, rate=50)

@@ -16,8 +16,9 @@ from sedac.contract import wire
 from sedac.contract.v1 import audit_log_pb2, audit_log_pb2_grpc, control_pb2, rollouts_pb2, rollouts_pb2_grpc
 from sedac.policy.model import Audit, Checkpoint, Policy
 
-from tests.control.conftest import FIRST, RunningServer
-from tests.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.engines import FIRST
+from testing.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.running import RunningServer
 
 BASE = dataclasses.replace(FIRST, audit=Audit(share=0.5))
 CANDIDATE = dataclasses.replace(BASE, checkpoints=(Checkpoint(layer=5, threshold=0.75),))

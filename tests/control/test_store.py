@@ -22,7 +22,7 @@ from sedac.control.revisions.store import Store
 from sedac.errors import ConfigError, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.strategies import valid_policies
+from testing.strategies import valid_policies
 
 
 class StoreAgainstModel(RuleBasedStateMachine):

@@ -19,7 +19,8 @@ from sedac.control.revisions.store import Store
 from sedac.errors import ConfigError, RequestIdReused, RevisionCompacted, RevisionNotFound
 from sedac.policy.model import Policy
 
-from tests.control.conftest import FIRST, RunningServer
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
 
 SYNCED, STALE, NACKED = control_pb2.ENGINE_STATE_SYNCED, control_pb2.ENGINE_STATE_STALE, control_pb2.ENGINE_STATE_NACKED
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from sedac.contract.v1 import control_pb2, evidence_pb2
 
-from tests.control.conftest import FakeEngine
+from testing.control.engines import FakeEngine
 
 STABLE, CANARY = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
 
