@@ -8,7 +8,7 @@ from sedac.control.base.status import refuse
 from sedac.errors import PolicyInvalid
 
 MAX_PAGE_BYTES = 1 << 20
-"""bytes of an answer; clients take 4 MiB unless they are told otherwise"""
+"""How many bytes an answer should have at most; clients take 4 MiB unless they are told otherwise."""
 _DEFAULT_PAGE, _MAX_PAGE = 50, 1000
 
 

@@ -20,10 +20,10 @@ class Target(NamedTuple):
 
     revision: int = 0
     rollout: int = 0
-    """whose candidate runs beside the policy; 0: none"""
+    """The roll-out whose candidate runs beside the policy; 0: none."""
     share: float = 0.0
     attempt: int = 0
-    """grows when the same is to be pushed again"""
+    """Grows when the same is to be pushed again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +50,19 @@ class Engine:
     connected: bool = True
     active_rollout: int = 0
     answered: Target = field(default_factory=Target)
-    """the newest push that this connection answered"""
+    """The newest push that this connection answered."""
     error: status_pb2.Status | None = None
-    """the NACK, where that answer was one"""
+    """Why it refused that push, where it did."""
     report: control_pb2.EngineReport = field(default_factory=control_pb2.EngineReport)
     reported: float = field(default_factory=time.monotonic)
-    """seconds on the monotonic clock at which the newest report came; before the first: the start of the connection"""
+    """When the newest report came, in seconds on the monotonic clock; before the first, when the connection began."""
     last_seen: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     shown_state: control_pb2.EngineState | None = None
-    """the state under which the metrics count the engine; None: not counted"""
+    """The state under which the metrics count the engine; None: it is not counted."""
     version: int = 0
-    """the fleet's version when anything but counters last changed here"""
+    """The fleet's version when anything but counters last changed here."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    """set when the connection's task should look again: a new policy, an answer, the end"""
+    """Set when the connection's task should look again: at a new policy, an answer, the end."""
 
     @property
     def id(self) -> str:

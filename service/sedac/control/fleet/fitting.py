@@ -17,9 +17,9 @@ class NamedProbeSets:
     """The probe sets that were uploaded; never changed, only replaced, so that any thread may look at it."""
 
     stored: Mapping[str, ProbeSetSummary] = field(default_factory=dict)
-    """those that policies may name, by name"""
+    """The sets that policies may name, by name."""
     deleted: Mapping[str, str] = field(default_factory=dict)
-    """digests of those that are gone, by name"""
+    """The digests of the sets that are gone, by name."""
 
     def find_references(self, *policies: Policy) -> list[control_pb2.ProbeSetReference]:
         """Return where engines find the uploaded sets that policies name."""

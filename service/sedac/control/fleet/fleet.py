@@ -22,7 +22,7 @@ from sedac.policy.model import Policy
 
 _FORGET_AFTER = datetime.timedelta(days=1)
 _MAX_GONE = 1024
-"""engines that are not connected any more and still remembered; beyond that the oldest are forgotten"""
+"""How many engines that are not connected any more are remembered; beyond that the oldest are forgotten."""
 
 
 class Fleet:
@@ -34,16 +34,16 @@ class Fleet:
         self.candidate: Candidate | None = None
         self.book = EvidenceBook()
         self.rollout: rollouts_pb2.Rollout | None = None
-        """the one under way, or the newest, as the status shows it; its evidence too"""
+        """The roll-out under way, or the newest, as the status shows it, with its evidence."""
         self.evidence: list[evidence_pb2.TierEvidence] = []
-        """as the status shows it"""
+        """What is measured of the policies in force, as the status shows it."""
         self.guard: control_pb2.Guard | None = None
         self.acknowledged: set[int] = set()
-        """revisions that an engine has put in force since somebody last took them from here"""
+        """The revisions that an engine has put in force since somebody last took them from here."""
         self.reported = asyncio.Event()
-        """set when an engine's evidence is new or a revision was acknowledged"""
+        """Set when an engine's evidence is new or a revision was acknowledged."""
         self.probe_sets = NamedProbeSets()
-        """those that policies may name"""
+        """The uploaded probe sets, which policies may name."""
         self.closing = False
         self._version = 0
         self._counts = dict.fromkeys(STATES, 0)

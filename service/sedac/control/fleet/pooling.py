@@ -15,9 +15,9 @@ from sedac.contract.v1 import evidence_pb2
 from sedac.policy.model import EXACT, Policy
 
 Reported = tuple[str, evidence_pb2.Evidence]
-"""an engine's id and one piece of what it reported"""
+"""An engine's id and one piece of what it reported."""
 Key = tuple[evidence_pb2.Arm, str]
-"""an arm and a tier"""
+"""Which of the two policies, and a tier."""
 STABLE, CANARY = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
 
 
@@ -44,7 +44,7 @@ class Evidence:
 
     tiers: dict[Key, Pooled]
     problems: tuple[str, ...] = ()
-    """what was left out, and why"""
+    """What was left out, and why."""
 
     def get_arm(self, arm: evidence_pb2.Arm) -> Pooled:
         """Return an arm's tiers together."""

@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _FIELDS = tuple(f.name for f in dataclasses.fields(Policy))
 _PARTS = {"adaptation": Adaptation, "audit": Audit, "speculation": Speculation}
-"""fields of the policy whose own fields a mask may name"""
+"""The fields of the policy whose own fields a mask may name."""
 _PART_FIELDS = tuple(f"{name}.{f.name}" for name, kind in _PARTS.items() for f in dataclasses.fields(kind))
 _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
 

@@ -20,7 +20,7 @@ from sedac.errors import ControlUnavailable
 
 _BATCH_REVISIONS = 100
 _SETTLE_SECONDS = 0.05
-"""changes within it are sent as one: a fleet that answers one revision wakes nobody once per engine"""
+"""Changes within this time are sent as one, so that a fleet that answers one revision wakes nobody once per engine."""
 _FORGET_SECONDS = 60.0
 
 

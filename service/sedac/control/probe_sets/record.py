@@ -19,7 +19,7 @@ CREATE TABLE IF NOT EXISTS probe_sets (
 """
 COLUMNS = "name, sha256, size_bytes, manifest, manifest_sha256, levels_sha256, author, created, deleted"
 Row = tuple[str, str, int, bytes, str, str, str, float, float | None]
-"""values of COLUMNS"""
+"""The values of COLUMNS."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from sedac.errors import RequestIdReused, RevisionCompacted, RevisionNotFound, S
 from sedac.policy.model import Policy
 
 POLICY_NAME = "policies/default"
-"""the one policy there is"""
+"""The name of the one policy there is."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS revisions (
     revision INTEGER PRIMARY KEY, etag TEXT NOT NULL, policy TEXT NOT NULL,

@@ -13,15 +13,15 @@ class Bounds:
     """What a policy must not pass; None: this is not asked for."""
 
     max_mismatch: float | None = None
-    """mean over its audited answers, 0 to 1"""
+    """Bound of the mean mismatch over its audited answers, 0 to 1."""
     max_nll_difference: float | None = None
-    """mean over its audited answers, nats per token, 0 to 1"""
+    """Bound of the mean loss in log-probability over its audited answers, in nats per token, 0 to 1."""
     max_latency_ratio: float | None = None
-    """its seconds per token over those of the policy in force, over 0"""
+    """Bound of its seconds per token over those of the policy in force, over 0."""
     max_error_share: float | None = None
-    """share of its finished requests that ended in an error, 0 to 1"""
+    """Bound of the share of its finished requests that end in an error, 0 to 1."""
     confidence: float = 0.95
-    """probability that no bound is taken for passed that is not, however often one looks; 0.5 to below 1"""
+    """The probability that no bound is taken for passed that is not, however often one looks; 0.5 to below 1."""
 
     @classmethod
     def of_audit(cls, audit: Audit) -> Self:
@@ -49,10 +49,10 @@ class Baseline:
     """What had been counted before, so that what came since can be told."""
 
     num_finished: int = 0
-    """finished requests of the candidate, when the step began"""
+    """How many requests of the candidate had finished when the step began."""
     num_mismatch: int = 0
-    """its answers with an audited mismatch, when the step began"""
+    """How many of its answers had an audited mismatch when the step began."""
     num_nll_difference: int = 0
-    """its answers with an audited NLL difference, when the step began"""
+    """How many of its answers had an audited NLL difference when the step began."""
     stable_token_seconds: tuple[int, float, float] = (0, 0.0, 0.0)
-    """seconds per token of the policy in force, when the roll-out began: count, sum, sum of squares"""
+    """The seconds per token of the policy in force when the roll-out began: count, sum, sum of squares."""

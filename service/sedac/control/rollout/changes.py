@@ -33,7 +33,7 @@ class Changes:
     ) -> None:
         self.lock = asyncio.Lock()
         self.rollout: Rollout | None = None
-        """the one under way, or the newest"""
+        """The roll-out under way, or the newest; None: there was none yet."""
         self._db, self._store, self._rollouts, self._audit_log, self._fleet, self._metrics = database, store, rollouts, audit_log, fleet, metrics
 
     def restore(self) -> None:

@@ -26,7 +26,7 @@ from sedac.errors import PolicyInvalid, StoreFailed
 
 _log = logging.getLogger(__name__)
 _SETTLE_SECONDS = 0.05
-"""changes of the fleet within it are looked at once"""
+"""Changes of the fleet within this time are looked at together."""
 _RETRY_SECONDS = 1.0
 
 
@@ -36,13 +36,13 @@ class RolloutDriver:
     def __init__(self, changes: Changes, fleet: Fleet, metrics: RolloutMetrics) -> None:
         self._changes, self._fleet, self._metrics = changes, fleet, metrics
         self.read: Callable[[], Awaitable[Evidence]] = self._read
-        """where the evidence comes from"""
+        """Where the evidence comes from."""
         self.read_seconds = 10.0
-        """that reading and judging the evidence may take"""
+        """How long reading and judging the evidence may take, in seconds."""
         self.patience_seconds = 30.0
-        """that engines have to confirm a step, or an interval where that is longer"""
+        """How long engines have to confirm a step, in seconds; an interval where that is longer."""
         self.silence_seconds = 10.0
-        """after which an engine without a report counts as unheard, or an interval where that is longer"""
+        """After how many seconds without a report an engine counts as unheard; an interval where that is longer."""
         self._timed: tuple[int, int, int] | None = None
         self._began = 0.0
         self._due: float | None = None

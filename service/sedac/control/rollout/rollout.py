@@ -49,18 +49,18 @@ class Rollout:
     state: State = "progressing"
     step: int = 0
     attempt: int = 0
-    """grows when it is resumed, so that engines that refused it are asked again"""
+    """Grows when the roll-out is resumed, so that engines that refused it are asked again."""
     reason: str = ""
     promoted_revision: int = 0
     engines: tuple[str, ...] = ()
-    """those that must be heard of in the analysis"""
+    """The engines that must be heard of in the analysis."""
     baseline: Baseline = field(default_factory=Baseline)
     created: float = 0.0
-    """seconds since the epoch"""
+    """When it was started, in seconds since the epoch."""
     updated: float = 0.0
     version: int = 0
     evidence: bytes = b""
-    """of both arms at the last analysis, as a serialized message `Rollout` that holds nothing else"""
+    """What both policies had shown at the last analysis, as a serialized message `Rollout` that holds nothing else."""
 
     @property
     def name(self) -> str:

@@ -49,7 +49,7 @@ class ControlServer:
     def __init__(self, settings: ControlSettings) -> None:
         self.settings = settings
         self.port = settings.port
-        """the port in use, once started"""
+        """The port in use, once the server is started."""
         check_exposure(settings)
         self._metrics = ControlMetrics()
         self._certificate = ServerCertificate.read(settings, self._metrics)
