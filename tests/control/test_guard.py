@@ -122,7 +122,7 @@ def test_a_revision_that_no_engine_took_is_no_good_one(client, make_engine):
     client.update_policy(_make_policy(2.0))
     push = wait_for(lambda: next((p for p in iter(engine.pushes.get, None) if p.policy.revision == 2), None), "revision 2")
     client.update_policy(_make_policy(9.0))
-    engine.answers, engine.refuse_canary = True, ""
+    engine.answers, engine.refuse_candidate = True, ""
     answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=1)
     answer.error.code, answer.error.message = 3, "no"
     engine.send(control_pb2.EngineMessage(answer=answer))

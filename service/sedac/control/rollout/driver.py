@@ -15,7 +15,7 @@ from dataclasses import replace
 from sedac.contract.v1 import control_pb2, rollouts_pb2
 from sedac.control.fleet.engine import Engine
 from sedac.control.fleet.fleet import Fleet
-from sedac.control.fleet.pooling import CANARY, STABLE, Evidence, pool
+from sedac.control.fleet.pooling import CANDIDATE, STABLE, Evidence, pool
 from sedac.control.rollout.bounds import Baseline
 from sedac.control.rollout.changes import ROLLOUT, Changes
 from sedac.control.rollout.estimates import to_tier_evidence
@@ -164,7 +164,7 @@ class RolloutDriver:
             evidence,
             rollout.bounds,
             confidence,
-            arm=CANARY,
+            arm=CANDIDATE,
             together=True,
             baseline=rollout.baseline,
             min_requests=rollout.min_requests,
@@ -195,11 +195,11 @@ class RolloutDriver:
 
 def get_baseline(evidence: Evidence, before: Baseline | None = None) -> Baseline:
     """Return what has been counted by now; of the policy in force, what had been when the roll-out began."""
-    canary, stable = evidence.get_arm(CANARY), evidence.get_arm(STABLE).token_seconds
+    candidate, stable = evidence.get_arm(CANDIDATE), evidence.get_arm(STABLE).token_seconds
     return Baseline(
-        num_finished=canary.num_requests,
-        num_mismatch=canary.mismatch.num_requests,
-        num_nll_difference=canary.nll_difference.num_requests,
+        num_finished=candidate.num_requests,
+        num_mismatch=candidate.mismatch.num_requests,
+        num_nll_difference=candidate.nll_difference.num_requests,
         stable_token_seconds=before.stable_token_seconds if before else (stable.count, stable.sum, stable.sum_squares),
     )
 

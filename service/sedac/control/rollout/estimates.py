@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from sedac.contract.evidence import LossCounts, get_limits
 from sedac.contract.v1 import evidence_pb2
-from sedac.control.fleet.pooling import CANARY, Evidence
+from sedac.control.fleet.pooling import CANDIDATE, Evidence
 
 
-def to_tier_evidence(evidence: Evidence, stable_confidence: float, canary_confidence: float) -> list[evidence_pb2.TierEvidence]:
+def to_tier_evidence(evidence: Evidence, stable_confidence: float, candidate_confidence: float) -> list[evidence_pb2.TierEvidence]:
     """Write evidence for people, by arm and tier, with limits that hold each at its arm's confidence."""
     shown = []
     for (arm, tier), pooled in sorted(evidence.tiers.items()):
-        confidence = canary_confidence if arm == CANARY else stable_confidence
+        confidence = candidate_confidence if arm == CANDIDATE else stable_confidence
         shown.append(
             evidence_pb2.TierEvidence(
                 arm=arm,

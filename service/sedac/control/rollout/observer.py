@@ -65,5 +65,5 @@ class Observer:
     def _read(self, reported: list[tuple[str, evidence_pb2.Evidence]]) -> tuple[Evidence, list[evidence_pb2.TierEvidence]]:
         evidence, desired, rollout = pool(reported), self._fleet.desired, self._changes.rollout
         stable = get_guard_confidence(desired.policy) if desired else 0.99
-        canary = rollout.limit_confidence if rollout else stable
-        return evidence, to_tier_evidence(evidence, stable, canary)
+        candidate = rollout.limit_confidence if rollout else stable
+        return evidence, to_tier_evidence(evidence, stable, candidate)
