@@ -99,7 +99,7 @@ bench-cuda: ## on a GPU, .venv or not: the card, its graphs and kernels, then en
 
 .PHONY: bench-control
 bench-control: $(KERNELS) ## the control plane under load, under faults, with a fleet; writes benchmarks/results/control.*
-	for part in fleet load away; do $(BIN)/python benchmarks/control.py $$part $(ARGS); done
+	for part in fleet load away; do $(BIN)/python -m benchmarks.control $$part $(ARGS); done
 
 .PHONY: image
 image: ## build the images sedac:cpu and sedac:control (TARGETS=cuda; ARGS='--secret ...': see Dockerfile)
@@ -117,4 +117,4 @@ down: ## stop the containers (ARGS=--volumes forgets policies and metrics too)
 .PHONY: clean
 clean: ## remove .venv and caches; build/demo-model stays (it took an hour)
 	rm -rf $(VENV) $(KERNELS) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find service probes tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find service probes tests testing benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

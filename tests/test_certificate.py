@@ -15,7 +15,7 @@ from sedac.policy.check import validate
 from sedac.policy.model import Adaptation, Audit, Checkpoint, Layout, Policy, Speculation, Tier
 from sedac.policy.weights import get_weights_digest
 
-from tests.strategies import certify, valid_policies
+from testing.strategies import certify, valid_policies
 
 POLICY = Policy(
     enabled=True,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+MUTUAL = [("sedac.policy.certificate", "sedac.policy.model"), ("sedac.engine.vllm.refusals", "sedac.engine.vllm.models")]
+"""modules that still import each other: the first is not to import the second"""
 
 
 def test_import_contracts_hold():
@@ -21,3 +27,49 @@ def test_light_modules_load_neither_torch_nor_vllm(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'vllm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """What each module of the repository imports, wherever in it; whatever comes from elsewhere by the name of its package."""
+    graph = grimp.build_graph("sedac", "sedac_probes", "testing", "benchmarks", include_external_packages=True, cache_dir=None)
+    return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+
+
+def test_nothing_but_tests_imports_tests(imports):
+    assert "sedac.control.server.server" in imports, "the graph is that of the repository"
+    assert [module for module, found in imports.items() if "tests" in found] == []
+
+
+def test_no_modules_import_each_other(imports):
+    found = {module: {other for other in others if (module, other) not in MUTUAL} for module, others in imports.items()}
+    graphlib.TopologicalSorter(found).prepare()  # raises CycleError with the circle
+
+
+@pytest.mark.parametrize("house", ["sedac", "sedac.control", "sedac_probes", "testing", "benchmarks"])
+def test_no_rooms_import_each_other(imports, house):
+    def find_room(module: str) -> str:
+        return ".".join(module.split(".")[: house.count(".") + 2])
+
+    rooms: dict[str, set[str]] = {}
+    for module, found in imports.items():
+        if module.startswith(f"{house}."):
+            room = rooms.setdefault(find_room(module), set())
+            room.update(find_room(other) for other in found if other.startswith(f"{house}.") and find_room(other) != find_room(module))
+    assert len(rooms) > 1, "the graph is that of the repository"
+    graphlib.TopologicalSorter(rooms).prepare()
+
+
+def _list_imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_tests_import_no_other_tests():
+    apart = [ROOT / "tests" / folder for folder in ("engine", "cuda", "e2e", "probe")]
+    shared = ("tests.forked", "tests.forkserver")
+    paths = [path for path in (ROOT / "tests").rglob("*.py") if not any(path.is_relative_to(folder) for folder in apart)]
+    assert [(path, name) for path in paths for name in _list_imports(path) if name.startswith("tests.") and name not in shared] == []

@@ -12,7 +12,7 @@ from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.model import MAX_CHECKPOINTS, MAX_DRAFT_TOKENS, MAX_TIERS, Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
 
-from tests.strategies import any_policies, valid_policies
+from testing.strategies import any_policies, valid_policies
 
 LAYOUT = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5, 8), probe_set="demo", levels=("full", "skip", "width-25"))
 DRAFTING = replace(LAYOUT, draft="adapter", max_draft_tokens=4)

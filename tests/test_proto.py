@@ -18,7 +18,7 @@ from sedac.contract.v1 import control_pb2, drafting_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy.model import Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
 
-from tests.strategies import any_policies
+from testing.strategies import any_policies
 
 ROOT = Path(__file__).resolve().parents[1]
 _LISTS = ("checkpoints", "tiers", "ranks")

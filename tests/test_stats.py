@@ -3,24 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sedac.contract.stats import ControllerStats, DraftingStats
-from sedac.engine.drafting.totals import Totals
 
-
-def make_controller(num_sequences: int, state: str = "drafting", gain: float = 1.25) -> ControllerStats:
-    return ControllerStats(
-        num_sequences=num_sequences, state=state, gain=gain, plain_seconds=0.02, step_seconds=0.025, draft_pass_seconds=0.0, tokens_per_step=2.5
-    )
-
-
-def make_drafting(*generated: tuple[int, int], max_tokens: int = 3, controller: tuple[ControllerStats, ...] = ()) -> DraftingStats:
-    """Sequences in steps of a quarter of a second each: (draft tokens verified, accepted)."""
-    totals = Totals(max_tokens)
-    totals.count_verified(generated)
-    for drafted, _ in generated:
-        totals.count_step(0.25)
-        totals.count_drafting(drafted, drafted * 0.03125)
-    return totals.get_stats("adapter", controller)
+from testing.figures import make_controller, make_drafting
 
 
 def test_ratios_are_those_of_the_words():

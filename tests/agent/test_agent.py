@@ -19,11 +19,12 @@ from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy.model import Adaptation, Checkpoint, Policy, Tier
 from sedac.settings import EngineSettings
 
-from tests.agent.test_metrics import get_metric
-from tests.agent.workers import LAYOUT, Workers
-from tests.control.conftest import FIRST, RunningServer, settings  # noqa: F401  fixture
-from tests.strategies import certify
-from tests.test_stats import make_controller, make_drafting
+from testing.control.engines import FIRST
+from testing.control.fixtures import settings  # noqa: F401  fixture
+from testing.control.running import RunningServer
+from testing.figures import get_metric, make_controller, make_drafting
+from testing.strategies import certify
+from testing.workers import LAYOUT, Workers
 
 
 def _refuse_weights() -> str:

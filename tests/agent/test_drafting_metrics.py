@@ -12,9 +12,8 @@ from sedac.agent.drafting_metrics import LengthHistogram
 from sedac.agent.metrics import EngineMetrics
 from sedac.contract.stats import CONTROLLER_STATES, DraftingStats, Stats
 
-from tests.agent.test_metrics import get_metric
-from tests.agent.workers import LAYOUT
-from tests.test_stats import make_controller, make_drafting
+from testing.figures import get_metric, make_controller, make_drafting
+from testing.workers import LAYOUT
 
 
 def _get(name: str, model: str, **labels: str) -> float | None:

@@ -13,8 +13,8 @@ from sedac.contract.stats import CheckpointStats, Stats, TierStats
 from sedac.errors import ArtifactError, PolicyInvalid
 from sedac.policy.model import Canary, Checkpoint, Policy
 
-from tests.agent.workers import LAYOUT, Workers
-from tests.test_stats import make_controller, make_drafting
+from testing.figures import make_controller, make_drafting
+from testing.workers import LAYOUT, Workers
 
 POLICY = Policy(enabled=True, checkpoints=(Checkpoint(layer=2, threshold=0.5),))
 BAD = Policy(enabled=True, checkpoints=(Checkpoint(layer=3, threshold=0.5),))

@@ -17,8 +17,8 @@ from sedac.agent.fetch import NUM_KEPT, FetchedSet, fetch
 from sedac.contract.v1 import control_pb2, probe_sets_pb2, probe_sets_pb2_grpc
 from sedac.errors import ArtifactError
 
-from tests.control.conftest import client, server, settings  # noqa: F401
-from tests.probe_sets import MadeSet, make_set
+from testing.control.fixtures import client, server, settings  # noqa: F401
+from testing.probe_sets import MadeSet, make_set
 
 GOOD = make_set()
 Part = probe_sets_pb2.DownloadProbeSetResponse

@@ -23,11 +23,11 @@ from sedac.errors import ConfigError
 from sedac.policy.model import Checkpoint, Policy, Tier
 from sedac.settings import EngineSettings
 
-from tests.agent.test_metrics import get_metric
-from tests.agent.workers import LAYOUT, Workers
-from tests.control.conftest import FIRST
-from tests.probe_sets import MadeSet, make_set
-from tests.strategies import certify
+from testing.control.engines import FIRST
+from testing.figures import get_metric
+from testing.probe_sets import MadeSet, make_set
+from testing.strategies import certify
+from testing.workers import LAYOUT, Workers
 
 OTHER = Policy(enabled=True, checkpoints=(Checkpoint(layer=8, threshold=0.125),), tiers=(Tier(name="mine"),), default_tier="mine")
 ROOMY = replace(LAYOUT, max_rank=4)

@@ -12,14 +12,11 @@ from sedac.agent.scoring import Loss
 from sedac.contract.stats import CheckpointStats, Stats, TierStats
 from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Tier
 
-from tests.agent.workers import LAYOUT
+from testing.figures import get_metric
+from testing.workers import LAYOUT
 
 CHECKPOINTS = (Checkpoint(layer=2, threshold=0.5), Checkpoint(layer=5, threshold=0.25))
 ADAPTING = Policy(enabled=True, checkpoints=CHECKPOINTS, adaptation=Adaptation(enabled=True, target_exit_rates=(0.2, 0.4)))
-
-
-def get_metric(name: str, model: str, **labels: str) -> float | None:
-    return REGISTRY.get_sample_value(name, {"model_name": model, "engine": "0", **labels})
 
 
 def _make_stats(*, revision: int = 1, threshold: float = 0.0, adaptations: int = 0, tiers: dict[str, float] | None = None) -> Stats:

@@ -12,7 +12,7 @@ from sedac.agent.engine import AttachedEngine
 from sedac.agent.plugin import AgentPlugin
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from tests.agent.workers import Workers
+from testing.workers import Workers
 
 REPORT = {"request_id": "cmpl-abc", "tier": "balanced", "certified": True, "revision": 3, "num_tokens": 40, "mlp_share": 0.626}
 

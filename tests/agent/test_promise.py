@@ -31,7 +31,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from tests.strategies import certify
+from testing.strategies import certify
 
 TIERS = (Tier(name="conservative", threshold_scale=0.5), Tier(name="balanced"))
 POLICY = Policy(enabled=True, tiers=TIERS, allow_overrides=True)

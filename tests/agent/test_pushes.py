@@ -14,7 +14,7 @@ from sedac.errors import PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.model import Policy
 
-from tests.strategies import any_policies, valid_policies
+from testing.strategies import any_policies, valid_policies
 
 _int64 = st.integers(-(2**63), 2**63 - 1)
 NOT_PROTO = b"\xff" * 8

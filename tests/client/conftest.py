@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-
 import pytest
 from sedac.ctl.root import app
 from typer.testing import CliRunner
 
-from tests.control.conftest import (  # noqa: F401
-    RunningServer,
+from testing.control.fixtures import (  # noqa: F401
     authority,
     client,
     make_engine,
@@ -38,23 +29,3 @@ def ctl(server):  # noqa: F811
         return CliRunner().invoke(app, list(arguments), env={"SEDAC_CONTROL_ADDRESS": server.address, "COLUMNS": "250"}, input=stdin)
 
     return run
-
-
-@contextlib.contextmanager
-def watching(server: RunningServer, *command: str) -> Iterator[Iterator[str]]:  # noqa: F811
-    """Run a watching command as a user does; yields its lines as they come, then stops it by Ctrl-C, after which it must end in peace."""
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from sedac.app.cli import main; main()"  # else ignored in a job
-    env = {**os.environ, "SEDAC_CONTROL_ADDRESS": server.address, "COLUMNS": "250"}
-    process = subprocess.Popen([sys.executable, "-c", code, "ctl", *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    too_late = threading.Timer(60, process.kill)
-    too_late.start()
-    try:
-        assert process.stdout
-        yield iter(process.stdout.readline, "")
-        process.send_signal(signal.SIGINT)
-        errors = process.communicate(timeout=30)[1]
-        assert (process.returncode, errors) == (0, "")
-    finally:
-        too_late.cancel()
-        process.kill()
-        process.communicate()

@@ -10,7 +10,7 @@ from sedac.ctl.root import app
 from sedac.errors import ConfigError, ControlUnavailable, PermissionDenied, Unauthenticated
 from typer.testing import CliRunner
 
-from tests.control.conftest import FIRST
+from testing.control.engines import FIRST
 
 
 @pytest.fixture

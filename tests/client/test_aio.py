@@ -11,8 +11,9 @@ from sedac.contract import wire
 from sedac.errors import ControlUnavailable, NotSynced, PolicyInvalid, RevisionNotFound
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.control.conftest import FIRST, RunningServer
-from tests.probe_sets import make_set
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
+from testing.probe_sets import make_set
 
 
 def _get_methods(kind: type) -> dict[str, inspect.Signature]:

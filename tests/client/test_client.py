@@ -11,7 +11,8 @@ from sedac.client.client import ControlClient
 from sedac.errors import ControlUnavailable, NotSynced, PolicyInvalid, RequestIdReused, RevisionNotFound, SedacError, StaleEtag
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.control.conftest import FIRST, RunningServer
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
 
 
 def test_errors_come_back_as_they_were_raised(client):

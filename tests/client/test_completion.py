@@ -13,8 +13,8 @@ from sedac.app.cli import app
 from sedac.policy.model import Policy, Tier
 from typer.testing import CliRunner
 
-from tests.control.conftest import FIRST
-from tests.probe_sets import make_set
+from testing.control.engines import FIRST
+from testing.probe_sets import make_set
 
 
 def _complete(line: str, address: str = "127.0.0.1:1", shell: str = "fish", **env: str) -> dict[str, str]:

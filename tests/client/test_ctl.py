@@ -19,9 +19,10 @@ from sedac.ctl.root import app
 from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 from typer.testing import CliRunner
 
-from tests.control.conftest import FIRST, RunningServer
-from tests.strategies import certify
-from tests.test_stats import make_controller, make_drafting
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
+from testing.figures import make_controller, make_drafting
+from testing.strategies import certify
 
 
 def test_status_shows_policy_and_engines(ctl, make_engine):

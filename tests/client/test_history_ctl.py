@@ -11,8 +11,9 @@ from sedac.client.diff import Change, find_changes, find_policy_changes
 from sedac.contract import wire
 from sedac.policy.model import Checkpoint, Policy, Tier
 
-from tests.client.conftest import watching
-from tests.control.conftest import FIRST, RunningServer
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
+from testing.control.watching import watching
 
 SECOND = Policy(enabled=True, checkpoints=(Checkpoint(layer=2, threshold=0.5), Checkpoint(layer=5, threshold=0.75)), default_tier="exact")
 

@@ -8,8 +8,8 @@ import pytest
 from sedac.client import probe_files
 from sedac.errors import ArtifactError, ProbeSetExists, ProbeSetNotFound
 
-from tests.control.conftest import FIRST
-from tests.probe_sets import make_set
+from testing.control.engines import FIRST
+from testing.probe_sets import make_set
 
 
 @pytest.fixture

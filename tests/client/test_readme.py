@@ -17,7 +17,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from tests.probe_sets import make_set
+from testing.probe_sets import make_set
 
 _ROOT = Path(__file__).resolve().parents[2]
 _ADDRESS = "127.0.0.1:50051"

@@ -15,7 +15,8 @@ from sedac.client.connection import Attempts
 from sedac.errors import ControlUnavailable
 from sedac.policy.model import Policy
 
-from tests.control.conftest import FIRST, RunningServer
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
 
 
 class LossyProxy:

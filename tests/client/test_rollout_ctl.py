@@ -14,8 +14,8 @@ from sedac.ctl.root import app
 from sedac.policy.model import Audit, Checkpoint, Policy
 from typer.testing import CliRunner
 
-from tests.client.conftest import watching
-from tests.control.conftest import FIRST
+from testing.control.engines import FIRST
+from testing.control.watching import watching
 
 CANDIDATE = Policy(enabled=True, checkpoints=(Checkpoint(layer=2, threshold=0.75), Checkpoint(layer=5, threshold=0.5)))
 

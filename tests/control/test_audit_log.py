@@ -15,11 +15,11 @@ from sedac.contract.v1.audit_log_pb2 import ListAuditEntriesRequest
 from sedac.control.access.audit_log import AuditLogStore
 from sedac.control.access.auth import Caller
 from sedac.control.base.database import Database
-from sedac.control.policy.store import Store
+from sedac.control.revisions.store import Store
 from sedac.errors import StaleEtag, StoreFailed
 from sedac.policy.model import Policy
 
-from tests.control.conftest import FIRST
+from testing.control.engines import FIRST
 
 CALLER = Caller(principal="token:alice", author="Alice", peer="ipv4:192.0.2.1:5")
 T0 = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -66,7 +66,7 @@ def test_an_entry_and_its_change_are_one_act(database, audit_log):
 
     def change_and_die() -> None:
         with database.transaction():
-            audit_log.append_revision(store, Policy(), action="UpdatePolicy", caller=CALLER)
+            store.append_audited(audit_log, Policy(), action="UpdatePolicy", caller=CALLER)
             raise Interrupted
 
     with pytest.raises(Interrupted):
@@ -77,9 +77,9 @@ def test_an_entry_and_its_change_are_one_act(database, audit_log):
 
 def test_a_change_that_is_refused_leaves_no_entry(database, audit_log):
     store = Store(database)
-    audit_log.append_revision(store, Policy(), action="UpdatePolicy", caller=CALLER)
+    store.append_audited(audit_log, Policy(), action="UpdatePolicy", caller=CALLER)
     with pytest.raises(StaleEtag):
-        audit_log.append_revision(store, Policy(), action="UpdatePolicy", caller=CALLER, expected_etag="stale")
+        store.append_audited(audit_log, Policy(), action="UpdatePolicy", caller=CALLER, expected_etag="stale")
     assert len(audit_log.list(before=None, limit=10)) == 1
 
 
@@ -88,14 +88,14 @@ def test_no_change_without_its_entry(database, audit_log):
     store = Store(database)
     database.execute("CREATE TRIGGER full BEFORE INSERT ON audit_log BEGIN SELECT RAISE(ABORT, 'disk full'); END")
     with pytest.raises(StoreFailed):
-        audit_log.append_revision(store, Policy(), action="UpdatePolicy", caller=CALLER)
+        store.append_audited(audit_log, Policy(), action="UpdatePolicy", caller=CALLER)
     assert store.find_newest() is None
 
 
 def test_a_repeated_request_is_one_entry(database, audit_log):
     store = Store(database)
     made = [
-        audit_log.append_revision(store, Policy(), action="UpdatePolicy", caller=CALLER, request_id="r", fingerprint="f").revision for _ in range(2)
+        store.append_audited(audit_log, Policy(), action="UpdatePolicy", caller=CALLER, request_id="r", fingerprint="f").revision for _ in range(2)
     ]
     assert made == [1, 1]
     assert len(audit_log.list(before=None, limit=10)) == 1

@@ -12,8 +12,8 @@ from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid
 from sedac.policy.model import Adaptation, Policy, Speculation, Tier
 
-from tests.control.conftest import FIRST
-from tests.strategies import certify
+from testing.control.engines import FIRST
+from testing.strategies import certify
 
 CERTIFIED = certify(dataclasses.replace(FIRST, tiers=(Tier(name="balanced"), Tier(name="night"))))
 

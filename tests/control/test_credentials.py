@@ -16,7 +16,7 @@ from sedac.control.server.health import check_health
 from sedac.errors import ConfigError
 from typer.testing import CliRunner
 
-from tests.control.access import DENIED, GET, OK, call
+from testing.control.access import DENIED, GET, OK, call
 
 
 def test_asyncio_clients_have_the_same_credentials(start, mtls_settings, authority, principals):

@@ -12,8 +12,9 @@ from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import NotSynced
 from sedac.policy.model import Policy
 
-from tests.control.conftest import FIRST, FakeEngine, RunningServer
-from tests.test_stats import make_controller, make_drafting
+from testing.control.engines import FIRST, FakeEngine
+from testing.control.running import RunningServer
+from testing.figures import make_controller, make_drafting
 
 
 def _get_engine(client, engine_id="e1", *, state=None, timeout=5.0):

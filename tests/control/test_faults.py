@@ -16,10 +16,11 @@ from sedac.contract import wire
 from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.policy.model import Checkpoint, Policy, Tier
 
-from tests.control.agents import make_agent, wait_until
-from tests.control.conftest import FIRST, RunningServer
-from tests.control.processes import ControlProcess
-from tests.control.proxies import Proxy, babbling, impersonating
+from testing.control.agents import make_agent, wait_until
+from testing.control.engines import FIRST
+from testing.control.processes import ControlProcess
+from testing.control.proxies import Proxy, babbling, impersonating
+from testing.control.running import RunningServer
 
 _SPEED = 20
 """how much faster than in service the clocks of keepalive run here; gRPC pings at most once a second"""

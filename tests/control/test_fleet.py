@@ -12,8 +12,8 @@ from sedac.control.base.metrics import ControlMetrics
 from sedac.control.fleet import fleet as fleet_module
 from sedac.control.fleet.fleet import Fleet as RememberedFleet
 
-from tests.control.processes import ControlProcess
-from tests.control.simulated import Fleet
+from testing.control.processes import ControlProcess
+from testing.control.simulated import Fleet
 
 
 def test_every_change_reaches_every_engine_whoever_comes_and_goes(tmp_path):

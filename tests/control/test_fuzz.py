@@ -29,8 +29,8 @@ from sedac.control.base.services import SERVICES
 from sedac.control.base.settings import ControlSettings
 from sedac.policy.model import Audit, Checkpoint, Policy
 
-from tests.control.conftest import RunningServer
-from tests.probe_sets import make_set
+from testing.control.running import RunningServer
+from testing.probe_sets import make_set
 
 SECONDS = float(os.environ.get("SEDAC_TEST_FUZZ_SECONDS", "20"))
 _METHODS = [method for service in SERVICES for method in service.methods]

@@ -14,8 +14,9 @@ from sedac.control.fleet.pooling import STABLE, Evidence, Pooled
 from sedac.control.rollout.guard import find_excess, get_guard_confidence
 from sedac.policy.model import Audit, Checkpoint, Policy, Tier
 
-from tests.control.conftest import FIRST, RunningServer
-from tests.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.engines import FIRST
+from testing.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.running import RunningServer
 
 AUDIT = Audit(share=0.5, max_mismatch=0.05)
 BAD = Measured(mismatch=300, rate=50)
@@ -61,7 +62,7 @@ def test_a_bad_policy_goes_back_to_the_last_good_one(client, server, make_engine
     client.update_policy(_make_policy(9.0), comment="a bet")
     guard = _wait_for_guard(client, 3)
     assert guard.revision == 4
-    assert "mismatch of tier balanced is over 0." in guard.reason
+    assert "tier balanced: mismatch is over 0." in guard.reason
     assert "back to revision 2, the last good one" in guard.reason
     policy = client.get_policy()
     assert (policy.revision, policy.author) == (4, "guard")
@@ -121,7 +122,7 @@ def test_a_revision_that_no_engine_took_is_no_good_one(client, make_engine):
     client.update_policy(_make_policy(2.0))
     push = wait_for(lambda: next((p for p in iter(engine.pushes.get, None) if p.policy.revision == 2), None), "revision 2")
     client.update_policy(_make_policy(9.0))
-    engine.answers, engine.refuse_canary = True, ""
+    engine.answers, engine.refuse_candidate = True, ""
     answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=1)
     answer.error.code, answer.error.message = 3, "no"
     engine.send(control_pb2.EngineMessage(answer=answer))

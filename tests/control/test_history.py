@@ -32,9 +32,9 @@ from sedac.errors import (
 )
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.control.processes import ControlProcess
-from tests.probe_sets import MadeSet, make_set
-from tests.strategies import valid_policies
+from testing.control.processes import ControlProcess
+from testing.probe_sets import MadeSet, make_set
+from testing.strategies import valid_policies
 
 _KEEP = 10
 _SET_NAMES = st.sampled_from(["a", "b"])

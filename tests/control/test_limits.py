@@ -15,8 +15,9 @@ from sedac.contract.v1 import control_pb2, control_pb2_grpc, probe_sets_pb2
 from sedac.control.access.limits import TokenBucket
 from sedac.control.base.metrics import ControlMetrics
 
-from tests.control.access import PrincipalsFile, call, find_error, wait_until
-from tests.control.conftest import FIRST, FakeEngine, RunningServer
+from testing.control.access import PrincipalsFile, call, find_error, wait_until
+from testing.control.engines import FIRST, FakeEngine
+from testing.control.running import RunningServer
 
 GET, WATCH = "/sedac.control.v1.Control/GetStatus", "/sedac.control.v1.Control/WatchStatus"
 FOLLOW = "/sedac.control.v1.Discovery/Follow"

@@ -14,7 +14,8 @@ from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.control.conftest import FIRST
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
 
 
 @pytest.fixture
@@ -123,8 +124,6 @@ def test_callers_cannot_make_series(server, read):
 
 
 def test_the_port_is_free_again_after_the_stop(settings):
-    from tests.control.conftest import RunningServer
-
     for revision in (1, 2):
         running = RunningServer(settings)
         with ControlClient(running.address) as client:

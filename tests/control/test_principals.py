@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sedac.control.access.principals import read_principals
 from sedac.errors import ConfigError
 
-from tests.control.access import GET, OK, call
-from tests.control.conftest import RunningServer
+from testing.control.access import GET, OK, call
+from testing.control.running import RunningServer
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from sedac.contract import wire
 from sedac.contract.v1 import audit_log_pb2, audit_log_pb2_grpc, control_pb2, rollouts_pb2, rollouts_pb2_grpc
 from sedac.policy.model import Audit, Checkpoint, Policy
 
-from tests.control.conftest import FIRST, RunningServer
-from tests.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.engines import FIRST
+from testing.control.measuring import Measured, MeasuringEngine, wait_for
+from testing.control.running import RunningServer
 
 BASE = dataclasses.replace(FIRST, audit=Audit(share=0.5))
 CANDIDATE = dataclasses.replace(BASE, checkpoints=(Checkpoint(layer=5, threshold=0.75),))
@@ -109,7 +110,7 @@ def test_a_good_candidate_is_promoted_through_all_steps(stub, client, server, ma
     ids=["mismatch", "nll", "latency", "errors"],
 )
 def test_a_breach_goes_back_within_one_interval(stub, client, make_engine, bad, reason):
-    engine = make_engine(canary=dataclasses.replace(bad, rate=50))
+    engine = make_engine(candidate=dataclasses.replace(bad, rate=50))
     _start(stub, min_requests=1000000)
     asked = time.monotonic()
     over = _wait(stub, PROMOTED, PAUSED, ABORTED)
@@ -149,7 +150,7 @@ def test_broken_or_missing_evidence_pauses(stub, client, make_engine, harm, reas
 
 
 def test_too_few_requests_pause_and_more_of_them_go_on_after_a_resume(stub, make_engine):
-    engine = make_engine(canary=Measured(rate=0))
+    engine = make_engine(candidate=Measured(rate=0))
     engine.counts[2] = 0
     _start(stub)
     assert "no request has finished" in _wait(stub, PAUSED).reason
@@ -237,13 +238,13 @@ def test_no_engine_at_all_pauses(stub, client):
 
 def test_an_engine_that_refuses_pauses_at_once_and_is_asked_again_after_a_resume(stub, client, make_engine):
     engine = make_engine()
-    engine.refuse_canary = "policy.checkpoints[0].layer: no"
+    engine.refuse_candidate = "policy.checkpoints[0].layer: no"
     _start(stub, interval_seconds=3600)
     paused = _wait(stub, PAUSED)
     assert paused.reason == "engine e1 refused: policy.checkpoints[0].layer: no"
     shown = client.get_status().engines[0]
     assert (shown.state, shown.error.message, shown.active_revision, shown.active_rollout) == (3, "policy.checkpoints[0].layer: no", 1, 0)
-    engine.refuse_canary = ""
+    engine.refuse_candidate = ""
     _change(stub, "Resume")
     wait_for(lambda: client.get_status().engines[0].active_rollout == 1, "the candidate in force")
     assert client.get_status().engines[0].state == control_pb2.ENGINE_STATE_SYNCED
@@ -356,7 +357,7 @@ def test_every_state_survives_a_restart_of_the_service(settings, state):
 
 def test_a_roll_out_goes_on_after_a_restart_of_the_service(settings):
     server = RunningServer(settings)
-    engine = MeasuringEngine(server.address, initial=BASE, canary=Measured(rate=0))
+    engine = MeasuringEngine(server.address, initial=BASE, candidate=Measured(rate=0))
     wait_for(lambda: engine.counts, "the first policy")
     with grpc.insecure_channel(server.address) as channel:
         _start(rollouts_pb2_grpc.RolloutsStub(channel), interval_seconds=1.0)
@@ -388,7 +389,7 @@ def test_a_restarted_engine_gets_the_candidate_and_what_it_measured_before_stays
     engine.close()
     wait_for(lambda: [e.state for e in client.get_status().engines] == [control_pb2.ENGINE_STATE_STALE], "the end of its reports")
     before = count()
-    again = make_engine(canary=Measured(rate=1))
+    again = make_engine(candidate=Measured(rate=1))
     wait_for(lambda: again.in_force.get(2), "the candidate in the new process")
     wait_for(lambda: before < count() < before + again.counts[2] + 1, "evidence of both lives")
     assert _get(stub).state == PROGRESSING

@@ -7,7 +7,7 @@ import pytest
 from sedac.contract.credentials import read_credentials
 from sedac.contract.v1 import control_pb2, control_pb2_grpc
 
-from tests.control.access import GET, OK, UNAUTHENTICATED, UNAVAILABLE, call, find_error, wait_until
+from testing.control.access import GET, OK, UNAUTHENTICATED, UNAVAILABLE, call, find_error, wait_until
 
 
 def test_a_rotated_token_counts_at_once_and_the_old_one_no_more(start, tls_settings, open_channel, principals):

@@ -31,8 +31,8 @@ from sedac.control.policy.store import Store
 from sedac.errors import ConfigError
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.control.conftest import RunningServer
-from tests.probe_sets import make_set
+from testing.control.running import RunningServer
+from testing.probe_sets import make_set
 
 STORES = Path(__file__).parent / "stores"
 NEXT = (*STEPS, ("ALTER TABLE revisions ADD COLUMN note TEXT NOT NULL DEFAULT ''", "UPDATE revisions SET note = comment"))

@@ -12,7 +12,7 @@ from sedac.contract.credentials import read_credentials
 from sedac.control.access.auth import RULES
 from sedac.control.access.principals import digest_token
 
-from tests.control.access import GET, METHODS, ROLES, UPDATE, call, find_error, wait_until
+from testing.control.access import GET, METHODS, ROLES, UPDATE, call, find_error, wait_until
 
 
 def test_no_token_and_no_key_is_in_a_log_an_error_or_a_metric(start, mtls_settings, open_channel, authority, principals, pair, caplog, capfd):

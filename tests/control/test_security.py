@@ -15,7 +15,7 @@ from sedac.control.access.auth import OPEN, RULES
 from sedac.control.access.principals import digest_token
 from sedac.control.base.settings import ControlSettings
 
-from tests.control.access import (
+from testing.control.access import (
     DENIED,
     DOWNLOAD,
     FOLLOW,
@@ -32,7 +32,8 @@ from tests.control.access import (
     call,
     find_error,
 )
-from tests.control.conftest import FIRST, RunningServer
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 
 import grpc
 import pytest
@@ -22,41 +18,30 @@ from sedac.control.base.settings import ControlSettings
 from sedac.errors import ConfigError, ControlUnavailable, SedacError
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.control.conftest import FIRST, FakeEngine, RunningServer
+from testing.control.engines import FIRST, FakeEngine
+from testing.control.processes import ControlProcess, make_environment
+from testing.control.running import RunningServer
 
 
 def _make_command(path, **variables: str) -> dict:
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_")}
-    environ |= {"SEDAC_CONTROL_PORT": "0", "SEDAC_CONTROL_METRICS_PORT": "0", "SEDAC_CONTROL_DATABASE": str(path), **variables}
+    environ = make_environment(path, **variables)
     return {"args": [sys.executable, "-m", "sedac.app.cli", "control"], "env": environ, "stderr": subprocess.PIPE, "text": True}
-
-
-@contextlib.contextmanager
-def _serving(path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A service as `sedac control` starts it, and its address, taken from the start-up line."""
-    process = subprocess.Popen(**_make_command(path))
-    try:
-        line = next((line for line in process.stderr if "control service on" in line), "")
-        yield process, re.search(r"control service on (\S+),", line)[1]
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_acknowledged_revisions_survive_kill_9_of_the_service(tmp_path):
     path, acknowledged = tmp_path / "control.sqlite3", [0]
     for _ in range(3):
-        with _serving(path) as (process, address):
-            killer = threading.Thread(target=_kill_when, args=(process, acknowledged, len(acknowledged) + 8))
-            killer.start()
-            with ControlClient(address) as client, contextlib.suppress(ControlUnavailable):
+        with ControlProcess(path) as service:
+            length = len(acknowledged) + 8
+            killer = service.kill_once(lambda length=length: len(acknowledged) >= length)
+            with ControlClient(service.address) as client, contextlib.suppress(ControlUnavailable):
                 while True:
                     made = client.update_policy(_make_policy(acknowledged[-1] + 1)).revision
                     assert made in (acknowledged[-1] + 1, acknowledged[-1] + 2), "only the write in flight may be beyond the last acknowledgement"
                     acknowledged.append(made)
-            assert process.wait(10) == -signal.SIGKILL
+            assert service.process.wait(10) == -signal.SIGKILL
             killer.join()
-    with _serving(path) as (_, address), ControlClient(address) as client:
+    with ControlProcess(path) as service, ControlClient(service.address) as client:
         revisions = list(client.list_revisions())
     numbers = [p.revision for p in revisions]
     assert numbers[0] in (acknowledged[-1], acknowledged[-1] + 1)
@@ -65,23 +50,17 @@ def test_acknowledged_revisions_survive_kill_9_of_the_service(tmp_path):
     assert len(acknowledged) > 24, "the service was killed in the middle of writes"
 
 
-def _kill_when(process: subprocess.Popen[str], acknowledged: list[int], length: int) -> None:
-    while len(acknowledged) < length and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-
-
 def _make_policy(number: int) -> Policy:
     return Policy(checkpoints=tuple(Checkpoint(layer=layer, threshold=number) for layer in range(20)))
 
 
 def test_sigterm_ends_it_in_peace_even_with_an_engine_connected(tmp_path):
-    with _serving(tmp_path / "control.sqlite3") as (process, address):
-        engine = FakeEngine(address)
+    with ControlProcess(tmp_path / "control.sqlite3") as service:
+        engine = FakeEngine(service.address)
         engine.pushes.get(timeout=5)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
-        assert "control service stops" in process.stderr.read()
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(10) == 0
+        assert "control service stops" in service.read_log()
         engine.close()
 
 

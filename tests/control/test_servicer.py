@@ -18,8 +18,8 @@ from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.errors import PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag
 from sedac.policy.model import Adaptation, Checkpoint, Policy, Speculation, Tier
 
-from tests.control.conftest import FIRST
-from tests.strategies import valid_policies
+from testing.control.engines import FIRST
+from testing.strategies import valid_policies
 
 
 def _with_threshold(value: float) -> Policy:

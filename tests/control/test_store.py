@@ -18,11 +18,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sedac.control.base.database import Database
-from sedac.control.policy.store import Store
+from sedac.control.revisions.store import Store
 from sedac.errors import ConfigError, RevisionNotFound, StaleEtag, StoreFailed
 from sedac.policy.model import Checkpoint, Policy
 
-from tests.strategies import valid_policies
+from testing.strategies import valid_policies
 
 
 class StoreAgainstModel(RuleBasedStateMachine):
@@ -77,7 +77,7 @@ _WRITER = """
 import sys
 from pathlib import Path
 from sedac.control.base.database import Database
-from sedac.control.policy.store import Store
+from sedac.control.revisions.store import Store
 from sedac.policy.model import Checkpoint, Policy
 store = Store(Database(Path(sys.argv[1])))
 while True:

@@ -12,8 +12,8 @@ from sedac.ctl.engine_tables import make_engines_table, make_fleet_table
 from sedac.ctl.tables import make_status
 from sedac.versions import CAPABILITIES
 
-from tests.control.conftest import FIRST
-from tests.control.measuring import wait_for
+from testing.control.engines import FIRST
+from testing.control.measuring import wait_for
 
 NEWER = b"\xa0\x06\x07"
 """field 100, a varint, 7: what a newer contract would add"""

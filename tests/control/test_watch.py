@@ -13,12 +13,14 @@ from sedac.contract.v1 import control_pb2, control_pb2_grpc
 from sedac.control.base.database import Database
 from sedac.control.base.metrics import ControlMetrics
 from sedac.control.base.settings import ControlSettings
-from sedac.control.fleet.fleet import Engine, Fleet
-from sedac.control.policy.store import Store
+from sedac.control.fleet.engine import Engine
+from sedac.control.fleet.fleet import Fleet
+from sedac.control.revisions.store import Store
 from sedac.errors import ConfigError, RequestIdReused, RevisionCompacted, RevisionNotFound
 from sedac.policy.model import Policy
 
-from tests.control.conftest import FIRST, RunningServer
+from testing.control.engines import FIRST
+from testing.control.running import RunningServer
 
 SYNCED, STALE, NACKED = control_pb2.ENGINE_STATE_SYNCED, control_pb2.ENGINE_STATE_STALE, control_pb2.ENGINE_STATE_NACKED
 

@@ -15,9 +15,9 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from sedac.agent.metrics import EngineMetrics
 from sedac.contract.stats import Stats
 
-from tests.agent.workers import LAYOUT
-from tests.deploy.scraping import exposing, prepare, scraping, wait_for
-from tests.test_stats import make_controller, make_drafting
+from testing.figures import make_controller, make_drafting
+from testing.scraping import exposing, prepare, scraping, wait_for
+from testing.workers import LAYOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy/prometheus"

@@ -17,7 +17,7 @@ from sedac.policy.model import Checkpoint, Policy, Tier
 from sedac.policy.weights import get_weights_digest
 from sedac_probes import corpus
 
-from tests.strategies import certify
+from testing.strategies import certify
 
 pytestmark = pytest.mark.e2e
 

@@ -10,8 +10,8 @@ from sedac.engine.step.requests import Requests
 from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT
 from sedac.policy.model import ARM_KEY, CANARY, CERTIFICATE_KEY, ROLLOUT_KEY, TIER_KEY, Canary, Checkpoint, Policy, Tier
 
+from testing.strategies import certify
 from tests.engine.test_state import make_state
-from tests.strategies import certify
 
 POLICY = certify(Policy(enabled=True, checkpoints=(Checkpoint(layer=1, threshold=0.5),), tiers=(Tier(name="balanced"), Tier(name="night"))))
 CHANGED = certify(replace(POLICY, sensitivity=0.5))

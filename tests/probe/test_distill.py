@@ -21,8 +21,8 @@ from sedac_probes import corpus
 from sedac_probes.cli import main
 from sedac_probes.drafts import fit as fitting
 from sedac_probes.drafts.acceptance import Guesses, StepCosts, guess, propose, roll_out
-from sedac_probes.drafts.distill import load_saved
 from sedac_probes.drafts.fit import FitSettings, compare, evaluate, fit
+from sedac_probes.drafts.heads import load_saved
 from sedac_probes.drafts.states import Source, States, collect_states, read_states
 from sedac_probes.drafts.target import count_parameters, make_head, make_manifest, read_target
 

@@ -21,7 +21,7 @@ from sedac.policy.model import Layout
 from sedac.probe.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from sedac.probe.verify import verify, verify_weights
 
-from tests.probe_sets import HIDDEN, LAYERS, NEURONS, MadeSet, make_fields, make_set, make_tensors, pack, pack_raw
+from testing.probe_sets import HIDDEN, LAYERS, NEURONS, MadeSet, make_fields, make_set, make_tensors, pack, pack_raw
 
 GOOD = make_set()
 NAN, INF = float("nan"), float("inf")

@@ -61,7 +61,7 @@ def distill(
         sedac-probes distill --model MODEL --texts mine.jsonl --work build/mine --out build/mine/draft
     """
     from sedac_probes.drafts import report as shown
-    from sedac_probes.drafts.distill import Job, ship
+    from sedac_probes.drafts.candidates import Job, ship
     from sedac_probes.drafts.distill import distill as run
     from sedac_probes.drafts.fit import FitSettings
 

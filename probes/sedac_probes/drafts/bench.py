@@ -28,8 +28,8 @@ from sedac_probes.calibration.reduced import Form, Plain, ReducedModel
 from sedac_probes.certification.prompts import cut_requests
 from sedac_probes.collecting.recording import read_config
 from sedac_probes.corpus import Document
+from sedac_probes.drafts.candidates import POSITIONS
 from sedac_probes.drafts.costs import PartCosts, estimate_costs, measure_costs, read_costs, write_costs
-from sedac_probes.drafts.distill import POSITIONS
 from sedac_probes.drafts.left_out import LeftOut, WithoutParts
 from sedac_probes.drafts.search import Judged
 from sedac_probes.drafts.trial import Job, Trial, from_dict, run_trial

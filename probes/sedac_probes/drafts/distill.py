@@ -1,211 +1,57 @@
-"""Distill: make drafts of one kind, judge each on held-out texts and in the engine, and choose the one to ship.
+"""Distill: make drafts of one kind, judge each on held-out texts and in the engine, and put them into the table.
 
 Called by the command `distill`. Everything lies under `work` and is made once, so a run that was stopped goes on, and runs of several
-kinds share one table: `streams` and `heldout` (collections), `drafts/<name>` (candidates). `MAKERS` says how each kind is made.
+kinds share one table. `MAKERS` says how each kind is made.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-import torch
 from sedac.errors import ConfigError
-from sedac.probe.draft import ADAPTER, EXIT_HEAD, REDUCED, DraftHead, DraftManifest, load_head, read_draft_manifest, save_draft
+from sedac.probe.draft import ADAPTER, EXIT_HEAD, REDUCED
 
-from sedac_probes import corpus
-from sedac_probes.collecting.collection import read_description
 from sedac_probes.collecting.recording import read_config
-from sedac_probes.drafts.acceptance import Guesses, Proposal, StepCosts, guess, propose, roll_out
-from sedac_probes.drafts.fit import FitSettings, fit
-from sedac_probes.drafts.states import Source, StateCollection, collect_states, cut, read_states
-from sedac_probes.drafts.target import Target, count_parameters, make_head, make_manifest, read_target
-from sedac_probes.drafts.trial import Job as TrialJob
-from sedac_probes.drafts.trial import run_trial
-
-POSITIONS = 4
-"""draft tokens whose acceptance the table shows, and that the engine is measured with"""
-_HELDOUT_LENGTH = 256
-_PROMPT_LENGTH = 64
-_TRIAL_PROMPTS, _TRIAL_TOKENS = 24, 128
-_ROW_SHARE = 0.05  # of a plain step, that a verified row costs; only until the engine is measured
+from sedac_probes.drafts import reduced_report
+from sedac_probes.drafts.bench import Settings
+from sedac_probes.drafts.candidates import POSITIONS, Candidate, Job, read_candidates, write_candidate
+from sedac_probes.drafts.heads import make_heads
+from sedac_probes.drafts.reduced import make_reduced_draft
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What was asked for."""
+def make_reduced(job: Job, kind: str, depths: Sequence[int]) -> list[Candidate]:
+    """Make the candidate `reduced` of a job; everything that the search saw goes to the terminal, and to reduced/ under the work directory.
 
-    model: str
-    work: Path
-    documents: Sequence[corpus.Document]
-    heldout: Sequence[corpus.Document]
-    record: tuple[int, ...] = ()
-    """depths to record beside those of this run, for later ones"""
-    samples: int = 1024
-    heldout_samples: int = 128
-    own_share: float = 0.5
-    max_length: int = 512
-    neurons: int = 0
-    dtype: str = "auto"
-    settings: FitSettings = field(default_factory=FitSettings)
-    probe_set: Path | None = None
-    """whose levels a reduced draft may use"""
-    is_measured: bool = True
-    is_eager: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A draft in a directory of its own, and how good it is; kept there as result.json."""
-
-    name: str
-    kind: str
-    depth: int
-    num_parameters: int
-    acceptance: tuple[float, ...]
-    """held out, by position: share of the draft tokens there that are accepted when those before were"""
-    tokens_per_step: float
-    """with POSITIONS draft tokens in every step"""
-    costs: StepCosts
-    is_measured: bool
-    """whether costs were measured in the engine, not estimated from parameters"""
-    predicted: float
-    """speed-up by the cost model with POSITIONS draft tokens in every step"""
-    proposal: Proposal
-    heldout_loss: float | None = None
-    """soft cross-entropy to the full model, nats per token"""
-    losses: tuple[tuple[int, float], ...] = ()
-    """by step; at 0 the model's early exit without any training"""
-    measured: float | None = None
-    """that speed-up in the engine, at batch 1"""
-    measured_acceptance: tuple[float, ...] = ()
-    """in the engine, on fewer of the texts"""
-
-    @property
-    def draft_share(self) -> float:
-        """Cost of a draft pass in plain steps."""
-        return self.costs.draft_pass / self.costs.plain
-
-
-def make_heads(job: Job, kind: str, depths: Sequence[int]) -> list[Candidate]:
-    """Collect, then train and judge a head after each of the depths; adapters and exit heads."""
-    if job.samples < 1 or job.heldout_samples < 1:
-        raise ConfigError(f"--samples is {job.samples}, --heldout-samples {job.heldout_samples}; give at least 1")
-    target = read_target(job.model)
-    manifests = [make_manifest(target, kind, depth, job.neurons) for depth in depths]  # refuses before anything runs
-    recorded = sorted({*depths, *job.record})
-    source = Source(job.model, max_length=job.max_length, dtype=job.dtype)
-    collect_states(
-        job.work / "streams", source, job.documents, depths=recorded, num_pieces=job.samples, own_share=job.own_share, max_length=job.max_length,
-        prompt_length=min(_PROMPT_LENGTH, job.max_length // 4),
+    Raises:
+        ConfigError: depths were asked for, or what `make_reduced_draft` raises.
+    """
+    if depths:
+        raise ConfigError(f"--layers is {', '.join(map(str, depths))}; a reduced draft runs over all layers: leave --layers out")
+    prompt_tokens = min(64, job.max_length // 4)
+    settings = Settings(
+        num_heldout=min(Settings.num_heldout, job.heldout_samples), prompt_tokens=prompt_tokens,
+        check_tokens=min(128, job.max_length - prompt_tokens),
+        answer_tokens=min(64, job.max_length - prompt_tokens), dtype=job.dtype, is_eager=job.is_eager, is_measured=job.is_measured,
     )  # fmt: skip
-    length = min(_HELDOUT_LENGTH, job.max_length)
-    collect_states(
-        job.work / "heldout", source, job.heldout, depths=recorded, num_pieces=job.heldout_samples, own_share=1.0, max_length=length,
-        prompt_length=min(_PROMPT_LENGTH, length // 4), greedy=True,
-    )  # fmt: skip
-    return [_make_head(job, target, manifest) for manifest in manifests]
-
-
-def read_prompts(job: Job) -> list[list[int]]:
-    """Return the prompts of the held-out texts."""
-    from transformers import AutoTokenizer
-
-    return cut(AutoTokenizer.from_pretrained(job.model), job.heldout, StateCollection(**read_description(job.work / "heldout")))
-
-
-def _make_head(job: Job, target: Target, manifest: DraftManifest) -> Candidate:
-    directory = job.work / "drafts" / manifest.name
-    states, heldout = read_states(job.work / "streams", manifest.depth), read_states(job.work / "heldout", manifest.depth)
-    head = make_head(target, manifest, job.settings.seed)
-    losses = fit(head, states, heldout, target.lm_head_VD, job.settings, job.work / "fits" / f"{manifest.name}.pt")
-    described = read_description(job.work / "streams")
-    training = {k: described[k] for k in ("data_digest", "weights_sha256", "num_documents", "max_length", "own_share")} | asdict(job.settings)
-    training |= {"num_tokens": states.starts[-1], "heldout_loss": min(loss for _, loss in losses)}
-    manifest = replace(manifest, training=training)
-    if known := _find_judged(job, directory, manifest, head):
-        return known
-    manifest = save_draft(directory, manifest, head)
-    saved = load_saved(directory)
-    texts = guess(saved, heldout, target.lm_head_VD)
-    return judge(job, directory, manifest, saved, texts, tuple(losses))
-
-
-def _find_judged(job: Job, directory: Path, manifest: DraftManifest, head: DraftHead) -> Candidate | None:
-    """Return what an earlier run found of the very same head; None: nothing, or not enough."""
-    path = directory / "result.json"
-    if not path.exists():
-        return None
-    known, kept = _read_candidate(path), read_draft_manifest(directory)
-    if kept.training != manifest.training or known.is_measured < job.is_measured:
-        return None
-    weights = load_head(directory, kept)
-    is_same = all(torch.equal(weights[name], p.to(torch.bfloat16).float()) for name, p in head.named_parameters())
-    return known if is_same else None
-
-
-def load_saved(directory: Path) -> DraftHead:
-    """Return a draft's head as it will serve, its weights rounded to bf16; fp32."""
-    manifest = read_draft_manifest(directory)
-    head = DraftHead(manifest)
-    head.load_state_dict(load_head(directory, manifest))
-    return head.eval().requires_grad_(False)
-
-
-def judge(
-    job: Job, directory: Path, manifest: DraftManifest, head: DraftHead | None, texts: Sequence[Guesses], losses: tuple[tuple[int, float], ...] = ()
-) -> Candidate:
-    """Measure a draft's costs, propose its limits, and write both beside it; `texts` are its guesses on the held-out texts."""
-    trial = None
-    if job.is_measured:
-        prompts = read_prompts(job)
-        few = prompts[:: max(1, len(prompts) // _TRIAL_PROMPTS)][:_TRIAL_PROMPTS]
-        trial = run_trial(
-            TrialJob(
-                model=job.model, draft=str(directory.resolve()), prompts=few, num_tokens=_TRIAL_TOKENS, lengths=(1, POSITIONS), num_rounds=1,
-                dtype=job.dtype, is_eager=job.is_eager,
-            )
-        )  # fmt: skip
-    costs = StepCosts.from_trial(trial) if trial else estimate_costs(job.model, manifest, head)
-    fixed = roll_out(texts, POSITIONS)
-    proposal = propose(texts, costs)
+    work, out = job.work / kind, job.work / "drafts" / kind
+    made = make_reduced_draft(job.model, job.documents, job.heldout, out, work=work, probe_set=job.probe_set, name=kind, settings=settings)
+    reduced_report.print_report(made)
+    reduced_report.write(work, made)
+    best = made.found.best
+    limits = replace(best.proposal, speedup=made.predicted, tokens_per_step=made.rollout.tokens_per_step)
     candidate = Candidate(
-        name=manifest.name, kind=manifest.kind, depth=manifest.depth, num_parameters=count_parameters(head), acceptance=fixed.acceptance,
-        tokens_per_step=fixed.tokens_per_step, costs=costs, is_measured=trial is not None, predicted=costs.predict(fixed), proposal=proposal,
-        heldout_loss=min((loss for _, loss in losses), default=None), losses=losses,
-        measured=trial.get_speedup(POSITIONS) if trial else None, measured_acceptance=trial.get_acceptance(POSITIONS) if trial else (),
+        name=kind, kind=kind, depth=made.manifest.depth, num_parameters=0, acceptance=made.fixed.acceptance,
+        tokens_per_step=made.fixed.tokens_per_step, costs=best.costs, is_measured=made.trial is not None, predicted=best.costs.predict(made.fixed),
+        proposal=limits, measured=made.fixed_trial.get_speedup(POSITIONS) if made.fixed_trial else None,
+        measured_acceptance=made.fixed_trial.get_acceptance(POSITIONS) if made.fixed_trial else (),
     )  # fmt: skip
-    whole = roll_out(texts, max(POSITIONS, proposal.max_tokens))
-    limits: dict[str, Any] = {"max_tokens": proposal.max_tokens, "min_confidence": proposal.min_confidence}
-    save_draft(directory, replace(manifest, acceptance=tuple(round(a, 4) for a in whole.acceptance), **limits), head)
-    write_candidate(directory, candidate)
-    return candidate
-
-
-def write_candidate(directory: Path, candidate: Candidate) -> None:
-    """Put a candidate into the table, beside its artifact."""
-    (directory / "result.json").write_text(json.dumps(asdict(candidate), indent=1) + "\n")
-
-
-def estimate_costs(model: str, manifest: DraftManifest, head: DraftHead | None) -> StepCosts:
-    """Return costs in plain steps by the parameters that a pass reads; stands in until the engine is measured."""
-    config = read_config(model)
-    size, width = config["hidden_size"], config["intermediate_size"]
-    heads = config["num_attention_heads"]
-    head_size = config.get("head_dim") or size // heads
-    attention = size * head_size * (2 * heads + 2 * (config.get("num_key_value_heads") or heads))
-    mlp, lm_head = 3 * size * width, size * config["vocab_size"]
-    drafted = (manifest.depth - len(manifest.skip_attention)) * attention + (manifest.depth - len(manifest.skip_mlp)) * mlp
-    whole = manifest.num_layers * (attention + mlp) + lm_head
-    return StepCosts(plain=1.0, verify=1.0, row=_ROW_SHARE, draft_pass=(drafted + count_parameters(head) + lm_head) / whole)
+    write_candidate(out, candidate)
+    return [candidate]
 
 
 Maker = Callable[[Job, str, Sequence[int]], list[Candidate]]
-MAKERS: dict[str, Maker] = {ADAPTER: make_heads, EXIT_HEAD: make_heads}
+MAKERS: dict[str, Maker] = {ADAPTER: make_heads, EXIT_HEAD: make_heads, REDUCED: make_reduced}
 """by kind: makes candidates from a job, the kind and the depths asked for, each in `drafts/<name>` with `write_candidate`"""
 DEPTHS = {ADAPTER: (0.17, 0.25, 0.33), EXIT_HEAD: (0.5, 0.67)}
 """usual depths, in shares of the model's layers"""
@@ -217,37 +63,10 @@ def distill(job: Job, kind: str, depths: Sequence[int] = ()) -> list[Candidate]:
     Raises:
         ConfigError: the kind is unknown, a value is out of range, or the model can't have such a draft.
     """
-    from sedac_probes.drafts.reduced import make_reduced  # it builds on this module
-
-    makers = MAKERS | {REDUCED: make_reduced}
-    if kind not in makers:
-        raise ConfigError(f"--kind is {kind!r}; give one of {', '.join(makers)}")
+    if kind not in MAKERS:
+        raise ConfigError(f"--kind is {kind!r}; give one of {', '.join(MAKERS)}")
     job.settings.check()
     num_layers = read_config(job.model)["num_hidden_layers"]
     usual = sorted({max(1, min(num_layers - 1, round(share * num_layers))) for share in DEPTHS.get(kind, ())})
-    makers[kind](job, kind, tuple(depths) or tuple(usual))
+    MAKERS[kind](job, kind, tuple(depths) or tuple(usual))
     return read_candidates(job.work)
-
-
-def read_candidates(work: Path) -> list[Candidate]:
-    """Return the candidates of all runs, in order of predicted speed-up."""
-    found = [_read_candidate(path) for path in sorted((work / "drafts").glob("*/result.json"))]
-    return sorted(found, key=lambda candidate: -candidate.proposal.speedup)
-
-
-def _read_candidate(path: Path) -> Candidate:
-    fields: dict[str, Any] = json.loads(path.read_text())
-    fields |= {"costs": StepCosts(**fields["costs"]), "proposal": Proposal(**fields["proposal"])}
-    fields |= {name: tuple(fields[name]) for name in ("acceptance", "measured_acceptance")}
-    fields["losses"] = tuple((step, loss) for step, loss in fields["losses"])
-    return Candidate(**fields)
-
-
-def ship(work: Path, name: str, out: Path) -> None:
-    """Copy a candidate's artifact to where it is served from."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "manifest.json").unlink(missing_ok=True)  # readers take the manifest for the sign that a draft is there: it comes last
-    for path in ("head.safetensors", "manifest.json"):
-        source = work / "drafts" / name / path
-        if source.exists():
-            shutil.copyfile(source, out / path)

@@ -1,4 +1,4 @@
-"""Make a reduced draft: the whole model with parts left out, found by calibration, without training. Called by `distill --kind reduced`.
+"""Make a reduced draft: the whole model with parts left out, found by calibration, without training. Called by `distill`.
 
 In order: greedy answers of the full model to prompts cut from the texts; costs of the parts, measured in the engine that will serve; the
 search; the draft that it found on answers kept aside, by the reference and in the engine.
@@ -7,24 +7,21 @@ search; the draft that it found on answers kept aside, by the reference and in t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sedac.errors import ConfigError
 from sedac.probe.draft import DraftManifest, save_draft
 from tqdm import tqdm
 
 from sedac_probes.corpus import Document
 from sedac_probes.drafts.acceptance import Rollout
 from sedac_probes.drafts.bench import Bench, Settings
+from sedac_probes.drafts.candidates import POSITIONS
 from sedac_probes.drafts.costs import PartCosts
-from sedac_probes.drafts.distill import POSITIONS, Candidate, Job, write_candidate
 from sedac_probes.drafts.left_out import LeftOut
 from sedac_probes.drafts.search import Found, Judged, Search
 from sedac_probes.drafts.trial import Trial
-
-__all__ = ["Made", "Settings", "make_reduced", "make_reduced_draft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,38 +44,6 @@ class Made:
     def predicted(self) -> float:
         """Speed-up by the cost model, of the rollout."""
         return self.found.best.costs.predict(self.rollout)
-
-
-def make_reduced(job: Job, kind: str, depths: Sequence[int]) -> list[Candidate]:
-    """Make the candidate `reduced` of a job; everything that the search saw goes to the terminal, and to reduced/ under the work directory.
-
-    Raises:
-        ConfigError: depths were asked for, or what `make_reduced_draft` raises.
-    """
-    from sedac_probes.drafts import reduced_report
-
-    if depths:
-        raise ConfigError(f"--layers is {', '.join(map(str, depths))}; a reduced draft runs over all layers: leave --layers out")
-    prompt_tokens = min(64, job.max_length // 4)
-    settings = Settings(
-        num_heldout=min(Settings.num_heldout, job.heldout_samples), prompt_tokens=prompt_tokens,
-        check_tokens=min(128, job.max_length - prompt_tokens),
-        answer_tokens=min(64, job.max_length - prompt_tokens), dtype=job.dtype, is_eager=job.is_eager, is_measured=job.is_measured,
-    )  # fmt: skip
-    work, out = job.work / kind, job.work / "drafts" / kind
-    made = make_reduced_draft(job.model, job.documents, job.heldout, out, work=work, probe_set=job.probe_set, name=kind, settings=settings)
-    reduced_report.print_report(made)
-    reduced_report.write(work, made)
-    best = made.found.best
-    limits = replace(best.proposal, speedup=made.predicted, tokens_per_step=made.rollout.tokens_per_step)
-    candidate = Candidate(
-        name=kind, kind=kind, depth=made.manifest.depth, num_parameters=0, acceptance=made.fixed.acceptance,
-        tokens_per_step=made.fixed.tokens_per_step, costs=best.costs, is_measured=made.trial is not None, predicted=best.costs.predict(made.fixed),
-        proposal=limits, measured=made.fixed_trial.get_speedup(POSITIONS) if made.fixed_trial else None,
-        measured_acceptance=made.fixed_trial.get_acceptance(POSITIONS) if made.fixed_trial else (),
-    )  # fmt: skip
-    write_candidate(out, candidate)
-    return [candidate]
 
 
 def make_reduced_draft(

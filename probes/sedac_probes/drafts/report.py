@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sedac_probes.drafts.distill import POSITIONS, Candidate
+from sedac_probes.drafts.candidates import POSITIONS, Candidate
 
 
 def make_table(candidates: Sequence[Candidate]) -> Table:

@@ -15,7 +15,7 @@ from sedac.ctl.cells import format_bytes, format_time, name_enum
 
 _STYLES = {"LOADABLE": "green", "VERIFIED": "yellow", "STAGED": "yellow"}
 _NOISE = ("etag", "revision", "revision_create_time", "update_time", "author", "comment")
-"""fields that every change changes, or that have a column"""
+"""Fields that every change changes, or that have a column."""
 _MAX_SHOWN = 4
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import re
 from collections.abc import Callable
-from typing import Any
 
 import grpc
 from google.protobuf import json_format
@@ -19,13 +17,10 @@ from google.protobuf.message import Message
 from sedac.contract.v1 import audit_log_pb2, audit_log_pb2_grpc
 from sedac.control.access.auth import Caller
 from sedac.control.base.database import Database
-from sedac.control.base.status import answering, refuse
-from sedac.control.policy.store import POLICY_NAME, Revision, Store
-from sedac.policy.model import Policy
+from sedac.control.base.pages import MAX_PAGE_BYTES, get_limit, read_number
+from sedac.control.base.status import answering
 
 _COLUMNS = "number, time, principal, author, peer, action, resource, before_json, after_json, comment"
-_DEFAULT_PAGE, _MAX_PAGE = 50, 1000
-_MAX_PAGE_BYTES = 1 << 20  # of an answer; clients take 4 MiB unless told otherwise
 
 
 class AuditLogStore:
@@ -48,18 +43,6 @@ class AuditLogStore:
         with self._db.transaction():
             self._db.execute(f"INSERT INTO audit_log ({_COLUMNS}) VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (self._now().timestamp(), *values))
 
-    def append_revision(self, store: Store, policy: Policy, *, action: str, caller: Caller, comment: str = "", **more: Any) -> Revision:
-        """Store a revision of the policy and its entry as one act; `more` goes to `Store.append`, which says what it raises.
-
-        A repeated request, which makes no revision, leaves no entry.
-        """
-        with self._db.transaction():
-            before = store.find_newest()
-            made = store.append(policy, author=caller.author, comment=comment, **more)
-            if before is None or made.revision > before.revision:
-                self.append(action, POLICY_NAME, before.to_proto() if before else None, made.to_proto(), comment, caller=caller)
-            return made
-
     def list(self, *, before: int | None, limit: int) -> list[audit_log_pb2.AuditEntry]:
         """Return at most `limit` entries older than number `before` (None: from the newest), newest first; fewer where they are long."""
         newer = 1 << 62 if before is None else before
@@ -69,7 +52,7 @@ class AuditLogStore:
             for row in self._db.execute(f"SELECT {_COLUMNS} FROM audit_log WHERE number < ? ORDER BY number DESC LIMIT ?", (newer, limit)):
                 entry = _to_entry(row)
                 num_bytes += entry.ByteSize()
-                if found and num_bytes > _MAX_PAGE_BYTES:
+                if found and num_bytes > MAX_PAGE_BYTES:
                     break
                 found.append(entry)
         return found
@@ -86,12 +69,8 @@ class AuditLogServicer(audit_log_pb2_grpc.AuditLogServicer):
     ) -> audit_log_pb2.ListAuditEntriesResponse:
         """Return one page, newest first; the token is the last number of the page before."""
         async with answering(context):
-            if not 0 <= request.page_size <= _MAX_PAGE:
-                raise refuse("page_size", f"{request.page_size} is outside 0..{_MAX_PAGE}")
-            if not re.fullmatch("[0-9]{0,18}", request.page_token):
-                raise refuse("page_token", f"{request.page_token[:40]!r} was not made by this service; start again without one")
-            before = int(request.page_token) if request.page_token else None
-            entries = await asyncio.to_thread(self._audit_log.list, before=before, limit=request.page_size or _DEFAULT_PAGE)
+            limit, before = get_limit(request.page_size), read_number(request.page_token)
+            entries = await asyncio.to_thread(self._audit_log.list, before=before, limit=limit)
             token = str(entries[-1].number) if entries and entries[-1].number > 1 else ""
             return audit_log_pb2.ListAuditEntriesResponse(entries=entries, next_page_token=token)
         raise AssertionError("unreachable: answering() ends the call")

@@ -29,7 +29,7 @@ _ADMIN: tuple[Role, ...] = ("admin",)
 _ENGINE: tuple[Role, ...] = ("engine",)
 
 OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
-"""methods for everybody: whoever starts and stops the service has no token"""
+"""The methods for everybody, because whoever starts and stops the service has no token."""
 RULES: Mapping[str, tuple[Role, ...]] = {
     "/sedac.control.v1.Control/GetPolicy": _VIEWER,
     "/sedac.control.v1.Control/UpdatePolicy": _OPERATOR,
@@ -56,7 +56,7 @@ RULES: Mapping[str, tuple[Role, ...]] = {
     "/sedac.control.v1.AuditLog/ListAuditEntries": _ADMIN,
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _VIEWER,
 }
-"""the roles that may call a method"""
+"""The roles that may call a method."""
 _MAX_AUTHOR_CHARS = 128
 _HOW = "send a bearer token (SEDAC_CONTROL_TOKEN_FILE) or show a client certificate (SEDAC_CONTROL_CLIENT_CERT, _CLIENT_KEY)"
 
@@ -67,9 +67,9 @@ class Principal:
 
     name: str
     kind: str
-    """how: token or certificate"""
+    """How they proved it: by `token` or by `certificate`."""
     entry: Entry | None = None
-    """the line of the principals file; None: there is no such file, and every certificate of the authority may do everything"""
+    """The line of the principals file; None: there is no such file, and every certificate of the authority may do everything."""
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
@@ -80,9 +80,9 @@ class Caller:
     """Who makes a change, as revisions and the audit log keep it."""
 
     principal: str
-    """who was authenticated, such as "token:alice"; "guard" or "rollout" where the service acts by itself; "-" where auth is off"""
+    """Who was authenticated, such as "token:alice"; "guard" or "rollout" where the service acts by itself; "-" where nobody is asked."""
     author: str
-    """what the caller called itself; the principal's name where it said nothing, the peer where auth is off too"""
+    """What the caller called itself; the principal's name where it said nothing, the peer where nobody is asked either."""
     peer: str
 
 

@@ -36,13 +36,13 @@ class Entry(BaseModel):
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._@-]{0,63}$")
     role: Role
     token_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
-    """hex digest of the token"""
+    """The digest of the token, in hexadecimal digits."""
     certificate: str = Field(default="", max_length=256)
-    """common name, or DNS or URI alternative name"""
+    """The common name of the certificate, or a DNS or URI alternative name of it."""
     expires: AwareDatetime | None = None
-    """refused from then on"""
+    """The principal is refused from then on."""
     engine_id: str = Field(default="", max_length=128)
-    """role engine: the only engine that it may speak for; empty: any"""
+    """The only engine that a principal of the role engine may speak for; empty: any."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -15,7 +15,7 @@ from sedac.contract.v1 import control_pb2
 from sedac.control.base.services import SERVICES
 
 STATES = {number: name.removeprefix("ENGINE_STATE_").lower() for name, number in control_pb2.EngineState.items() if number}
-"""the states of an engine as label values"""
+"""The states of an engine as label values."""
 _RPC_LABELS = ["grpc_service", "grpc_method"]
 
 

@@ -11,10 +11,11 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sedac.contract.credentials import VARIABLES
-from sedac.control.policy.store import KEEP_REVISIONS
 from sedac.errors import ConfigError
 
 _PREFIX = "SEDAC_CONTROL_"
+KEEP_REVISIONS = 10_000
+"""How many of the newest revisions are kept where nobody says otherwise."""
 _CLIENTS_OWN = {"SEDAC_CONTROL_ADDRESS", *VARIABLES}
 
 
@@ -24,29 +25,29 @@ class ControlSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True)
 
     host: str = "127.0.0.1"
-    """address to listen on; anything but loopback wants TLS and principals or a client CA, or `insecure`"""
+    """Address to listen on; anything but loopback wants TLS and principals or a client CA, or `insecure`."""
     port: int = Field(default=50051, ge=0, le=65535)
-    """gRPC port; 0: any free one"""
+    """The gRPC port; 0: any free one."""
     metrics_host: str = "127.0.0.1"
-    """address of the Prometheus endpoint"""
+    """Address of the Prometheus endpoint."""
     metrics_port: int = Field(default=9464, ge=0, le=65535)
     """Prometheus port; 0: none"""
     database: Path = Path("var/control.sqlite3")
     """SQLite file of the revisions; made with its directory"""
     keep_revisions: int = Field(default=KEEP_REVISIONS, ge=10)
-    """how many of the newest revisions are kept; older ones only as long as a roll-out or the guard needs them"""
+    """How many of the newest revisions are kept; older ones only as long as a roll-out or the guard needs them."""
     probe_sets: Path | None = None
-    """directory of the uploaded probe sets, of this service alone; unset: `probe-sets` beside the database"""
+    """Directory of the uploaded probe sets, of this service alone; unset: `probe-sets` beside the database."""
     max_probe_set_bytes: int = Field(default=1 << 30, ge=1)
-    """bytes; largest weights of one probe set taken"""
+    """Bytes; largest weights of one probe set taken."""
     max_probe_sets_bytes: int = Field(default=16 << 30, ge=1)
-    """bytes; weights of all probe sets together"""
+    """Bytes; weights of all probe sets together."""
     max_uploads: int = Field(default=4, ge=1)
-    """probe sets that may be on their way at one time"""
+    """Probe sets that may be on their way at one time."""
     upload_silence_seconds: float = Field(default=30.0, gt=0)
-    """seconds without a chunk after which an upload or a download of a probe set is given up"""
+    """Seconds without a chunk after which an upload or a download of a probe set is given up."""
     max_message_bytes: int = Field(default=(1 << 20) + (1 << 16), ge=1 << 12)
-    """bytes; largest gRPC message taken; a chunk of a probe set has up to 1 MiB"""
+    """Bytes; largest gRPC message taken; a chunk of a probe set has up to 1 MiB."""
     tls_cert: Path | None = None
     """PEM file of the service's certificate, with its chain; read again when it changes"""
     tls_key: Path | None = None
@@ -54,23 +55,23 @@ class ControlSettings(BaseSettings):
     tls_client_ca: Path | None = None
     """PEM file of the authorities whose certificates callers must show (mTLS); unset: nobody is asked for one"""
     principals: Path | None = None
-    """who may call, in which role: one JSON object per line; read again when it changes; unset: everybody may do everything"""
+    """Who may call, in which role: one JSON object per line; read again when it changes; unset: everybody may do everything."""
     insecure: bool = False
-    """listen beyond loopback without TLS or without asking who calls, where something else fences the network"""
+    """Listen beyond loopback without TLS or without asking who calls, where something else fences the network."""
     max_calls: int = Field(default=4096, ge=1)
-    """calls of all callers that run at one time, streams among them"""
+    """Calls of all callers that run at one time, streams among them."""
     max_streams: int = Field(default=1024, ge=1)
-    """streams of one caller at one time; a caller is a principal, or an address where nobody is asked; a fleet may be one caller"""
+    """Streams of one caller at one time; a caller is a principal, or an address where nobody is asked; a fleet may be one caller."""
     max_calls_per_second: float = Field(default=1000.0, ge=0)
-    """of one caller, over time; twice as many at once; 0: no limit"""
+    """Of one caller, over time; twice as many at once; 0: no limit."""
     first_message_seconds: float = Field(default=20.0, gt=0)
-    """seconds that a caller has to send the first message of a call, and a connection to become one"""
+    """Seconds that a caller has to send the first message of a call, and a connection to become one."""
     max_idle_seconds: float = Field(default=300.0, ge=1)
-    """seconds after which a connection without a call is closed; an engine always has its stream"""
+    """Seconds after which a connection without a call is closed; an engine always has its stream."""
     max_age_seconds: float = Field(default=0.0, ge=0)
-    """seconds after which any connection is asked to come anew, and a drain later cut; 0: never"""
+    """Seconds after which any connection is asked to come anew, and a drain later cut; 0: never."""
     drain_seconds: float = Field(default=5.0, ge=0)
-    """seconds that running calls have to finish after SIGTERM; streams end at once"""
+    """Seconds that running calls have to finish after SIGTERM; streams end at once."""
 
     def __init__(self, **values: Any) -> None:
         """Read the environment; `values` win.

@@ -23,8 +23,9 @@ from sedac.control.access.audit_log import AuditLogStore
 from sedac.control.access.auth import Caller, check_engine_id, get_caller
 from sedac.control.base.metrics import ControlMetrics
 from sedac.control.base.status import answering, refuse
-from sedac.control.fleet.fleet import Engine, Fleet, Target
-from sedac.control.policy.store import Store
+from sedac.control.fleet.engine import Engine, Target
+from sedac.control.fleet.fleet import Fleet
+from sedac.control.revisions.store import Store
 from sedac.errors import ControlUnavailable, EngineReplaced, FieldViolation, PolicyInvalid, StaleEtag
 from sedac.policy.check import validate
 from sedac.policy.model import Policy
@@ -73,8 +74,8 @@ class DiscoveryServicer(control_pb2_grpc.DiscoveryServicer):
             return
         try:
             made = await asyncio.to_thread(
-                self._audit_log.append_revision,
-                self._store,
+                self._store.append_audited,
+                self._audit_log,
                 initial,
                 action="Follow",
                 caller=replace(caller, author=f"engine {engine.id}"),
@@ -115,9 +116,9 @@ class _Stream:
                 raise EngineReplaced(f"a newer connection of engine {engine.id!r} took over; two engines need two ids (SEDAC_ENGINE_ID)")
             if fleet.desired and not self._nonce and fleet.target != self._pushed:
                 self._nonce, self._pushed = secrets.token_hex(8), fleet.target
-                canary = fleet.candidate.to_proto() if fleet.candidate else None
-                references = fleet.find_references(fleet.desired.policy, *([fleet.candidate.policy] if fleet.candidate else []))
-                push = control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=canary, probe_sets=references)
+                candidate = fleet.candidate.to_proto() if fleet.candidate else None
+                references = fleet.probe_sets.find_references(fleet.desired.policy, *([fleet.candidate.policy] if fleet.candidate else []))
+                push = control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=candidate, probe_sets=references)
                 push.version = __version__
                 push.capabilities.extend(CAPABILITIES)
                 await context.write(push)

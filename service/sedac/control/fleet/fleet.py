@@ -11,114 +11,20 @@ import asyncio
 import contextlib
 import datetime
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
-from google.rpc import status_pb2
 
 from sedac import __version__
-from sedac.contract import wire
 from sedac.contract.v1 import control_pb2, evidence_pb2, rollouts_pb2
 from sedac.control.base.metrics import STATES, ControlMetrics
+from sedac.control.fleet.engine import Candidate, Engine, Target
+from sedac.control.fleet.fitting import NamedProbeSets, check_fit
 from sedac.control.fleet.pooling import EvidenceBook
-from sedac.control.policy.store import Revision
-from sedac.errors import FieldViolation, PolicyInvalid
-from sedac.policy.check import validate
-from sedac.policy.fit import ProbeSetSummary
-from sedac.policy.model import Layout, Policy
+from sedac.control.revisions.store import Revision
+from sedac.policy.model import Policy
 from sedac.versions import CAPABILITIES
 
 _FORGET_AFTER = datetime.timedelta(days=1)
 _MAX_GONE = 1024
-"""engines that are not connected any more and still remembered; beyond that the oldest are forgotten"""
-
-
-class Target(NamedTuple):
-    """What an engine should run; whatever changes in it is pushed."""
-
-    revision: int = 0
-    rollout: int = 0
-    """whose candidate runs beside the policy; 0: none"""
-    share: float = 0.0
-    attempt: int = 0
-    """grows when the same is to be pushed again"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A roll-out's policy and its share of the requests."""
-
-    rollout: int
-    policy: Policy
-    share: float
-    attempt: int = 0
-
-    def to_proto(self) -> control_pb2.Canary:
-        """Write it as engines are pushed it."""
-        return control_pb2.Canary(rollout=self.rollout, policy=wire.policy_to_proto(self.policy), share=self.share)
-
-
-@dataclass(kw_only=True, eq=False)
-class Engine:
-    """One connection of an engine, and what it last said."""
-
-    hello: control_pb2.EngineHello
-    active_revision: int
-    peer: str = ""
-    connected: bool = True
-    active_rollout: int = 0
-    answered: Target = field(default_factory=Target)
-    """the newest push that this connection answered"""
-    error: status_pb2.Status | None = None
-    """the NACK, where that answer was one"""
-    report: control_pb2.EngineReport = field(default_factory=control_pb2.EngineReport)
-    reported: float = field(default_factory=time.monotonic)
-    """seconds on the monotonic clock at which the newest report came; before the first: the start of the connection"""
-    last_seen: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
-    shown_state: control_pb2.EngineState | None = None
-    """the state under which the metrics count the engine; None: not counted"""
-    version: int = 0
-    """the fleet's version when anything but counters last changed here"""
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-    """set when the connection's task should look again: a new policy, an answer, the end"""
-
-    @property
-    def id(self) -> str:
-        """The engine's name, stable over reconnects."""
-        return self.hello.engine_id
-
-    @property
-    def layout(self) -> Layout:
-        """What the engine has attached."""
-        return wire.layout_from_hello(self.hello)
-
-    def find_state(self, target: Target) -> control_pb2.EngineState:
-        """Return the state that follows from what was pushed and answered."""
-        if not self.connected:
-            return control_pb2.ENGINE_STATE_STALE
-        if self.answered != target:
-            return control_pb2.ENGINE_STATE_PENDING
-        return control_pb2.ENGINE_STATE_NACKED if self.error else control_pb2.ENGINE_STATE_SYNCED
-
-    def to_status(self, target: Target) -> control_pb2.EngineStatus:
-        """Write the engine's part of a status message."""
-        state = self.find_state(target)
-        status = control_pb2.EngineStatus(
-            engine=self.hello,
-            state=state,
-            desired_revision=target.revision,
-            active_revision=self.active_revision,
-            active_rollout=self.active_rollout,
-            error=self.error if state == control_pb2.ENGINE_STATE_NACKED else None,
-            report=self.report,
-        )
-        status.last_seen_time.FromDatetime(self.last_seen)
-        return status
-
-    def touch(self) -> None:
-        """Note that the engine was heard of."""
-        self.last_seen = datetime.datetime.now(datetime.UTC)
+"""How many engines that are not connected any more are remembered; beyond that the oldest are forgotten."""
 
 
 class Fleet:
@@ -130,18 +36,16 @@ class Fleet:
         self.candidate: Candidate | None = None
         self.book = EvidenceBook()
         self.rollout: rollouts_pb2.Rollout | None = None
-        """the one under way, or the newest, as the status shows it; its evidence too"""
+        """The roll-out under way, or the newest, as the status shows it, with its evidence."""
         self.evidence: list[evidence_pb2.TierEvidence] = []
-        """as the status shows it"""
+        """What is measured of the policies in force, as the status shows it."""
         self.guard: control_pb2.Guard | None = None
         self.acknowledged: set[int] = set()
-        """revisions that an engine has put in force since somebody last took them from here"""
+        """The revisions that an engine has put in force since somebody last took them from here."""
         self.reported = asyncio.Event()
-        """set when an engine's evidence is new or a revision was acknowledged"""
-        self.probe_sets: Mapping[str, ProbeSetSummary] = {}
-        """uploaded, by name; policies may name them"""
-        self.deleted_probe_sets: Mapping[str, str] = {}
-        """digests of those that are gone, by name"""
+        """Set when an engine's evidence is new or a revision was acknowledged."""
+        self.probe_sets = NamedProbeSets()
+        """The uploaded probe sets, which policies may name."""
         self.closing = False
         self._version = 0
         self._counts = dict.fromkeys(STATES, 0)
@@ -303,42 +207,10 @@ class Fleet:
         )
 
     def check(self, policy: Policy) -> None:
-        """Check a policy against every connected engine, as far as the policy in force fits it.
-
-        What an engine refuses of the policy in force already is no reason to refuse a change: one engine that doesn't fit
-        must not keep the others from being switched off.
+        """Check a policy against every connected engine, as far as the policy in force fits it; from any thread.
 
         Raises:
             PolicyInvalid: with every field at fault, and the engines that it doesn't fit.
         """
-        found: dict[FieldViolation, list[str]] = {}
-        layouts = {engine.id: engine.layout for engine in list(self.engines.values()) if engine.connected}  # also called from other threads
-        for engine_id, layout in layouts.items():
-            known = _violations(self.desired.policy, layout, self.probe_sets) if self.desired else set()
-            for violation in sorted(_violations(policy, layout, self.probe_sets) - known, key=str):
-                found.setdefault(violation, []).append(engine_id)
-        bad = [FieldViolation(v.field, f"{v.description} (engine {_name(ids)})") for v, ids in found.items()]
-        name, gone = policy.probe_set, self.deleted_probe_sets.get(policy.probe_set)
-        is_new = self.desired is None or self.desired.policy.probe_set != name
-        if gone and is_new and not any(layout.probe_set == name for layout in layouts.values()):
-            bad = [v for v in bad if v.field != "probe_set"]
-            bad.append(FieldViolation("probe_set", f"{name!r} was deleted; upload it again (sha256 {gone[:12]}...), or name another set"))
-        if bad:
-            raise PolicyInvalid(bad)
-
-    def find_references(self, *policies: Policy) -> list[control_pb2.ProbeSetReference]:
-        """Return where engines find the uploaded sets that policies name."""
-        named = {policy.probe_set: self.probe_sets[policy.probe_set] for policy in policies if policy.probe_set in self.probe_sets}
-        return [control_pb2.ProbeSetReference(name=name, sha256=found.sha256, size_bytes=found.size_bytes) for name, found in named.items()]
-
-
-def _violations(policy: Policy, layout: Layout, available: Mapping[str, ProbeSetSummary]) -> set[FieldViolation]:
-    try:
-        validate(policy, layout, available)
-    except PolicyInvalid as refused:
-        return set(refused.violations)
-    return set()
-
-
-def _name(ids: list[str]) -> str:
-    return ids[0] if len(ids) == 1 else f"{ids[0]} and {len(ids) - 1} more"
+        layouts = {engine.id: engine.layout for engine in list(self.engines.values()) if engine.connected}
+        check_fit(policy, self.desired.policy if self.desired else None, layouts, self.probe_sets)

@@ -15,10 +15,10 @@ from sedac.contract.v1 import evidence_pb2
 from sedac.policy.model import EXACT, Policy
 
 Reported = tuple[str, evidence_pb2.Evidence]
-"""an engine's id and one piece of what it reported"""
+"""An engine's id and one piece of what it reported."""
 Key = tuple[evidence_pb2.Arm, str]
-"""an arm and a tier"""
-STABLE, CANARY = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
+"""Which of the two policies, and a tier."""
+STABLE, CANDIDATE = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Evidence:
 
     tiers: dict[Key, Pooled]
     problems: tuple[str, ...] = ()
-    """what was left out, and why"""
+    """What was left out, and why."""
 
     def get_arm(self, arm: evidence_pb2.Arm) -> Pooled:
         """Return an arm's tiers together."""
@@ -62,9 +62,9 @@ class EvidenceBook:
 
     def expect(self, revision: int, policy: Policy | None, rollout: int, candidate: Policy | None) -> None:
         """Set what is in force; evidence of anything else is dropped, now and later."""
-        kept = {arm for arm, same in ((STABLE, revision == self._revision), (CANARY, rollout == self._rollout)) if same}
+        kept = {arm for arm, same in ((STABLE, revision == self._revision), (CANDIDATE, rollout == self._rollout)) if same}
         self._revision, self._rollout = revision, rollout
-        self._tiers = {arm: _get_tiers(found) for arm, found in ((STABLE, policy), (CANARY, candidate))}
+        self._tiers = {arm: _get_tiers(found) for arm, found in ((STABLE, policy), (CANDIDATE, candidate))}
         for engine_id, found in self._now.items():
             self._now[engine_id] = {key: evidence for key, evidence in found.items() if key[0] in kept}
         self._before = [(engine_id, evidence) for engine_id, evidence in self._before if _get_arm(evidence) in kept]
@@ -130,7 +130,7 @@ def _read_moments(evidence: evidence_pb2.Evidence, name: str) -> Moments:
 
 
 def _get_arm(evidence: evidence_pb2.Evidence) -> evidence_pb2.Arm:
-    return CANARY if evidence.arm == CANARY else STABLE
+    return CANDIDATE if evidence.arm == CANDIDATE else STABLE
 
 
 def _get_tiers(policy: Policy | None) -> set[str]:

@@ -1,1 +1,1 @@
-"""Policies: the store of revisions, what changes them, who watches them."""
+"""The service of operators: read, change, roll back and watch the policy."""

@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -21,11 +20,12 @@ from sedac.contract.unknown_fields import check_known
 from sedac.contract.v1 import control_pb2
 from sedac.control.access.auth import Caller, get_caller
 from sedac.control.base.metrics import ControlMetrics
+from sedac.control.base.pages import get_limit, read_number
 from sedac.control.base.status import answering, refuse
 from sedac.control.fleet.fleet import Fleet
-from sedac.control.policy.changes import Changes
-from sedac.control.policy.store import POLICY_NAME, Revision, Store
-from sedac.control.policy.watches import WatchServicer, check_name, get_limit
+from sedac.control.policy.watches import WatchServicer
+from sedac.control.revisions.store import POLICY_NAME, Revision, Store, check_name
+from sedac.control.rollout.changes import Changes
 from sedac.errors import RevisionNotFound, SedacError, StaleEtag
 from sedac.policy.certificate import get_knobs_digest
 from sedac.policy.model import Adaptation, Audit, Policy, Speculation
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _FIELDS = tuple(f.name for f in dataclasses.fields(Policy))
 _PARTS = {"adaptation": Adaptation, "audit": Audit, "speculation": Speculation}
-"""fields of the policy whose own fields a mask may name"""
+"""The fields of the policy whose own fields a mask may name."""
 _PART_FIELDS = tuple(f"{name}.{f.name}" for name, kind in _PARTS.items() for f in dataclasses.fields(kind))
 _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
 
@@ -82,9 +82,7 @@ class ControlServicer(WatchServicer):
         async with answering(context):
             check_name(request.name)
             limit = get_limit(request.page_size)
-            if not re.fullmatch("[0-9]{0,18}", request.page_token):
-                raise refuse("page_token", f"{request.page_token[:40]!r} was not made by this service; start again without one")
-            before = int(request.page_token) if request.page_token else None
+            before = read_number(request.page_token)
             page = await asyncio.to_thread(self._store.list, before=before, limit=limit + 1)
             token = str(page[limit - 1].revision) if len(page) > limit else ""
             return control_pb2.ListPolicyRevisionsResponse(policies=[r.to_proto() for r in page[:limit]], next_page_token=token)

@@ -12,15 +12,15 @@ from collections.abc import AsyncIterator
 import grpc
 
 from sedac.contract.v1 import control_pb2, control_pb2_grpc
+from sedac.control.base.pages import get_limit
 from sedac.control.base.status import answering, refuse
 from sedac.control.fleet.fleet import Fleet
-from sedac.control.policy.store import POLICY_NAME, Store
-from sedac.errors import ControlUnavailable, RevisionNotFound
+from sedac.control.revisions.store import Store, check_name
+from sedac.errors import ControlUnavailable
 
-_DEFAULT_PAGE, _MAX_PAGE = 50, 1000
 _BATCH_REVISIONS = 100
 _SETTLE_SECONDS = 0.05
-"""changes within it are sent as one: a fleet that answers one revision wakes nobody once per engine"""
+"""Changes within this time are sent as one, so that a fleet that answers one revision wakes nobody once per engine."""
 _FORGET_SECONDS = 60.0
 
 
@@ -105,24 +105,3 @@ class WatchServicer(control_pb2_grpc.ControlServicer):
         if self._fleet.closing:
             raise ControlUnavailable("the control service is stopping; watch again when it is back")
         return version
-
-
-def check_name(name: str) -> None:
-    """Refuse the name of a policy that there isn't.
-
-    Raises:
-        RevisionNotFound: there is one policy, and it has another name.
-    """
-    if name not in ("", POLICY_NAME):
-        raise RevisionNotFound(f"policy {name[:40]!r} does not exist; there is {POLICY_NAME!r}")
-
-
-def get_limit(page_size: int) -> int:
-    """Return how many entries a page holds.
-
-    Raises:
-        PolicyInvalid: the size asked for is negative or over the limit.
-    """
-    if not 0 <= page_size <= _MAX_PAGE:
-        raise refuse("page_size", f"{page_size} is outside 0..{_MAX_PAGE}")
-    return page_size or _DEFAULT_PAGE

@@ -7,38 +7,33 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
-import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import grpc
 
 from sedac.contract.v1 import probe_sets_pb2, probe_sets_pb2_grpc, rollouts_pb2
 from sedac.control.access.auth import Caller, get_caller
+from sedac.control.base.pages import get_limit, refuse_token
 from sedac.control.base.settings import ControlSettings
-from sedac.control.base.status import answering, refuse
+from sedac.control.base.status import answering
+from sedac.control.fleet.fitting import NamedProbeSets
 from sedac.control.fleet.fleet import Fleet
-from sedac.control.policy.store import POLICY_NAME, Store
-from sedac.control.policy.watches import get_limit
+from sedac.control.probe_sets.record import StoredProbeSet
 from sedac.control.probe_sets.staging import StagedWeights
-from sedac.control.probe_sets.store import ProbeSetStore, StoredProbeSet
+from sedac.control.probe_sets.store import ProbeSetStore
+from sedac.control.probe_sets.uploads import NAME, Messages, Threads, Uploads
+from sedac.control.revisions.store import POLICY_NAME, Store
 from sedac.errors import ControlUnavailable, LimitExceeded, ProbeSetExists, ProbeSetInUse, ProbeSetNotFound, RevisionCompacted, RevisionNotFound
 from sedac.policy.fit import find_fit_problem
-from sedac.probe.manifest import FORMAT, MAX_MANIFEST_BYTES, parse_manifest
+from sedac.probe.manifest import FORMAT
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-_NAME, _SHA256 = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}"), re.compile("[0-9a-f]{64}")
-_MAX_CHUNK_BYTES, _SENT_CHUNK_BYTES = 1 << 20, 512 << 10
-_LEAST_BYTES_PER_SECOND = 64 << 10
+_SENT_CHUNK_BYTES = 512 << 10
 _MAX_DOWNLOADS = 64
-_NUM_THREADS = 8
 _UNDER_WAY = (rollouts_pb2.ROLLOUT_STATE_PROGRESSING, rollouts_pb2.ROLLOUT_STATE_PAUSED)
-_Messages = AsyncIterator[probe_sets_pb2.UploadProbeSetRequest]
 
 
 class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
@@ -47,18 +42,18 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
     def __init__(self, probe_sets: ProbeSetStore, store: Store, fleet: Fleet, settings: ControlSettings, lock: asyncio.Lock) -> None:
         """`lock` is held by whoever checks a policy until it is in force."""
         self._probe_sets, self._store, self._fleet, self._settings, self._lock = probe_sets, store, fleet, settings, lock
-        self._coming: dict[object, probe_sets_pb2.ProbeSetHeader] = {}
+        self._threads = Threads()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._downloads = asyncio.Semaphore(_MAX_DOWNLOADS)
-        self._threads = ThreadPoolExecutor(max_workers=_NUM_THREADS, thread_name_prefix="probe-sets")
+        self._uploads = Uploads(probe_sets, settings, self._threads)
         self._announce()
 
     async def close(self) -> None:
         """Let what is being stored come to its end."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False)
+        self._threads.close()
 
-    async def UploadProbeSet(self, messages: _Messages, context: grpc.aio.ServicerContext) -> probe_sets_pb2.ProbeSet:  # noqa: N802
+    async def UploadProbeSet(self, messages: Messages, context: grpc.aio.ServicerContext) -> probe_sets_pb2.ProbeSet:  # noqa: N802
         """Take a set whole; see the contract."""
         async with answering(context):
             return (await self._to_protos([await self._upload(aiter(messages), get_caller(context))]))[0]
@@ -70,10 +65,10 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
         """Return one page by name; the token is the last name of the page before."""
         async with answering(context):
             limit = get_limit(request.page_size)
-            if request.page_token and not _NAME.fullmatch(request.page_token):
-                raise refuse("page_token", f"{request.page_token[:40]!r} was not made by this service; start again without one")
+            if request.page_token and not NAME.fullmatch(request.page_token):
+                raise refuse_token(request.page_token)
             records = self._probe_sets.records
-            coming = self._find_coming()
+            coming = self._uploads.list()
             names = sorted({*records, *coming})
             page = [name for name in names if name > request.page_token]
             found = await self._to_protos(records[name] for name in page[:limit] if name in records)
@@ -85,7 +80,7 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
     async def GetProbeSet(self, request: probe_sets_pb2.GetProbeSetRequest, context: grpc.aio.ServicerContext) -> probe_sets_pb2.ProbeSet:  # noqa: N802
         """Return one set, and who can load it."""
         async with answering(context):
-            coming = self._find_coming()
+            coming = self._uploads.list()
             if request.name not in self._probe_sets.records and request.name in coming:
                 return _describe(coming[request.name])
             return (await self._to_protos([self._probe_sets.find(request.name)]))[0]
@@ -103,7 +98,7 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
     async def DownloadProbeSet(self, request: probe_sets_pb2.DownloadProbeSetRequest, context: grpc.aio.ServicerContext) -> None:  # noqa: N802
         """Send the header, then the weights."""
         async with answering(context), self._downloads:
-            record, manifest, file = await self._in_thread(self._probe_sets.open, request.name)
+            record, manifest, file = await self._threads.run(self._probe_sets.open, request.name)
             with contextlib.closing(file):
                 found = record.summary
                 if request.sha256 not in ("", found.sha256):
@@ -114,7 +109,7 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
                     name=found.name, size_bytes=found.size_bytes, sha256=found.sha256, format=FORMAT, manifest=manifest
                 )
                 await self._send(context, probe_sets_pb2.DownloadProbeSetResponse(header=header))
-                while chunk := await self._in_thread(file.read, _SENT_CHUNK_BYTES):
+                while chunk := await self._threads.run(file.read, _SENT_CHUNK_BYTES):
                     await self._send(context, probe_sets_pb2.DownloadProbeSetResponse(chunk=chunk))
 
     async def _send(self, context: grpc.aio.ServicerContext, part: probe_sets_pb2.DownloadProbeSetResponse) -> None:
@@ -127,8 +122,8 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
         except TimeoutError:
             raise LimitExceeded(f"nothing was taken for {seconds:g} s; download again and keep reading") from None
 
-    async def _upload(self, messages: _Messages, caller: Caller) -> StoredProbeSet:
-        header = await self._read_header(messages)
+    async def _upload(self, messages: Messages, caller: Caller) -> StoredProbeSet:
+        header = await self._uploads.read_header(messages)
         same = self._probe_sets.find_same(header.name, header.sha256, header.manifest)
         if same:
             return same
@@ -137,83 +132,21 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
             if engine.connected and attached.probe_set == header.name and attached.probe_set_sha256 not in ("", header.sha256):
                 digest = f"sha256 {attached.probe_set_sha256[:12]}..., yours has {header.sha256[:12]}..."
                 raise ProbeSetExists(f"engine {engine.id} started with another set named {header.name!r} ({digest}); choose another name")
-        with self._hold(header):
+        with self._uploads.hold(header):
             staged = self._probe_sets.stage()
             try:
-                await self._receive(messages, header, staged)
+                await self._uploads.receive(messages, header, staged)
             except BaseException:
                 self._threads.submit(staged.discard)  # not awaited: a call whose caller has gone may be cancelled again
                 raise
             return await self._finish(self._store_set(header, staged, caller))
 
-    async def _read_header(self, messages: _Messages) -> probe_sets_pb2.ProbeSetHeader:
-        first = await self._read(messages, self._settings.upload_silence_seconds)
-        if first is None or first.WhichOneof("part") != "header":
-            raise refuse("header", "the first message must be a header")
-        header = first.header
-        if not _NAME.fullmatch(header.name):
-            raise refuse("header.name", f"{header.name[:80]!a}: use 1 to 64 of a-z, 0-9, ., - and _, beginning with a letter or digit")
-        if not _SHA256.fullmatch(header.sha256):
-            raise refuse("header.sha256", f"{header.sha256[:80]!a} is no sha256; give 64 of 0-9 and a-f")
-        if header.format != FORMAT:
-            raise refuse("header.format", f"{header.format[:80]!a} is unknown; only {FORMAT} is taken: write the set with `sedac-probes`")
-        if header.size_bytes <= 0:
-            raise refuse("header.size_bytes", f"{header.size_bytes} is not over 0; announce the size of the weights")
-        if len(header.manifest) > MAX_MANIFEST_BYTES:
-            raise LimitExceeded(
-                f"header.manifest has {len(header.manifest)} bytes, at most {MAX_MANIFEST_BYTES} are taken; write it with `sedac-probes`"
-            )
-        manifest = await self._in_thread(parse_manifest, header.manifest, "header.manifest")
-        for name, stated, found in (("name", header.name, manifest.name), ("sha256", header.sha256, manifest.sha256)):
-            if stated != found:
-                raise refuse(f"header.{name}", f"{stated!r} is not the manifest's, {found!r}; send the header of this very set")
-        return header
-
-    @contextlib.contextmanager
-    def _hold(self, header: probe_sets_pb2.ProbeSetHeader) -> Iterator[None]:
-        """Count an upload and its bytes while the block runs."""
-        limit = self._settings.max_uploads
-        if len(self._coming) >= limit:
-            raise LimitExceeded(f"{limit} uploads run already, which is the limit; call again later, or raise SEDAC_CONTROL_MAX_UPLOADS")
-        self._probe_sets.check_room(header.size_bytes, sum(other.size_bytes for other in self._coming.values()))
-        key = object()
-        self._coming[key] = header
-        try:
-            yield
-        finally:
-            del self._coming[key]
-
-    async def _receive(self, messages: _Messages, header: probe_sets_pb2.ProbeSetHeader, staged: StagedWeights) -> None:
-        """Write the announced bytes, no more and no fewer, in time."""
-        silence, received = self._settings.upload_silence_seconds, 0
-        end = asyncio.get_running_loop().time() + silence + header.size_bytes / _LEAST_BYTES_PER_SECOND
-        while True:
-            part = await self._read(messages, min(silence, end - asyncio.get_running_loop().time()))
-            if part is None:
-                break
-            if part.WhichOneof("part") != "chunk" or not 0 < len(part.chunk) <= _MAX_CHUNK_BYTES:
-                raise refuse("chunk", f"{len(part.chunk)} bytes; after the header come chunks of 1 to {_MAX_CHUNK_BYTES} bytes")
-            received += len(part.chunk)
-            if received > header.size_bytes:
-                raise refuse("chunk", f"{received} bytes so far, announced were {header.size_bytes}; announce what you send")
-            await self._in_thread(staged.write, part.chunk)
-        if received < header.size_bytes:
-            raise refuse("chunk", f"{received} bytes in all, announced were {header.size_bytes}; send the whole file")
-
-    async def _read(self, messages: _Messages, seconds: float) -> probe_sets_pb2.UploadProbeSetRequest | None:
-        try:
-            async with asyncio.timeout(seconds):
-                return await anext(messages, None)
-        except TimeoutError:
-            least = f"no chunk within {self._settings.upload_silence_seconds:g} s, or under {_LEAST_BYTES_PER_SECOND} bytes a second in all"
-            raise LimitExceeded(f"the upload is too slow: {least}; upload again over a faster way (SEDAC_CONTROL_UPLOAD_SILENCE_SECONDS)") from None
-
     async def _store_set(self, header: probe_sets_pb2.ProbeSetHeader, staged: StagedWeights, caller: Caller) -> StoredProbeSet:
         try:
-            verified = await self._in_thread(self._probe_sets.verify, staged, header.manifest)
-            record = await self._in_thread(self._probe_sets.add, staged, header.manifest, verified, caller)
+            verified = await self._threads.run(self._probe_sets.verify, staged, header.manifest)
+            record = await self._threads.run(self._probe_sets.add, staged, header.manifest, verified, caller)
         finally:
-            await self._in_thread(staged.discard)
+            await self._threads.run(staged.discard)
         self._announce()
         _log.info("probe set %s by %s: %d bytes, sha256 %s", header.name, caller.author, header.size_bytes, header.sha256)
         return record
@@ -226,13 +159,13 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
                 raise ProbeSetInUse(
                     f"probe set {name!r} is used by {', '.join(references)}; name another set there first, and wait until it is in force"
                 )
-            await self._in_thread(self._probe_sets.remove, name, caller)
+            await self._threads.run(self._probe_sets.remove, name, caller)
             self._announce()
         _log.info("probe set %s deleted by %s", name, caller.author)
 
     def _announce(self) -> None:
-        self._fleet.probe_sets = {name: record.summary for name, record in self._probe_sets.records.items()}
-        self._fleet.deleted_probe_sets = self._probe_sets.deleted
+        stored = {name: record.summary for name, record in self._probe_sets.records.items()}
+        self._fleet.probe_sets = NamedProbeSets(stored=stored, deleted=self._probe_sets.deleted)
 
     async def _find_references(self) -> dict[str, list[str]]:
         """Return by set what names it: the policy in force, a roll-out under way, engines that still run what was in force before."""
@@ -276,12 +209,6 @@ class ProbeSetsServicer(probe_sets_pb2_grpc.ProbeSetsServicer):
             message.referenced_by.extend(references.get(record.summary.name, ()))
             found.append(message)
         return found
-
-    def _find_coming(self) -> dict[str, probe_sets_pb2.ProbeSetHeader]:
-        return {header.name: header for header in self._coming.values()}
-
-    async def _in_thread(self, function: Callable[..., _T], *values: Any) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(function, *values))
 
     async def _finish(self, change: Any) -> Any:
         """Run a change to its end even when its caller has gone: what is stored must be announced too."""

@@ -1,75 +1,30 @@
 """The store of uploaded probe sets: weights as files named by their digest, everything else in the database.
 
-A set comes in by a file of its own in `staging`, is verified there, synced, and renamed to its place; its row is written last, so that a
-row means a whole, verified set. What a crash leaves is removed at the next start. No path is ever made from what a caller says, and
-no link is followed. Called from worker threads.
+A set comes in by a file of its own, is verified there, synced, and moved to its place; its row is written last, so that a row means a
+whole, verified set. What a crash leaves is removed at the next start. Called from worker threads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import fcntl
 import hashlib
 import logging
-import os
-import re
-import stat
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from sedac.contract.v1 import probe_sets_pb2
 from sedac.control.access.audit_log import AuditLogStore
 from sedac.control.access.auth import Caller
 from sedac.control.base.database import Database
-from sedac.control.probe_sets.staging import StagedWeights, remove, storing, sync_directory
-from sedac.errors import ConfigError, LimitExceeded, ProbeSetExists, ProbeSetNotFound, StoreFailed
-from sedac.policy.fit import ProbeSetSummary
-from sedac.probe.manifest import FORMAT, parse_manifest
+from sedac.control.probe_sets.record import COLUMNS, StoredProbeSet
+from sedac.control.probe_sets.staging import StagedWeights
+from sedac.control.probe_sets.weights import WeightsDirectory
+from sedac.errors import LimitExceeded, ProbeSetExists, ProbeSetNotFound, StoreFailed
 from sedac.probe.verify import Verified, verify
 
 _log = logging.getLogger(__name__)
-_COLUMNS = "name, sha256, size_bytes, manifest, manifest_sha256, levels_sha256, author, created, deleted"
 _MAX_SETS = 1000
-_SUFFIX = ".safetensors"
-_FILE = re.compile(r"[0-9a-f]{64}\.safetensors")
-_REMEDY = "name a directory of this service alone in SEDAC_CONTROL_PROBE_SETS"
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredProbeSet:
-    """One set that can be named."""
-
-    summary: ProbeSetSummary
-    manifest_sha256: str
-    model: str
-    levels: tuple[str, ...]
-    author: str
-    created: datetime.datetime
-    """UTC"""
-
-    def to_proto(self) -> probe_sets_pb2.ProbeSet:
-        """Write what belongs to the set itself; who can load and who names it is the fleet's."""
-        summary = self.summary
-        message = probe_sets_pb2.ProbeSet(
-            name=summary.name,
-            sha256=summary.sha256,
-            size_bytes=summary.size_bytes,
-            format=FORMAT,
-            state=probe_sets_pb2.PROBE_SET_STATE_VERIFIED,
-            author=self.author,
-            model=self.model,
-            num_layers=summary.num_layers,
-            hidden_size=summary.hidden_size,
-            rank=summary.rank,
-            checkpoint_layers=summary.checkpoint_layers,
-            levels=self.levels,
-        )
-        message.create_time.FromDatetime(self.created)
-        return message
 
 
 class ProbeSetStore:
@@ -94,30 +49,18 @@ class ProbeSetStore:
         Raises:
             ConfigError: the directory can't be used, or another service uses it.
         """
-        self._db, self._directory, self._audit_log, self._now = database, directory, audit_log, now
+        self._db, self._audit_log, self._now = database, audit_log, now
         self._max_bytes, self._max_total_bytes = max_bytes, max_total_bytes
-        self._staging = directory / "staging"
         self._lock = threading.Lock()
-        try:
-            for path in (directory, self._staging):
-                path.mkdir(parents=True, exist_ok=True, mode=0o700)
-                if not stat.S_ISDIR(path.lstat().st_mode):
-                    raise ConfigError(f"{path} is a link; {_REMEDY}")
-            self._lock_file = open(os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "wb")  # noqa: SIM115
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            rows = database.execute(f"SELECT {_COLUMNS} FROM probe_sets").fetchall()
-            self._records = {row[0]: _to_record(row) for row in rows if row[-1] is None}
-            self._deleted = {row[0]: (row[1], row[4]) for row in rows if row[-1] is not None}
-            self._clean()
-        except BlockingIOError as error:
-            self._lock_file.close()
-            raise ConfigError(f"{directory} is in use by another control service; {_REMEDY}") from error
-        except OSError as error:
-            raise ConfigError(f"{directory} can't be used ({error}); {_REMEDY}") from error
+        self._weights = WeightsDirectory(directory)
+        rows = database.execute(f"SELECT {COLUMNS} FROM probe_sets").fetchall()
+        self._records = {row[0]: StoredProbeSet.from_row(row) for row in rows if row[-1] is None}
+        self._deleted = {row[0]: (row[1], row[4]) for row in rows if row[-1] is not None}
+        self._clean()
 
     def close(self) -> None:
         """Let another service use the directory."""
-        self._lock_file.close()
+        self._weights.close()
 
     @property
     def records(self) -> Mapping[str, StoredProbeSet]:
@@ -148,7 +91,7 @@ class ProbeSetStore:
             ProbeSetExists: the name belongs to other content.
         """
         record = self._records.get(name)
-        owner = (record.summary.sha256, record.manifest_sha256) if record else self._deleted.get(name)
+        owner = record.content if record else self._deleted.get(name)
         if owner is not None and owner != (sha256, hashlib.sha256(manifest).hexdigest()):
             what = "another manifest" if owner[0] == sha256 else f"sha256 {owner[0][:12]}..., yours has {sha256[:12]}..."
             raise ProbeSetExists(f"probe set {name!r} {'is' if record else 'was'} there with {what}; a name is never given twice, choose another")
@@ -174,7 +117,7 @@ class ProbeSetStore:
 
     def stage(self) -> StagedWeights:
         """Return the place for weights that come in."""
-        return StagedWeights(self._staging)
+        return self._weights.stage()
 
     def verify(self, staged: StagedWeights, manifest: bytes) -> Verified:
         """Sync what came in, and look at every byte of it.
@@ -202,12 +145,11 @@ class ProbeSetStore:
             self.check_room(verified.size_bytes)
             values = (name, sha256, verified.size_bytes, manifest, hashlib.sha256(manifest).hexdigest(), verified.levels_sha256)
             row = (*values, caller.author, self._now().timestamp(), None)
-            record = _to_record(row)
+            record = StoredProbeSet.from_row(row)
             try:
-                with self._db.transaction(), storing(self._get_path(sha256)):
-                    os.rename(staged.path, self._get_path(sha256))
-                    sync_directory(self._directory)
-                    self._db.execute(f"INSERT OR REPLACE INTO probe_sets ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+                with self._db.transaction():
+                    self._weights.keep(staged, sha256)
+                    self._db.execute(f"INSERT OR REPLACE INTO probe_sets ({COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                     self._audit_log.append("UploadProbeSet", f"probe-sets/{name}", None, record.to_proto(), caller=caller)
             except BaseException:
                 self._remove_file(sha256)
@@ -228,7 +170,7 @@ class ProbeSetStore:
             with self._db.transaction():
                 self._db.execute("UPDATE probe_sets SET deleted = ?, manifest = x'' WHERE name = ?", (self._now().timestamp(), name))
                 self._audit_log.append("DeleteProbeSet", f"probe-sets/{name}", record.to_proto(), None, caller=caller)
-            self._deleted = {**self._deleted, name: (record.summary.sha256, record.manifest_sha256)}
+            self._deleted = {**self._deleted, name: record.content}
             self._records = {other: kept for other, kept in self._records.items() if other != name}
             self._remove_file(record.summary.sha256)
 
@@ -241,54 +183,24 @@ class ProbeSetStore:
         """
         with self._lock:
             record = self.find(name)
-            path = self._get_path(record.summary.sha256)
-            with storing(path):
-                file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_size != record.summary.size_bytes:
-                file.close()
+            file = self._weights.open(record.summary.sha256, record.summary.size_bytes)
+            if file is None:
+                path = self._weights.get_path(record.summary.sha256)
                 raise StoreFailed(f"{path} is not what was stored; restart the control service, then upload probe set {name!r} again")
             row = self._db.execute("SELECT manifest FROM probe_sets WHERE name = ?", (name,)).fetchone()
         return record, row[0], file
 
-    def _get_path(self, sha256: str) -> Path:
-        return self._directory / f"{sha256}{_SUFFIX}"
-
     def _remove_file(self, sha256: str) -> None:
         """Remove weights that no set has any more."""
         if all(record.summary.sha256 != sha256 for record in self._records.values()):
-            with contextlib.suppress(OSError):
-                self._get_path(sha256).unlink()
+            self._weights.remove(sha256)
 
     def _clean(self) -> None:
         """Remove what no row tells of; a row without its file is as good as deleted until the file is back."""
-        for path in self._staging.iterdir():
-            remove(path)
         for name, record in list(self._records.items()):
-            path = self._get_path(record.summary.sha256)
-            with contextlib.suppress(FileNotFoundError):
-                found = path.lstat()
-                if stat.S_ISREG(found.st_mode) and found.st_size == record.summary.size_bytes:
-                    continue
-            _log.error("probe set %s: %s is missing or broken; upload the set again", name, path)
-            self._deleted[name] = (record.summary.sha256, record.manifest_sha256)
-            del self._records[name]
-        known = {f"{record.summary.sha256}{_SUFFIX}" for record in self._records.values()}
-        for path in self._directory.iterdir():
-            if _FILE.fullmatch(path.name) and path.name not in known:
-                _log.warning("%s belongs to no probe set and is removed", path)
-                remove(path)
-
-
-def _to_record(row: tuple[str, str, int, bytes, str, str, str, float, float | None]) -> StoredProbeSet:
-    name, _, size_bytes, manifest, manifest_sha256, levels_sha256, author, created, _ = row
-    made = parse_manifest(manifest, f"manifest of probe set {name}")
-    verified = Verified(manifest=made, size_bytes=size_bytes, levels_sha256=levels_sha256)
-    return StoredProbeSet(
-        summary=verified.summary,
-        manifest_sha256=manifest_sha256,
-        model=made.model,
-        levels=tuple(level.name for level in made.levels),
-        author=author,
-        created=datetime.datetime.fromtimestamp(created, datetime.UTC),
-    )
+            if not self._weights.has(record.summary.sha256, record.summary.size_bytes):
+                path = self._weights.get_path(record.summary.sha256)
+                _log.error("probe set %s: %s is missing or broken; upload the set again", name, path)
+                self._deleted[name] = record.content
+                del self._records[name]
+        self._weights.clean({record.summary.sha256 for record in self._records.values()})

@@ -1,1 +1,1 @@
-"""Roll-outs and the guard: evidence, verdicts, and what follows from them."""
+"""What changes the policy in force: roll-outs and the guard, the evidence that they judge, and what follows from their verdicts."""

@@ -13,17 +13,20 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 
 from sedac.contract.v1 import control_pb2, rollouts_pb2
-from sedac.control.fleet.fleet import Engine, Fleet
-from sedac.control.fleet.pooling import CANARY, STABLE, Evidence, pool
-from sedac.control.policy.changes import ROLLOUT, Changes
-from sedac.control.rollout.analysis import Verdict, analyse, count_tests, get_confidence, to_tier_evidence
+from sedac.control.fleet.engine import Engine
+from sedac.control.fleet.fleet import Fleet
+from sedac.control.fleet.pooling import CANDIDATE, STABLE, Evidence, pool
+from sedac.control.rollout.bounds import Baseline
+from sedac.control.rollout.changes import ROLLOUT, Changes
+from sedac.control.rollout.estimates import to_tier_evidence
+from sedac.control.rollout.judge import Verdict, judge
 from sedac.control.rollout.metrics import RolloutMetrics
-from sedac.control.rollout.store import Baseline, Rollout
+from sedac.control.rollout.rollout import Rollout
 from sedac.errors import PolicyInvalid, StoreFailed
 
 _log = logging.getLogger(__name__)
 _SETTLE_SECONDS = 0.05
-"""changes of the fleet within it are looked at once"""
+"""Changes of the fleet within this time are looked at together."""
 _RETRY_SECONDS = 1.0
 
 
@@ -33,13 +36,13 @@ class RolloutDriver:
     def __init__(self, changes: Changes, fleet: Fleet, metrics: RolloutMetrics) -> None:
         self._changes, self._fleet, self._metrics = changes, fleet, metrics
         self.read: Callable[[], Awaitable[Evidence]] = self._read
-        """where the evidence comes from"""
+        """Where the evidence comes from."""
         self.read_seconds = 10.0
-        """that reading and judging the evidence may take"""
+        """How long reading and judging the evidence may take, in seconds."""
         self.patience_seconds = 30.0
-        """that engines have to confirm a step, or an interval where that is longer"""
+        """How long engines have to confirm a step, in seconds; an interval where that is longer."""
         self.silence_seconds = 10.0
-        """after which an engine without a report counts as unheard, or an interval where that is longer"""
+        """After how many seconds without a report an engine counts as unheard; an interval where that is longer."""
         self._timed: tuple[int, int, int] | None = None
         self._began = 0.0
         self._due: float | None = None
@@ -156,9 +159,17 @@ class RolloutDriver:
             await self._promote(judged, f"every step passed: {verdict.reason}")
 
     def _judge(self, rollout: Rollout, evidence: Evidence, unheard: tuple[str, ...]) -> tuple[Verdict, bytes]:
-        bounds, policy = rollout.bounds, rollout.policy
-        verdict = analyse(evidence, policy=policy, bounds=bounds, min_requests=rollout.min_requests, baseline=rollout.baseline, unheard=unheard)
-        confidence = get_confidence(bounds.confidence, count_tests(bounds, policy))
+        confidence = rollout.limit_confidence
+        verdict = judge(
+            evidence,
+            rollout.bounds,
+            confidence,
+            arm=CANDIDATE,
+            together=True,
+            baseline=rollout.baseline,
+            min_requests=rollout.min_requests,
+            unheard=unheard,
+        )
         shown = to_tier_evidence(evidence, confidence, confidence)
         return verdict, rollouts_pb2.Rollout(evidence=shown).SerializeToString()
 
@@ -184,11 +195,11 @@ class RolloutDriver:
 
 def get_baseline(evidence: Evidence, before: Baseline | None = None) -> Baseline:
     """Return what has been counted by now; of the policy in force, what had been when the roll-out began."""
-    canary, stable = evidence.get_arm(CANARY), evidence.get_arm(STABLE).token_seconds
+    candidate, stable = evidence.get_arm(CANDIDATE), evidence.get_arm(STABLE).token_seconds
     return Baseline(
-        num_finished=canary.num_requests,
-        num_mismatch=canary.mismatch.num_requests,
-        num_nll_difference=canary.nll_difference.num_requests,
+        num_finished=candidate.num_requests,
+        num_mismatch=candidate.mismatch.num_requests,
+        num_nll_difference=candidate.nll_difference.num_requests,
         stable_token_seconds=before.stable_token_seconds if before else (stable.count, stable.sum, stable.sum_squares),
     )
 

@@ -15,14 +15,14 @@ import json
 import logging
 from collections.abc import Callable
 
-from sedac.contract.evidence import exceeds, get_limits
 from sedac.contract.v1 import control_pb2
 from sedac.control.base.database import Database
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.fleet.pooling import STABLE, Evidence
-from sedac.control.policy.changes import GUARD, Changes
-from sedac.control.policy.store import Revision, Store
-from sedac.control.rollout.analysis import get_confidence
+from sedac.control.revisions.store import Revision, Store
+from sedac.control.rollout.bounds import Bounds
+from sedac.control.rollout.changes import GUARD, Changes
+from sedac.control.rollout.judge import judge
 from sedac.control.rollout.metrics import RolloutMetrics
 from sedac.errors import PolicyInvalid
 from sedac.policy.model import Audit, GuardAction, Policy
@@ -147,19 +147,10 @@ def get_knobs(policy: Policy) -> str:
 
 def get_guard_confidence(policy: Policy) -> float:
     """Return the confidence of each limit, so that all that are held against this policy's bounds hold together at `audit.confidence`."""
-    num_bounds = sum(bound is not None for bound in (policy.audit.max_mismatch, policy.audit.max_nll_difference))
-    return get_confidence(policy.audit.confidence, num_bounds * len(policy.get_tiers()))
+    return Bounds.of_audit(policy.audit).get_limit_confidence(policy, together=False)
 
 
 def find_excess(evidence: Evidence, policy: Policy) -> str:
-    """Return which tier loses more than the policy's audit allows; empty: none is known to."""
-    confidence = get_guard_confidence(policy)
-    losses = (("mismatch", policy.audit.max_mismatch, 0), ("nll_difference", policy.audit.max_nll_difference, -1))
-    for (arm, tier), pooled in sorted(evidence.tiers.items()):
-        for name, bound, low in losses if arm == STABLE else ():
-            counts = getattr(pooled, name)
-            if bound is not None and exceeds(counts, bound, confidence, low, 1):
-                limits = get_limits(counts, confidence, low, 1)
-                of = f"{counts.num_requests} audited answers, mean {limits.mean:.4g}"
-                return f"{name.replace('_', ' ')} of tier {tier} is over {limits.lower:.4g}, its bound is {bound:g} ({of})"
-    return ""
+    """Return which tier of the policy in force loses more than its audit allows; empty: none is known to."""
+    verdict = judge(evidence, Bounds.of_audit(policy.audit), get_guard_confidence(policy), arm=STABLE, together=False)
+    return verdict.reason if verdict.kind == "breach" else ""

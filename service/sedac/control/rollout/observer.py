@@ -11,8 +11,8 @@ import logging
 from sedac.contract.v1 import evidence_pb2
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.fleet.pooling import Evidence, pool
-from sedac.control.policy.changes import Changes
-from sedac.control.rollout.analysis import count_tests, get_confidence, to_tier_evidence
+from sedac.control.rollout.changes import Changes
+from sedac.control.rollout.estimates import to_tier_evidence
 from sedac.control.rollout.guard import Guard, GuardStore, get_guard_confidence
 from sedac.control.rollout.metrics import RolloutMetrics
 from sedac.errors import StoreFailed
@@ -65,5 +65,5 @@ class Observer:
     def _read(self, reported: list[tuple[str, evidence_pb2.Evidence]]) -> tuple[Evidence, list[evidence_pb2.TierEvidence]]:
         evidence, desired, rollout = pool(reported), self._fleet.desired, self._changes.rollout
         stable = get_guard_confidence(desired.policy) if desired else 0.99
-        canary = get_confidence(rollout.bounds.confidence, count_tests(rollout.bounds, rollout.policy)) if rollout else stable
-        return evidence, to_tier_evidence(evidence, stable, canary)
+        candidate = rollout.limit_confidence if rollout else stable
+        return evidence, to_tier_evidence(evidence, stable, candidate)

@@ -16,21 +16,22 @@ from sedac.contract import wire
 from sedac.contract.unknown_fields import check_known
 from sedac.contract.v1 import rollouts_pb2, rollouts_pb2_grpc
 from sedac.control.access.auth import Caller, get_caller
+from sedac.control.base.pages import MAX_PAGE_BYTES, get_limit, read_number
 from sedac.control.base.status import answering, refuse
 from sedac.control.fleet.fleet import Fleet
 from sedac.control.fleet.pooling import pool
-from sedac.control.policy.changes import Changes
-from sedac.control.policy.store import POLICY_NAME, Store
+from sedac.control.revisions.store import Store, check_name
+from sedac.control.rollout.bounds import Bounds
+from sedac.control.rollout.changes import Changes
 from sedac.control.rollout.driver import RolloutDriver, get_baseline
-from sedac.control.rollout.store import Bounds, Rollout, RolloutStore
-from sedac.errors import FieldViolation, PolicyInvalid, RevisionNotFound, RolloutConflict, RolloutNotFound
+from sedac.control.rollout.rollout import Rollout
+from sedac.control.rollout.store import RolloutStore
+from sedac.errors import FieldViolation, PolicyInvalid, RolloutConflict, RolloutNotFound
 from sedac.policy.model import Policy
 
 _SHARES = (0.05, 0.25, 0.5)
 _INTERVAL_SECONDS, _MIN_REQUESTS = 60.0, 100
 _MAX_STEPS, _MAX_CHARS, _MAX_ID_CHARS = 32, 1024, 128
-_DEFAULT_PAGE, _MAX_PAGE = 50, 1000
-_MAX_PAGE_BYTES = 1 << 20  # of an answer; clients take 4 MiB unless told otherwise
 _NAME = re.compile("rollouts/([1-9][0-9]{0,17})")
 _Change = Callable[[Rollout, rollouts_pb2.ChangeRolloutRequest, Caller], Coroutine[Any, Any, Rollout]]
 
@@ -57,18 +58,14 @@ class RolloutServicer(rollouts_pb2_grpc.RolloutsServicer):
     async def ListRollouts(self, request: rollouts_pb2.ListRolloutsRequest, context: grpc.aio.ServicerContext) -> rollouts_pb2.ListRolloutsResponse:  # noqa: N802
         """Return one page, newest first; the token is the last number of the page before."""
         async with answering(context):
-            if not 0 <= request.page_size <= _MAX_PAGE:
-                raise refuse("page_size", f"{request.page_size} is outside 0..{_MAX_PAGE}")
-            if not re.fullmatch("[0-9]{0,18}", request.page_token):
-                raise refuse("page_token", f"{request.page_token[:40]!r} was not made by this service; start again without one")
-            before = int(request.page_token) if request.page_token else None
-            found = await asyncio.to_thread(self._rollouts.list, before=before, limit=request.page_size or _DEFAULT_PAGE)
+            limit, before = get_limit(request.page_size), read_number(request.page_token)
+            found = await asyncio.to_thread(self._rollouts.list, before=before, limit=limit)
             page: list[rollouts_pb2.Rollout] = []
             num_bytes = 0
             for rollout in found:
                 page.append(rollout.to_proto())
                 num_bytes += page[-1].ByteSize()
-                if num_bytes > _MAX_PAGE_BYTES:
+                if num_bytes > MAX_PAGE_BYTES:
                     break
             token = str(page[-1].number) if page and page[-1].number > 1 else ""
             return rollouts_pb2.ListRolloutsResponse(rollouts=page, next_page_token=token)
@@ -137,8 +134,7 @@ class RolloutServicer(rollouts_pb2_grpc.RolloutsServicer):
             raise refuse("policy", "give the whole candidate, or leave it out and give the revision that holds it; one of both")
         if request.revision:
             return (await asyncio.to_thread(self._store.get, request.revision)).policy
-        if request.policy.name not in ("", POLICY_NAME):
-            raise RevisionNotFound(f"policy {request.policy.name[:40]!r} does not exist; there is {POLICY_NAME!r}")
+        check_name(request.policy.name)
         check_known(request.policy, "control service")
         return wire.policy_from_proto(request.policy)
 

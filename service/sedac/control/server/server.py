@@ -26,11 +26,11 @@ from sedac.control.base.services import SERVICES
 from sedac.control.base.settings import ControlSettings
 from sedac.control.fleet.discovery import DiscoveryServicer
 from sedac.control.fleet.fleet import Fleet
-from sedac.control.policy.changes import Changes
 from sedac.control.policy.servicer import ControlServicer
-from sedac.control.policy.store import Store
 from sedac.control.probe_sets.servicer import ProbeSetsServicer
 from sedac.control.probe_sets.store import ProbeSetStore
+from sedac.control.revisions.store import Store
+from sedac.control.rollout.changes import Changes
 from sedac.control.rollout.driver import RolloutDriver
 from sedac.control.rollout.guard import Guard, GuardStore
 from sedac.control.rollout.metrics import RolloutMetrics
@@ -49,7 +49,7 @@ class ControlServer:
     def __init__(self, settings: ControlSettings) -> None:
         self.settings = settings
         self.port = settings.port
-        """the port in use, once started"""
+        """The port in use, once the server is started."""
         check_exposure(settings)
         self._metrics = ControlMetrics()
         self._certificate = ServerCertificate.read(settings, self._metrics)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from sedac.contract.v1 import control_pb2, evidence_pb2
 
-from tests.control.conftest import FakeEngine
+from testing.control.engines import FakeEngine
 
-STABLE, CANARY = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
+STABLE, CANDIDATE = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
 
 
 @dataclass
@@ -32,28 +32,28 @@ class Measured:
 class MeasuringEngine(FakeEngine):
     """Reports every 20 ms; its counts grow while an arm's policy stays in force."""
 
-    def __init__(self, address: str, engine_id: str = "e1", *, stable: Measured | None = None, canary: Measured | None = None, **more) -> None:
-        self.arms = {STABLE: stable or Measured(), CANARY: canary or Measured()}
+    def __init__(self, address: str, engine_id: str = "e1", *, stable: Measured | None = None, candidate: Measured | None = None, **more) -> None:
+        self.arms = {STABLE: stable or Measured(), CANDIDATE: candidate or Measured()}
         self.in_force: dict[int, int] = {}
         """revision of the stable arm, number of the roll-out"""
         self.counts: dict[int, int] = {}
         """requests finished, by arm"""
         self.poison: Callable[[evidence_pb2.Evidence], None] = lambda evidence: None
         self.silent = False
-        self.refuse_canary = ""
+        self.refuse_candidate = ""
         self._lock, self._over = threading.Lock(), threading.Event()
         super().__init__(address, engine_id, **more)
         self._reporter = threading.Thread(target=self._report, daemon=True)
         self._reporter.start()
 
     def answer(self, push: control_pb2.PolicyPush) -> None:
-        if push.HasField("canary") and self.refuse_canary:
+        if push.HasField("canary") and self.refuse_candidate:
             answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=self.in_force.get(STABLE, 0))
-            answer.error.code, answer.error.message = 3, self.refuse_canary
+            answer.error.code, answer.error.message = 3, self.refuse_candidate
             self.send(control_pb2.EngineMessage(answer=answer))
             return
         with self._lock:
-            for arm, number in ((STABLE, push.policy.revision), (CANARY, push.canary.rollout)):
+            for arm, number in ((STABLE, push.policy.revision), (CANDIDATE, push.canary.rollout)):
                 if self.in_force.get(arm) != number:
                     self.in_force[arm], self.counts[arm] = number, 0
         answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=push.policy.revision, rollout=push.canary.rollout)
@@ -82,7 +82,7 @@ class MeasuringEngine(FakeEngine):
         if count:
             evidence.mismatch_counts[measured.mismatch] = count
             evidence.nll_difference_counts[measured.nll_difference] = count
-        if arm == CANARY:
+        if arm == CANDIDATE:
             self.poison(evidence)
         return evidence
 

@@ -13,9 +13,9 @@ from sedac.client.client import ControlClient
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2, control_pb2_grpc
 
-from tests.agent.workers import LAYOUT
-from tests.control.agents import make_agent
-from tests.control.conftest import FIRST
+from testing.control.agents import make_agent
+from testing.control.engines import FIRST
+from testing.workers import LAYOUT
 
 _OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 

@@ -14,9 +14,10 @@ from sedac.control.access.audit_log import AuditLogStore
 from sedac.control.access.auth import Caller
 from sedac.control.base.database import Database
 from sedac.control.fleet.fleet import Fleet
-from sedac.control.policy.store import Revision, Store
+from sedac.control.revisions.store import Revision, Store
 from sedac.control.rollout.metrics import RolloutMetrics
-from sedac.control.rollout.store import Rollout, RolloutStore
+from sedac.control.rollout.rollout import Rollout
+from sedac.control.rollout.store import RolloutStore
 from sedac.policy.check import validate
 from sedac.policy.model import Policy
 
@@ -32,7 +33,7 @@ class Changes:
     ) -> None:
         self.lock = asyncio.Lock()
         self.rollout: Rollout | None = None
-        """the one under way, or the newest"""
+        """The roll-out under way, or the newest; None: there was none yet."""
         self._db, self._store, self._rollouts, self._audit_log, self._fleet, self._metrics = database, store, rollouts, audit_log, fleet, metrics
 
     def restore(self) -> None:
@@ -87,7 +88,7 @@ class Changes:
     ) -> tuple[Revision, Rollout | None]:
         with self._db.transaction():
             before = self._store.find_newest()
-            made = self._audit_log.append_revision(self._store, policy, action=action, caller=caller, comment=comment, **more)
+            made = self._store.append_audited(self._audit_log, policy, action=action, caller=caller, comment=comment, **more)
             ended, running = None, self._rollouts.find_newest()
             if before and made.revision == before.revision + 1 and running and running.is_under_way:
                 why = f"revision {made.revision} by {made.author} replaced revision {running.base_revision}, beside which it ran"

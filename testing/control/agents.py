@@ -14,8 +14,8 @@ from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError
 from sedac.settings import EngineSettings
 
-from tests.agent.workers import Workers
-from tests.control.conftest import FIRST
+from testing.control.engines import FIRST
+from testing.workers import Workers
 
 
 class RecordedWorkers(Workers):

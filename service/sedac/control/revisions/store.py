@@ -11,18 +11,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2
+from sedac.control.access.audit_log import AuditLogStore
+from sedac.control.access.auth import Caller
 from sedac.control.base.database import Database
+from sedac.control.base.settings import KEEP_REVISIONS
 from sedac.errors import RequestIdReused, RevisionCompacted, RevisionNotFound, StaleEtag
 from sedac.policy.model import Policy
 
 POLICY_NAME = "policies/default"
-"""the one policy there is"""
+"""The name of the one policy there is."""
 _REQUEST_LIFE_SECONDS = 24 * 3600.0
-KEEP_REVISIONS = 10_000
-"""how many of the newest revisions are kept where nobody says otherwise"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +147,18 @@ class Store:
                 self._remember(request_id, fingerprint, made)
             return made
 
+    def append_audited(self, audit_log: AuditLogStore, policy: Policy, *, action: str, caller: Caller, comment: str = "", **more: Any) -> Revision:
+        """Store a new revision and its entry in the audit log as one act; `more` goes to `append`, which says what it raises.
+
+        A repeated request, which makes no revision, leaves no entry.
+        """
+        with self._db.transaction():
+            before = self.find_newest()
+            made = self.append(policy, author=caller.author, comment=comment, **more)
+            if before is None or made.revision > before.revision:
+                audit_log.append(action, POLICY_NAME, before.to_proto() if before else None, made.to_proto(), comment, caller=caller)
+            return made
+
     def _append(self, policy: Policy, author: str, comment: str, expected_etag: str, first: bool) -> Revision:
         newest = self._find_newest()
         if newest and first:
@@ -201,6 +215,16 @@ class Store:
                 "or read that one and watch from the one after it"
             )
         raise RevisionNotFound(f"revision {revision} does not exist; the newest is {newest.revision if newest else 'none yet'}: list them first")
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a policy that there isn't.
+
+    Raises:
+        RevisionNotFound: there is one policy, and it has another name.
+    """
+    if name not in ("", POLICY_NAME):
+        raise RevisionNotFound(f"policy {name[:40]!r} does not exist; there is {POLICY_NAME!r}")
 
 
 def _to_revision(row: tuple[int, str, str, str, str, float]) -> Revision:

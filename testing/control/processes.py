@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 
 def make_environment(database: Path, **variables: str) -> dict[str, str]:
@@ -41,19 +42,37 @@ class ControlProcess:
         command = [sys.executable, "-m", "sedac.app.cli", "control"]
         self.process = subprocess.Popen(command, env=self._environment, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
-        lines: list[str] = []
+        self._log: list[str] = []
         for line in self.process.stderr:
-            lines.append(line)
+            self._log.append(line)
             if found := re.search(r"control service on (\S+),", line):
                 self.address = found[1]
-                threading.Thread(target=_drain, args=(self.process.stderr,), daemon=True).start()  # a full pipe would stop it
+                self._reader = threading.Thread(target=self._log.extend, args=(self.process.stderr,), daemon=True)
+                self._reader.start()  # a full pipe would stop it
                 return
-        raise AssertionError(f"the control service did not start: {''.join(lines)[-2000:]}")
+        raise AssertionError(f"the control service did not start: {''.join(self._log)[-2000:]}")
+
+    def read_log(self) -> str:
+        """Return what the last process wrote, once it has ended."""
+        self._reader.join(10)
+        return "".join(self._log)
 
     def kill(self) -> None:
         """End it as a crash does."""
         self.process.kill()
         self.process.wait(30)
+
+    def kill_once(self, condition: Callable[[], bool]) -> threading.Thread:
+        """End it as a crash does as soon as something is true; returns the thread that waits for that, or for the end of the process."""
+
+        def wait() -> None:
+            while not condition() and self.process.poll() is None:
+                time.sleep(0.001)
+            self.process.kill()
+
+        killer = threading.Thread(target=wait)
+        killer.start()
+        return killer
 
     def restart(self) -> None:
         """Crash and start again on the same database."""
@@ -67,9 +86,3 @@ class ControlProcess:
     def thaw(self) -> None:
         """Let it go on."""
         self.process.send_signal(signal.SIGCONT)
-
-
-def _drain(stream: TextIO) -> None:
-    with stream:
-        while stream.read(1 << 16):
-            pass

@@ -1,0 +1,1 @@
+"""What SEDAC costs and gains, as figures; each benchmark is a program of its own."""

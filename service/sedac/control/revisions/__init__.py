@@ -1,0 +1,1 @@
+"""What the policy was and is: its revisions, as the database keeps them."""
