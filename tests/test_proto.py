@@ -16,7 +16,8 @@ from sedac.contract import wire
 from sedac.contract.stats import CONTROLLER_STATES, CheckpointStats, ControllerStats, DraftingStats, RankStats, Stats, TierStats
 from sedac.contract.v1 import control_pb2, drafting_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
-from sedac.policy.model import Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import Adaptation, Checkpoint, Policy, Speculation, Tier
 
 from tests.strategies import any_policies
 

@@ -22,7 +22,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from sedac import logs
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.model import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Speculation, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Policy, Rule, Speculation, Tier
 from sedac.probe.manifest import Manifest
 
 MIN_WEIGHT_MIB, MAX_MIN_WEIGHT_MIB = 16, 65536

@@ -26,7 +26,8 @@ from sedac.contract.stats import Stats
 from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.model import EXACT, FULL, Canary, Layout, Policy, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import EXACT, FULL, Canary, Policy, Tier
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)

@@ -23,8 +23,8 @@ from sedac.contract.credentials import Credentials
 from sedac.contract.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.fit import ProbeSetSummary
-from sedac.policy.model import Canary, Layout, Policy
+from sedac.policy.layout import Layout, ProbeSetSummary
+from sedac.policy.model import Canary, Policy
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)

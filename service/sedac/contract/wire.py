@@ -17,6 +17,7 @@ from sedac.contract.stats import CONTROLLER_STATES, ControllerStats, DraftingSta
 from sedac.contract.v1 import control_pb2, drafting_pb2, evidence_pb2
 from sedac.errors import FieldViolation, PolicyInvalid, SedacError
 from sedac.policy.certificate import Certificate
+from sedac.policy.layout import Layout
 from sedac.policy.model import (
     CANARY,
     FULL,
@@ -27,7 +28,6 @@ from sedac.policy.model import (
     Canary,
     Checkpoint,
     GuardAction,
-    Layout,
     Phase,
     Policy,
     Rule,

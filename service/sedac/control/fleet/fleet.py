@@ -24,8 +24,8 @@ from sedac.control.fleet.pooling import EvidenceBook
 from sedac.control.policy.store import Revision
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.fit import ProbeSetSummary
-from sedac.policy.model import Layout, Policy
+from sedac.policy.layout import Layout, ProbeSetSummary
+from sedac.policy.model import Policy
 
 _FORGET_AFTER = datetime.timedelta(days=1)
 _MAX_GONE = 1024

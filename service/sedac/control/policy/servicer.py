@@ -26,7 +26,7 @@ from sedac.control.policy.changes import Changes
 from sedac.control.policy.store import POLICY_NAME, Revision, Store
 from sedac.control.policy.watches import WatchServicer, check_name, get_limit
 from sedac.errors import RevisionNotFound, SedacError, StaleEtag
-from sedac.policy.certificate import get_knobs_digest
+from sedac.policy.digest import get_knobs_digest
 from sedac.policy.model import Adaptation, Audit, Policy, Speculation
 
 _log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from sedac.control.policy.watches import get_limit
 from sedac.control.probe_sets.staging import StagedWeights
 from sedac.control.probe_sets.store import ProbeSetStore, StoredProbeSet
 from sedac.errors import ControlUnavailable, LimitExceeded, ProbeSetExists, ProbeSetInUse, ProbeSetNotFound, RevisionCompacted, RevisionNotFound
-from sedac.policy.fit import find_fit_problem
+from sedac.policy.layout import find_fit_problem
 from sedac.probe.manifest import FORMAT, MAX_MANIFEST_BYTES, parse_manifest
 
 _log = logging.getLogger(__name__)

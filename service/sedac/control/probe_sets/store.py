@@ -27,7 +27,7 @@ from sedac.control.access.auth import Caller
 from sedac.control.base.database import Database
 from sedac.control.probe_sets.staging import StagedWeights, remove, storing, sync_directory
 from sedac.errors import ConfigError, LimitExceeded, ProbeSetExists, ProbeSetNotFound, StoreFailed
-from sedac.policy.fit import ProbeSetSummary
+from sedac.policy.layout import ProbeSetSummary
 from sedac.probe.manifest import FORMAT, parse_manifest
 from sedac.probe.verify import Verified, verify
 
