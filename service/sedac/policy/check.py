@@ -12,7 +12,7 @@ from types import MappingProxyType
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.certificate import Certificate
 from sedac.policy.digest import get_knobs_digest
-from sedac.policy.knob import find_violations
+from sedac.policy.knob import find_violations, get_position
 from sedac.policy.layout import Layout, ProbeSetSummary, find_certified_digest, find_fit_problem
 from sedac.policy.model import EXACT, MAX_TIERS, SKIP, Policy
 
@@ -43,7 +43,7 @@ def validate(policy: Policy, layout: Layout | None = None, available: Mapping[st
     if layout and policy.probe_set:
         bad += _check_probe_set(policy, layout, named)
     if bad:
-        raise PolicyInvalid(bad)
+        raise PolicyInvalid(sorted(bad, key=lambda violation: get_position(Policy, violation.field)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,17 @@ def find_violations(model: Any, path: str = "") -> Iterator[FieldViolation]:
                 yield FieldViolation(where, problem)
 
 
+def get_position(kind: type, path: str) -> tuple[int, ...]:
+    """Return what sorts the paths of a class's fields, such as `checkpoints[1].threshold`, as the fields are listed."""
+    position: list[int] = []
+    for step in path.split("."):
+        name, _, index = step.partition("[")
+        number, field = next((i, field) for i, field in enumerate(list_fields(kind)) if field.name == name)
+        position += [number, int(index[:-1]) if index else -1]
+        kind = field.type
+    return tuple(position)
+
+
 def find_problem(field: Field, value: Any) -> str:
     """Return why a field can't have a value, or a list not this entry, with the limit and the remedy; empty: it can."""
     knob = field.knob
