@@ -100,7 +100,7 @@ def _read_word(way: _Way, number: int, bad: list[FieldViolation], path: str) -> 
     return ""
 
 
-def _match(kind: type, message: Descriptor) -> tuple[_Way, ...]:
+def _match(kind: type, message: Any) -> tuple[_Way, ...]:
     return _look_up(kind, message)
 
 
