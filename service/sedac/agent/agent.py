@@ -102,6 +102,8 @@ class Agent:
         Raises:
             PolicyInvalid: the first policy does not fit the model.
         """
+        if first.certificate:
+            await self._identify_weights()
         await self._apply(first, 0)
         self._tasks = [asyncio.create_task(self._poll(), name="sedac-poll")]
         if self.auditor:
@@ -256,6 +258,8 @@ class Agent:
 
     async def _identify_weights(self) -> None:
         """Learn the weights' digest beside the running server; until then the control service does not know the engine."""
+        if self.layout.weights_sha256:
+            return
         try:
             digest = await asyncio.to_thread(self.find_weights)
         except Exception as error:  # noqa: BLE001  whatever keeps the digest unknown is no reason not to follow

@@ -113,7 +113,7 @@ def _make(path: str, field: Field, panel: str, help_: str = "", *, by_layer: boo
     flags = knob.option or (f"--{flag}/--no-{flag}" if field.type is bool else f"--{flag}")
     kind: Any = list[str] if by_layer or field.is_list else str if knob.word_for_none else Literal[field.words] if field.words else field.type
     option = typer.Option(
-        flags, help=help_ or knob.describe(field.default), rich_help_panel=knob.panel or panel or None, autocompletion=_COMPLETIONS.get(path)
+        flags, help=help_ or knob.describe_option(field.default), rich_help_panel=knob.panel or panel or None, autocompletion=_COMPLETIONS.get(path)
     )
     parameter = inspect.Parameter(
         flags.partition("/")[0].removeprefix("--").replace("-", "_"),

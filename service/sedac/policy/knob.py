@@ -53,6 +53,8 @@ class Knob:
     """what the entries of a list are called; empty: as the field"""
     option: str | None = None
     """flags of `sedac ctl policy set`; None: made of the field's name; empty: it has none"""
+    form: str = ""
+    """the option's help where it takes another form than the value's, with {help} and {limits} in it"""
     panel: str = ""
     """of the options, in the help; of a part: of all its knobs"""
     help_for_all: str = ""
@@ -86,6 +88,10 @@ class Knob:
         if self.lt is not None:
             return f"{low}, below {show(self.lt)}" if self.gt is not None else f"{low} to below {show(self.lt)}"
         return low if self.gt is not None or not low else f"at least {low}"
+
+    def describe_option(self, default: object = "") -> str:
+        """Return the help of the option."""
+        return self.form.format(help=self.describe(default), limits=self.limits) if self.form else self.describe(default)
 
     def describe(self, default: object = "") -> str:
         """Return the help with limits and default filled in."""

@@ -52,25 +52,32 @@ _SPECULATION = "Self-speculation: drafts that the whole model verifies, where en
 class Checkpoint:
     """A probe's place and what counts as confident there."""
 
-    layer: Annotated[int, Knob(help="Decoder layer, 0-based.", ge=0, remedy="layers count from 0", option="", variable="PROBE_LAYERS")]
+    layer: Annotated[
+        int,
+        Knob(
+            help="Decoder layer, 0-based.", ge=0, remedy="layers count from 0", option="",
+            variable="PROBE_LAYERS", earlier=("PROBE_LAYERS",), published="7, 14, 21 of 36 layers; 5, 12, 19 of 28",
+        ),
+    ]  # fmt: skip
     threshold: Annotated[
         float,
         Knob(
-            help="LAYER=VALUE or all=VALUE; may be repeated. Risk below it counts as confident; 0 turns a checkpoint off, a new LAYER adds one.",
+            help="Risk below it counts as confident; 0 turns a checkpoint off",
+            form="LAYER=VALUE or all=VALUE; may be repeated. {help}, a new LAYER adds one.",
             unit="risk", ge=0, remedy="0 turns the checkpoint off", variable="THRESHOLDS", earlier=("THRESHOLDS",),
         ),
     ]  # fmt: skip
     weight: Annotated[
         float,
         Knob(
-            help="LAYER=VALUE or all=VALUE: this checkpoint's part in the confidence of rule accumulate.",
+            help="this checkpoint's part in the confidence of rule accumulate.", form="LAYER=VALUE or all=VALUE: {help}",
             ge=0, remedy="1 is neutral", variable="LAYER_WEIGHTS", earlier=("LAYER_WEIGHTS",), published="0.3, 0.4, 0.3 (v6.1)",
         ),
     ] = 1.0  # fmt: skip
     target: Annotated[
         float,
         Knob(
-            help="LAYER=VALUE or all=VALUE: accumulated confidence from which on a token exits.",
+            help="accumulated confidence from which on a token exits.", form="LAYER=VALUE or all=VALUE: {help}",
             unit="confidence", gt=0, remedy="0.5 is usual", variable="TARGETS",
         ),
     ] = 0.5  # fmt: skip
@@ -129,7 +136,8 @@ class Adaptation:
     target_exit_rates: Annotated[
         tuple[float, ...],
         Knob(
-            help="LAYER=RATE or all=RATE, {limits}: share of the tokens evaluated there that shall exit.", unit="share of tokens, one per checkpoint",
+            help="share of the tokens evaluated there that shall exit.", form="LAYER=RATE or all=RATE, {limits}: {help}",
+            unit="share of tokens, one per checkpoint",
             ge=0, le=1, max_length=MAX_CHECKPOINTS, entries="rates", option="--exit-rate", variable="EXIT_RATES", earlier=("EXIT_RATES",),
         ),
     ] = ()  # fmt: skip
