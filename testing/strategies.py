@@ -5,64 +5,60 @@ from __future__ import annotations
 import dataclasses
 
 from hypothesis import strategies as st
-from sedac.policy.certificate import Certificate, get_knobs_digest
+from sedac.policy.certificate import Certificate
+from sedac.policy.digest import get_knobs_digest
+from sedac.policy.knob import Field, list_fields
 from sedac.policy.model import EXACT, MAX_DRAFT_TOKENS, Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 
 _numbers = st.floats(allow_nan=False)
-_int32 = st.integers(-(2**31), 2**31 - 1)
-_names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+_MOST = 1e9
+"""where a knob has no upper limit"""
 
-checkpoints = st.builds(Checkpoint, layer=_int32, threshold=_numbers, weight=_numbers, target=_numbers)
-tiers = st.builds(Tier, name=_names, floor=_names, level=_names, threshold_scale=_numbers, soft_exit=st.booleans())
-adaptations = st.builds(
-    Adaptation,
-    enabled=st.booleans(),
-    frozen=st.booleans(),
-    target_exit_rates=st.lists(_numbers, max_size=4).map(tuple),
-    alpha=_numbers,
-    warmup_steps=_int32,
-    window_tokens=_int32,
-    min_threshold=_numbers,
-    max_threshold=_numbers,
-    generation=_int32,
-)
-audits = st.builds(
-    Audit,
-    share=_numbers,
-    max_mismatch=st.none() | _numbers,
-    max_nll_difference=st.none() | _numbers,
-    confidence=_numbers,
-    action=st.sampled_from(["rollback", "exact"]),
-)
-speculations = st.builds(
-    Speculation,
-    enabled=st.booleans(),
-    max_tokens=_int32,
-    min_confidence=st.none() | _numbers,
-    adaptive=st.booleans(),
-    tiers=st.lists(_names, max_size=4).map(tuple),
-)
-_by_type = {"float": _numbers, "int": st.integers(-(2**63), 2**63 - 1), "str": st.text(st.characters(codec="utf-8"), max_size=20)}
-certificates = st.builds(Certificate, **{field.name: _by_type[field.type] for field in dataclasses.fields(Certificate)})
-any_policies = st.builds(
-    Policy,
-    enabled=st.booleans(),
-    probe_set=st.text(st.characters(codec="utf-8"), max_size=20),
-    checkpoints=st.lists(checkpoints, max_size=4).map(tuple),
-    phase=st.sampled_from(["decode", "all"]),
-    scope=st.sampled_from(["token", "batch"]),
-    rule=st.sampled_from(["first", "accumulate", "single"]),
-    decay=_numbers,
-    sensitivity=_numbers,
-    tiers=st.lists(tiers, max_size=4).map(tuple),
-    default_tier=_names,
-    allow_overrides=st.booleans(),
-    adaptation=adaptations,
-    certificate=st.none() | certificates,
-    audit=audits,
-    speculation=speculations,
-)
+
+def _draw_any(field: Field) -> st.SearchStrategy:
+    """Any value, within limits or not, that the contract can carry; an empty word there means the default where that is another one."""
+    if field.is_part:
+        value = any_of(field.type)
+    elif field.words:
+        value = st.sampled_from(field.words)
+    elif field.type is int:
+        is_long = field.knob.le is not None and field.knob.le > 2**31
+        value = st.integers(-(2**63), 2**63 - 1) if is_long else st.integers(-(2**31), 2**31 - 1)
+    elif field.type is str:
+        value = st.text(st.characters(codec="utf-8"), min_size=isinstance(field.default, str) and len(field.default) > 0, max_size=20)
+    else:
+        value = {float: _numbers, bool: st.booleans()}[field.type]
+    if field.is_list:
+        return st.lists(value, max_size=4).map(tuple)
+    return st.none() | value if field.is_optional else value
+
+
+def any_of(kind: type) -> st.SearchStrategy:
+    """Objects of a class with knobs, each with any value."""
+    return st.builds(kind, **{field.name: _draw_any(field) for field in list_fields(kind)})
+
+
+any_policies = any_of(Policy)
 """valid or not; what is given to `validate` should be refused without harm"""
+
+
+def valid_values(field: Field) -> st.SearchStrategy:
+    """Values of a number, a flag or one of several words, within its own limits; of a list, its entries."""
+    knob = field.knob
+    low = knob.gt if knob.ge is None else knob.ge
+    high = next((limit for limit in (knob.le, knob.lt) if limit is not None), _MOST)
+    if field.words:
+        value = st.sampled_from(field.words)
+    elif field.type is int:
+        value = st.integers(low + (knob.ge is None), int(high) - (knob.lt is not None))
+    else:
+        value = {float: lambda: st.floats(low, high, exclude_min=knob.ge is None, exclude_max=knob.lt is not None), bool: st.booleans}[field.type]()
+    return st.none() | value if field.is_optional else value
+
+
+def _valid_of(kind: type, **known: st.SearchStrategy) -> st.SearchStrategy:
+    """Objects of a class with knobs; `known` are those that other knobs have a say in."""
+    return st.builds(kind, **{f.name: known[f.name] if f.name in known else valid_values(f) for f in list_fields(kind)})
 
 
 @st.composite
@@ -72,54 +68,35 @@ def valid_policies(
     """Draw a policy that `validate` accepts for an engine with these checkpoint layers and levels, and room for these draft tokens."""
     rule = draw(st.sampled_from(["first", "accumulate", "single"]))
     chosen = sorted(draw(st.sets(st.sampled_from(layers), max_size=1 if rule == "single" else len(layers))))
-    positive = st.floats(0, 1e9)
     names = draw(st.lists(st.from_regex(r"[a-z][a-z0-9_-]{0,8}", fullmatch=True).filter(lambda n: n != "exact"), max_size=3, unique=True))
-    floors = [level for level in levels if level != "skip"]
-    return Policy(
-        enabled=draw(st.booleans()),
-        checkpoints=tuple(
-            Checkpoint(layer=layer, threshold=draw(positive), weight=draw(positive), target=draw(st.floats(0.01, 10))) for layer in chosen
-        ),
-        phase=draw(st.sampled_from(["decode", "all"])),
-        scope=draw(st.sampled_from(["token", "batch"])),
-        rule=rule,
-        decay=draw(st.floats(0, 1)),
-        sensitivity=draw(st.floats(0, 10)),
-        tiers=tuple(
-            Tier(
-                name=name,
-                floor=draw(st.sampled_from(floors)),
-                level=draw(st.sampled_from(levels)),
-                threshold_scale=draw(positive),
-                soft_exit=rule == "accumulate" and draw(st.booleans()),
-            )
-            for name in names
-        ),
-        default_tier=draw(st.sampled_from([*names, "exact"])) if names else draw(st.sampled_from(["balanced", "exact"])),
-        allow_overrides=draw(st.booleans()),
-        adaptation=Adaptation(
-            enabled=rule != "accumulate" and draw(st.booleans()),
-            frozen=draw(st.booleans()),
-            target_exit_rates=tuple(draw(st.floats(0, 1)) for _ in chosen),
-            alpha=draw(st.floats(0.001, 1)),
-            warmup_steps=draw(st.integers(0, 1_000_000)),
-            window_tokens=draw(st.integers(64, 65536)),
-            generation=draw(st.integers(0, 2**31 - 1)),
-        ),
-        audit=Audit(
-            share=draw(st.floats(0.001, 1)),
-            max_mismatch=draw(st.none() | st.floats(0, 1)),
-            max_nll_difference=draw(st.none() | st.floats(0, 1)),
-            confidence=draw(st.floats(0.5, 0.999)),
-            action=draw(st.sampled_from(["rollback", "exact"])),
-        ),
-        speculation=Speculation(
-            enabled=draw(st.booleans()),
-            max_tokens=draw(st.integers(0, max_draft_tokens)),
-            min_confidence=draw(st.none() | st.floats(0, 1)),
-            adaptive=draw(st.booleans()),
-            tiers=tuple(draw(st.lists(st.sampled_from([EXACT, *(names or ["balanced"])]), unique=True))),
-        ),
+    floors = st.sampled_from([level for level in levels if level != "skip"])
+    soft = st.booleans() if rule == "accumulate" else st.just(False)
+    adaptation = _valid_of(
+        Adaptation,
+        enabled=st.just(False) if rule == "accumulate" else st.booleans(),
+        target_exit_rates=st.tuples(*[st.floats(0, 1)] * len(chosen)),
+        min_threshold=st.floats(0, 1),
+        max_threshold=st.floats(1, _MOST),
+    )
+    speculation = _valid_of(
+        Speculation,
+        max_tokens=st.integers(0, max_draft_tokens),
+        tiers=st.lists(st.sampled_from([EXACT, *(names or ["balanced"])]), unique=True).map(tuple),
+    )
+    tiers = [draw(_valid_of(Tier, name=st.just(n), floor=floors, level=st.sampled_from(levels), soft_exit=soft)) for n in names]
+    return draw(
+        _valid_of(
+            Policy,
+            probe_set=st.just(""),
+            checkpoints=st.just(tuple(draw(_valid_of(Checkpoint, layer=st.just(layer))) for layer in chosen)),
+            rule=st.just(rule),
+            tiers=st.just(tuple(tiers)),
+            default_tier=st.sampled_from([*(names or ["balanced"]), EXACT]),
+            adaptation=adaptation,
+            certificate=st.none(),
+            audit=_valid_of(Audit, share=st.floats(0.001, 1)),
+            speculation=speculation,
+        )
     )
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from sedac.contract.stats import Stats
 from sedac.errors import PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.model import Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Policy
 
 LAYOUT = Layout(num_layers=12, hidden_size=8, checkpoint_layers=(2, 5, 8), probe_set="demo", levels=("full", "skip", "width-25"))
 

@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+from pathlib import Path
 
 import pytest
+from google.protobuf import json_format
 from hypothesis import given
 from hypothesis import strategies as st
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy.certificate import get_knobs_digest
 from sedac.policy.check import validate
-from sedac.policy.model import Adaptation, Audit, Checkpoint, Layout, Policy, Speculation, Tier
+from sedac.policy.digest import get_knobs_digest
+from sedac.policy.knob import list_fields, list_knobs
+from sedac.policy.layout import Layout
+from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 from sedac.policy.weights import get_weights_digest
 
 from testing.strategies import certify, valid_policies
 
+ROOT = Path(__file__).resolve().parents[1]
 POLICY = Policy(
     enabled=True,
     checkpoints=(Checkpoint(layer=2, threshold=0.4), Checkpoint(layer=5, threshold=0.6)),
@@ -48,8 +55,10 @@ def _list_changes():
         yield f"adaptation {name}", dataclasses.replace(POLICY, adaptation=_change(POLICY.adaptation, name))
     for name in sorted(set(Tier.__dataclass_fields__) - {"name"}):
         yield f"tier {name}", dataclasses.replace(POLICY, tiers=(_change(POLICY.tiers[0], name), POLICY.tiers[1]))
-    for name, value in {"phase": "all", "scope": "batch", "rule": "accumulate", "decay": 0.8, "sensitivity": 1.0}.items():
-        yield name, dataclasses.replace(POLICY, **{name: value})
+    for field in list_fields(Policy):
+        if field.knob.decides and not field.is_part:
+            other = next((word for word in field.words if word != field.default), None)
+            yield field.name, dataclasses.replace(POLICY, **{field.name: other}) if other else _change(POLICY, field.name)
     yield "checkpoint left out", dataclasses.replace(POLICY, checkpoints=POLICY.checkpoints[:1])
 
 
@@ -79,9 +88,75 @@ def test_nothing_else_changes_it(change):
 
 
 def test_every_field_of_the_policy_is_in_one_of_the_two_tests():
-    decides = {"checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "adaptation"}
+    decides = {field.name for field in list_fields(Policy) if field.knob.decides}
+    assert {"checkpoints", "phase", "scope", "rule", "decay", "sensitivity", "tiers", "adaptation"} <= decides
+    tried = {name for name, changed in _list_changes() if name in decides} | {"checkpoints", "tiers", "adaptation"}
+    assert tried == decides
+
+
+def test_what_does_not_decide_is_written_down_here_too():
+    """So that nobody takes a knob out of what certificates speak of by one word in its field."""
     others = {"enabled", "default_tier", "allow_overrides", "probe_set", "certificate", "audit", "speculation"}
-    assert decides | others == set(Policy.__dataclass_fields__)
+    assert {field.name for field in list_fields(Policy) if not field.knob.decides} == others
+    parts = (Checkpoint, Adaptation, Tier)
+    assert [field.name for kind in parts for field in list_fields(kind) if not field.knob.decides] == []
+
+
+_STORED = Policy(
+    enabled=True,
+    probe_set="demo",
+    checkpoints=(Checkpoint(layer=2, threshold=0.4), Checkpoint(layer=5, threshold=0.6, weight=0.25, target=0.75)),
+    phase="all",
+    scope="batch",
+    rule="accumulate",
+    decay=0.8,
+    sensitivity=1.5,
+    tiers=(Tier(name="balanced", floor="width-25", level="full", threshold_scale=2.0, soft_exit=True), Tier(name="night")),
+    default_tier="night",
+    allow_overrides=True,
+    adaptation=Adaptation(
+        frozen=True, target_exit_rates=(0.25, 0.5), alpha=0.5, warmup_steps=7, window_tokens=128, min_threshold=0.125, max_threshold=9.0, generation=3
+    ),
+    audit=Audit(share=0.5, max_mismatch=0.05, confidence=0.95, action="exact"),
+    speculation=Speculation(enabled=False, max_tokens=3, min_confidence=0.5, adaptive=False, tiers=("exact", "night")),
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "tier", "digest"),
+    [
+        (Policy(), "balanced", "c907eddef8891eb95e0bdfcb3a03f2c7d4d8d03564e8a2ae2c706b607c2af580"),
+        (_STORED, "balanced", "78a0eacede11c9a13677690499dd36ec0cd4d8ca70372b3d249135e4d4b622c4"),
+        (_STORED, "night", "7a3641bb11bd94c760f6b7a9e3826c819a47d3a45b3972a80ffea21456cd9cbe"),
+    ],
+)
+def test_digests_of_version_0_1_hold(policy, tier, digest):
+    assert get_knobs_digest(policy, tier) == digest
+
+
+_WRITTEN = """{"adaptation": {"alpha": 0.5, "enabled": false, "frozen": true, "generation": 3, "max_threshold": 9.0, "min_threshold": 0.125, \
+"target_exit_rates": [0.25, 0.5], "warmup_steps": 7, "window_tokens": 128}, "allow_overrides": true, "audit": {"action": "exact", \
+"confidence": 0.95, "max_mismatch": 0.05, "max_nll_difference": null, "share": 0.5}, "certificate": null, "checkpoints": [{"layer": 2, \
+"target": 0.5, "threshold": 0.4, "weight": 1.0}, {"layer": 5, "target": 0.75, "threshold": 0.6, "weight": 0.25}], "decay": 0.8, \
+"default_tier": "night", "enabled": true, "phase": "all", "probe_set": "demo", "rule": "accumulate", "scope": "batch", "sensitivity": 1.5, \
+"speculation": {"adaptive": false, "enabled": false, "max_tokens": 3, "min_confidence": 0.5, "tiers": ["exact", "night"]}, "tiers": \
+[{"floor": "width-25", "level": "full", "name": "balanced", "soft_exit": true, "threshold_scale": 2.0}, {"floor": "full", "level": "skip", \
+"name": "night", "soft_exit": false, "threshold_scale": 1.0}]}"""
+"""as version 0.1 stores it"""
+
+
+def test_policies_stored_by_version_0_1_are_read_and_keep_their_etags():
+    assert Policy.from_dict(json.loads(_WRITTEN)) == _STORED
+    younger = {field.name for _, field in list_knobs(Policy) if field.knob.since}
+    body = {name: value for name, value in json.loads(json.dumps(_STORED.to_dict())).items() if name not in younger}
+    assert json.dumps(body, sort_keys=True) == _WRITTEN
+
+
+def test_the_demo_models_certificate_holds():
+    message = json_format.Parse((ROOT / "probes" / "demo" / "policy.json").read_text(), control_pb2.Policy())
+    policy = wire.policy_from_proto(message)
+    assert get_knobs_digest(policy, policy.certificate.tier) == policy.certificate.knobs_sha256
+    validate(policy)
 
 
 def test_whole_numbers_digest_as_the_contract_carries_them():

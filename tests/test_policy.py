@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.model import MAX_CHECKPOINTS, MAX_DRAFT_TOKENS, MAX_TIERS, Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import MAX_CHECKPOINTS, MAX_DRAFT_TOKENS, MAX_TIERS, Adaptation, Checkpoint, Policy, Speculation, Tier
 
 from testing.strategies import any_policies, valid_policies
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from sedac.contract import wire
 from sedac.contract.stats import CONTROLLER_STATES, CheckpointStats, ControllerStats, DraftingStats, RankStats, Stats, TierStats
 from sedac.contract.v1 import control_pb2, drafting_pb2
 from sedac.errors import EngineReplaced, FieldViolation, PolicyInvalid, RequestIdReused, RevisionNotFound, StaleEtag, StoreFailed
-from sedac.policy.model import Adaptation, Checkpoint, Layout, Policy, Speculation, Tier
+from sedac.policy.certificate import Certificate
+from sedac.policy.knob import list_fields
+from sedac.policy.layout import Layout
+from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 
 from testing.strategies import any_policies
 
@@ -48,6 +52,56 @@ def test_generated_code_is_up_to_date(tmp_path):
     assert len(made) == 3 * len(list((ROOT / "proto").rglob("*.proto")))
     for path, text in made.items():
         assert (ROOT / "service" / path).read_text() == text, f"{path} is stale: run `make proto`"
+
+
+def _read_comments() -> dict[str, dict[str, str]]:
+    """The comment of every field in policy.proto, by message and name; a line that has nothing but a comment goes on with the field's above."""
+    found: dict[str, dict[str, str]] = {}
+    message = name = ""
+    for line in (ROOT / "proto" / "sedac" / "control" / "v1" / "policy.proto").read_text().splitlines():
+        if opened := re.fullmatch(r"message (\w+) \{", line):
+            message, name = opened[1], ""
+            found[message] = {}
+        elif field := re.match(r"  (?:(?:optional|repeated) )?[\w.]+ (\w+) = \d+;(?: *// (.*))?", line):
+            name = field[1]
+            found[message][name] = field[2] or ""
+        elif (more := re.match(r" {3,}// (.*)", line)) and name:
+            found[message][name] += f" {more[1]}"
+    return found
+
+
+_COMMENTS = _read_comments()
+_MESSAGES = (Policy, Checkpoint, Tier, Adaptation, Certificate, Audit, Speculation)
+_KNOBS = [(kind, field) for kind in _MESSAGES for field in list_fields(kind)]
+_N = r"[\d.]+"
+_STATED = re.compile(rf"(?:over )?{_N} (?:up )?to (?:below )?{_N}|over {_N}, below {_N}|>=? {_N}")
+
+
+@pytest.mark.parametrize(("kind", "field"), _KNOBS, ids=lambda value: getattr(value, "name", None) or value.__name__)
+def test_the_contract_says_of_each_knob_what_the_model_says(kind, field):
+    comment = _COMMENTS[kind.__name__][field.name]
+    described = control_pb2.DESCRIPTOR.pool.FindMessageTypeByName(f"sedac.control.v1.{kind.__name__}").fields_by_name[field.name]
+    assert described.is_repeated == field.is_list
+    if field.knob.pattern and field.name == "name":
+        assert comment == field.knob.help.rstrip(".")
+    elif stated := _STATED.search(comment):
+        assert _read_limits(stated[0]) == field.knob.limits
+    if unset := re.search(r"\b(?:unset|empty): (true|false|[a-z]+|[\d.e]+)$", comment):
+        shown = str(field.default).lower() if isinstance(field.default, bool | str) else field.default
+        assert shown in (None, ()) or unset[1] == shown or float(unset[1]) == shown
+    if field.type in (int, float, bool) and not field.is_list and not field.is_required:
+        has_zero = not field.is_optional and not field.default
+        assert described.has_presence != has_zero, "what is unset must mean the model's default"
+
+
+def _read_limits(stated: str) -> str:
+    return stated.replace("up to", "to").replace(">= ", "at least ").replace("> ", "over ")
+
+
+def test_most_limits_are_stated_in_the_contract():
+    stated = {f"{kind.__name__}.{field.name}" for kind, field in _KNOBS if _STATED.search(_COMMENTS[kind.__name__][field.name])}
+    assert len(stated) >= 16, stated
+    assert _read_limits("over 0 up to 1") == next(field.knob.limits for field in list_fields(Adaptation) if field.name == "alpha")
 
 
 @given(any_policies)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sedac.app import launch
 from sedac.engine.drafting.setup import DRAFTER
 from sedac.errors import ArtifactError, ConfigError
+from sedac.policy.knob import list_knobs
 from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
 from sedac.probe.draft_manifest import DraftManifest
 from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord, TierRecord, read_manifest
@@ -127,6 +128,74 @@ def test_every_variable_of_the_decision_reaches_the_policy(monkeypatch):
         allow_overrides=True,
         adaptation=Adaptation(target_exit_rates=(0.1, 0.2, 0.3), warmup_steps=50, alpha=0.25),
     )
+
+
+DEMO = Path(__file__).resolve().parents[1] / "probes" / "demo"
+
+
+def _write_policy(directory: Path, **changes: object) -> Path:
+    path = directory / "policy.json"
+    path.write_text(json.dumps({"enabled": True, "checkpoints": [{"layer": 5, "threshold": 0.4}], **changes}))
+    return path
+
+
+def test_a_file_makes_the_first_policy(tmp_path, monkeypatch):
+    path = _write_policy(tmp_path, decay=0.75, rule="RULE_ACCUMULATE")
+    for name, value in {"POLICY": str(path), "PROBE_LAYERS": "2,5", "LOG_EVERY": "7", "DRAFT_TOKENS": "4"}.items():
+        monkeypatch.setenv(f"SEDAC_{name}", value)
+    expected = Policy(enabled=True, checkpoints=(Checkpoint(layer=5, threshold=0.4),), decay=0.75, rule="accumulate")
+    assert read_settings().make_policy(MANIFEST) == expected
+    for name, value in read_settings().to_env().items():
+        monkeypatch.setenv(name, value)
+    assert read_settings().make_policy(MANIFEST) == expected, "children get it by their environment"
+
+
+def test_the_demo_models_certified_policy_can_be_the_first():
+    settings = launch.with_demo_defaults(read_settings(policy=DEMO / "policy.json"))
+    policy = settings.make_policy(read_manifest(settings.probe_dir))
+    assert (policy.certificate.tier, policy.default_tier) == ("certified", "certified")
+
+
+def test_a_file_and_variables_of_the_policy_are_refused_by_name(tmp_path):
+    path = _write_policy(tmp_path)
+    with pytest.raises(ConfigError, match=f"^SEDAC_POLICY={path} and SEDAC_THRESHOLDS, SEDAC_ALPHA set the first policy twice; leave the file out"):
+        read_settings(policy=path, thresholds=(0.1,), alpha=0.5).make_policy(MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"decay": 1.5}, r"decay: 1.5 is outside 0..1; the earlier versions used 0.9; change the file$"),
+        ({"checkpoints": [{"layer": 7, "threshold": 1}]}, r"checkpoints\[0\].layer: 7 has no probe attached"),
+        ({"probe_set": "other"}, "probe_set: 'other' is neither attached"),
+        ({"phase": "PHASE_SOMETIMES"}, "can't be read as a policy: .*PHASE_SOMETIMES.*; give a policy as `sedac ctl policy get --json` prints it$"),
+        ({"treshold": 1}, "can't be read as a policy: .*treshold"),
+        ({"phase": 9}, "phase: 9 is unknown; use PHASE_DECODE or PHASE_ALL"),
+    ],
+)
+def test_a_file_that_is_no_policy_for_this_engine_is_refused_by_field(tmp_path, changes, words):
+    path = _write_policy(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=f"^SEDAC_POLICY={path}:? {words}"):
+        read_settings(policy=path).make_policy(MANIFEST)
+    with pytest.raises(ConfigError, match=r"^SEDAC_POLICY=/nowhere can't be read as a policy: .*No such file"):
+        read_settings(policy=Path("/nowhere")).make_policy(MANIFEST)
+
+
+def test_every_variable_of_a_knob_is_a_setting_of_its_type():
+    variables = {name: field for _, field in list_knobs(Policy) for name in field.knob.variables}
+    assert {name.lower() for name in variables} <= set(EngineSettings.model_fields)
+    for name in (
+        "ALPHA",
+        "CALIBRATION_ALPHA",
+        "EXIT_RATES",
+        "CALIBRATION_STEPS",
+        "CONFIDENCE_DECAY",
+        "SOFT_EXIT",
+        "ENABLED",
+        "THRESHOLDS",
+        "ADAPTIVE",
+    ):
+        assert name in variables[name].knob.earlier, "a variable of the earlier versions"
 
 
 def test_audits_of_the_first_policy_are_settings(monkeypatch):

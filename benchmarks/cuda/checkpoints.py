@@ -11,7 +11,8 @@ from mlps import FULL, NEVER, CheckFailed, make_tokens
 from replay import Replay, poison_scratch
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
-from sedac.policy.model import Checkpoint, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 from timing import Variant, time_variants
 from torch import Tensor

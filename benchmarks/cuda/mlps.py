@@ -18,7 +18,8 @@ from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.backends.levels import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import DECIDES, Tokens
-from sedac.policy.model import Checkpoint, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Checkpoint, Policy
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe
 from torch import Tensor

@@ -11,7 +11,8 @@ from cases import CONTEXTUAL, EXITS, SKIP, Ceilings, Plan, Shape
 from mlps import NEVER, Mlps, make_tokens, restart, run_dense
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
-from sedac.policy.model import Checkpoint, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 from torch import Tensor
 from torch.nn import functional

@@ -1,28 +1,34 @@
 """Settings of the engine's side: the SEDAC_* environment variables, checked once at the edge.
 
 `sedac serve` reads them, merges its flags and hands the result down by environment, so that the front end and the workers
-read the same. A variable that is unknown is refused by name.
+read the same. A variable that is unknown is refused by name. The variables of the first policy are those that its knobs name
+(sedac.policy.model); SEDAC_POLICY names a file in their place.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
-from pydantic import Field, ValidationError, field_validator
+from google.protobuf import json_format
+from pydantic import Field, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from sedac import logs
+from sedac.contract import wire
+from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.model import FULL, MAX_DRAFT_TOKENS, SKIP, Adaptation, Audit, Checkpoint, Layout, Policy, Rule, Speculation, Tier
+from sedac.policy.knob import list_fields, list_knobs
+from sedac.policy.layout import Layout
+from sedac.policy.model import FULL, MAX_DRAFT_TOKENS, SKIP, Checkpoint, Policy, Rule, Tier
 from sedac.probe.manifest import Manifest
 
 MIN_WEIGHT_MIB, MAX_MIN_WEIGHT_MIB = 16, 65536
@@ -35,28 +41,8 @@ _PRESETS = (
     Tier(name="aggressive", threshold_scale=2.0),
 )
 """where the probe set brings no tiers: hard exits"""
-_VARIABLES = {
-    "layer": "SEDAC_PROBE_LAYERS",
-    "].threshold": "SEDAC_THRESHOLDS",
-    "weight": "SEDAC_LAYER_WEIGHTS",
-    "].target": "SEDAC_TARGETS",
-    "rule": "SEDAC_RULE",
-    "decay": "SEDAC_CONFIDENCE_DECAY",
-    "sensitivity": "SEDAC_SENSITIVITY",
-    "default_tier": "SEDAC_TIER",
-    "soft_exit": "SEDAC_SOFT_EXIT",
-    "adaptation.enabled": "SEDAC_ADAPTIVE",
-    "target_exit_rates": "SEDAC_EXIT_RATES",
-    "warmup_steps": "SEDAC_CALIBRATION_STEPS",
-    "alpha": "SEDAC_ALPHA",
-    "audit.share": "SEDAC_AUDIT_SHARE",
-    "audit.max_mismatch": "SEDAC_AUDIT_MAX_MISMATCH",
-    "audit.max_nll_difference": "SEDAC_AUDIT_MAX_NLL_DIFFERENCE",
-    "speculation.max_tokens": "SEDAC_DRAFT_TOKENS",
-    "speculation.min_confidence": "SEDAC_DRAFT_MIN_CONFIDENCE",
-    "speculation.tiers": "SEDAC_DRAFT_TIERS",
-}
-"""parts of a policy's field names, and the variables that set them"""
+_PER_CHECKPOINT = "checkpoints."
+_UNSET: tuple[Any, ...] = (None, (), "")
 
 
 def why_not_min_weight_mib(value: object) -> str:
@@ -67,71 +53,44 @@ def why_not_min_weight_mib(value: object) -> str:
     return f"{value!r} is not a whole number of MiB from {limits}; change it, or leave it out for {MIN_WEIGHT_MIB}"
 
 
-class EngineSettings(BaseSettings):
-    """What an engine starts with; everything but the layout can be changed later by policy."""
+def _list_fields() -> dict[str, Any]:
+    """Return a setting for each variable of a knob; those that EngineSettings declares itself, such as draft_tokens, are its own."""
+    found: dict[str, Any] = {}
+    for path, field in list_knobs(Policy):
+        assert field.knob
+        is_list = field.is_list or path.startswith(_PER_CHECKPOINT)
+        kind: Any = Literal[field.words] if field.words else field.type
+        for variable in field.knob.variables:
+            setting = Field(default=() if is_list else "" if kind is str else None, description=field.knob.describe(field.default))
+            found[variable.lower()] = (Annotated[tuple[kind, ...], NoDecode] if is_list else kind if kind is str else kind | None, setting)
+    return found
+
+
+if TYPE_CHECKING:
+    _FirstPolicy = BaseSettings
+else:  # the knobs' variables have no other declaration than the knobs
+    _FirstPolicy = create_model("_FirstPolicy", __base__=BaseSettings, **_list_fields())
+
+
+class EngineSettings(_FirstPolicy):
+    """What an engine starts with, and beside it the variables of sedac.policy.model, which make its first policy."""
 
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
-    enabled: bool = True
-    """whether the first policy lets tokens exit"""
     model: str = ""
     """model directory or name; empty: the demo model"""
+    policy: Path | None = None
+    """file of the first policy, as `sedac ctl policy get --json` prints one; unset: the variables and the probe set make it"""
     probe_dir: Path = Path()
     """directory of the probe set (manifest.json, probes.safetensors)"""
     probe_layers: Annotated[tuple[int, ...], NoDecode] = ()
     """decoder layers with a checkpoint, 0-based, comma-separated; empty: all that the probe set has"""
     probe_rank: int | None = Field(default=None, gt=0)
     """rank that the probe set must have; unset: any"""
-    thresholds: Annotated[tuple[float, ...], NoDecode] = ()
-    """risk below it counts as confident, one per checkpoint; empty: those of the probe set"""
-    phase: Literal["decode", "all"] = "decode"
-    """which tokens may exit at first"""
-    scope: Literal["token", "batch"] = "token"
-    """whether tokens exit one by one or only all together at first"""
-    rule: Literal["first", "accumulate", "single"] | None = None
-    """how checkpoints decide at first; unset: `first`, or `accumulate` with soft exits"""
-    confidence_decay: float = 0.9
-    """rule `accumulate`: what the confidence so far keeps at the next checkpoint, 0 to 1"""
-    layer_weights: Annotated[tuple[float, ...], NoDecode] = ()
-    """rule `accumulate`: weight of each checkpoint's confidence, one per checkpoint; empty: 1"""
-    targets: Annotated[tuple[float, ...], NoDecode] = ()
-    """rule `accumulate`: confidence from which on a token exits, one per checkpoint; empty: 0.5"""
-    soft_exit: bool = False
-    """every tier spends less the more confident instead of all or nothing; implies rule `accumulate`"""
-    sensitivity: float = 0.0
-    """how much a request's own prompt risk, against the mean prompt's, lowers its thresholds, 0 to 10"""
-    tier: str = ""
-    """of requests that name none; empty: `balanced`, or the first of the probe set where it has no tier of that name"""
-    allow_overrides: bool = False
-    """whether a request may bring its own level or threshold scale"""
-    adaptive: bool = False
-    """whether thresholds follow the exit rates at first"""
-    exit_rates: Annotated[tuple[float, ...], NoDecode] = ()
-    """share of the tokens evaluated at a checkpoint that shall exit there, one per checkpoint, 0 to 1"""
-    calibration_steps: int = Adaptation.warmup_steps
-    """steps with evaluated tokens before adaptation changes a threshold"""
-    alpha: float | None = None
-    """weight of the newest quantile in adaptation's moving average, over 0 up to 1; unset: 0.1"""
-    calibration_alpha: float | None = None
-    """another name of `alpha`"""
-    audit_share: float = Audit.share
-    """share of the bounded answers that is scored again in full at first, 0 to 1"""
-    audit_max_mismatch: float | None = None
-    """the guard's bound on the share of greedy tokens that the full model would not choose, 0 to 1; unset: not guarded"""
-    audit_max_nll_difference: float | None = None
-    """the guard's bound on what tokens lose in log-probability, mean in nats, 0 to 1; unset: not guarded"""
     draft_dir: Path = Path()
     """directory of the draft (manifest.json, head.safetensors); empty: none, or with the demo model its own; `none`: none"""
     draft_tokens: int | None = Field(default=None, ge=1, le=MAX_DRAFT_TOKENS)
     """draft tokens of a sequence per step at most: what the engine keeps room for, and at first the policy's own limit; unset: the draft's"""
-    speculation: bool = True
-    """whether the draft is used at first"""
-    draft_min_confidence: float | None = None
-    """a sequence stops drafting when the product of its drafts' confidences falls below it, 0 to 1; unset: the draft's own"""
-    draft_adaptive: bool = True
-    """whether lengths and stopping rules follow measured costs and acceptance at first, down to no drafting"""
-    draft_tiers: Annotated[tuple[str, ...], NoDecode] = ()
-    """tiers whose requests speculate at first, comma-separated, `exact` among them; empty: all"""
     log_every: int = Field(default=0, ge=0)
     """steps between two log lines of exit rates; 0: never"""
     levels: bool = True
@@ -149,10 +108,11 @@ class EngineSettings(BaseSettings):
     probe_cache: Path | None = None
     """directory for probe sets fetched from the control service; unset: `sedac/probe-sets` in the user's cache, or a temporary one"""
 
-    @field_validator("probe_layers", "thresholds", "layer_weights", "targets", "exit_rates", "draft_tiers", mode="before")
+    @field_validator("*", mode="before")
     @classmethod
-    def _split(cls, value: Any) -> Any:
-        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    def _split(cls, value: Any, info: ValidationInfo) -> Any:
+        is_list = get_origin(cls.model_fields[str(info.field_name)].annotation) is tuple
+        return [part.strip() for part in value.split(",") if part.strip()] if is_list and isinstance(value, str) else value
 
     @field_validator("min_weight_mib")
     @classmethod
@@ -170,10 +130,12 @@ class EngineSettings(BaseSettings):
         return env
 
     def make_policy(self, manifest: Manifest) -> Policy:
-        """Build the first policy from these settings, and from the probe set's own thresholds and tiers.
+        """Read the first policy from its file, or build it from these settings and the probe set's own thresholds and tiers.
+
+        Whether a file's certificate is for this model is checked where the model's weights are known.
 
         Raises:
-            ConfigError: names the variables that don't fit each other or the probe set.
+            ConfigError: names the file and the field, or the variables, that don't fit each other or the probe set.
         """
         proposed = {p.layer: p.threshold for p in manifest.probes}
         layers = tuple(sorted(self.probe_layers)) or tuple(proposed)
@@ -185,70 +147,95 @@ class EngineSettings(BaseSettings):
             raise ConfigError(
                 f"SEDAC probe missing for layer {missing[0]}: {self.probe_dir} has layers {list(proposed)}; train one or leave the layer out"
             )
-        for name in ("thresholds", "layer_weights", "targets", "exit_rates"):
-            count = len(getattr(self, name))
-            if count not in (0, len(layers)):
-                raise ConfigError(f"SEDAC_{name.upper()} has {count} values for {len(layers)} checkpoints {list(layers)}; give one each")
-        if self.adaptive and not self.exit_rates:
-            raise ConfigError("SEDAC_ADAPTIVE needs SEDAC_EXIT_RATES, one rate from 0 to 1 per checkpoint, such as 0.2,0.4")
-        tiers = self._make_tiers(manifest)
-        policy = Policy(
-            enabled=self.enabled,
-            checkpoints=tuple(
-                Checkpoint(layer=layer, threshold=threshold, weight=weight, target=target)
-                for layer, threshold, weight, target in zip(
-                    layers,
-                    self.thresholds or (proposed[layer] for layer in layers),
-                    self.layer_weights or repeat(Checkpoint.weight),
-                    self.targets or repeat(Checkpoint.target),
-                    strict=False,
-                )
-            ),
-            phase=self.phase,
-            scope=self.scope,
-            rule=self._find_rule(),
-            decay=self.confidence_decay,
-            sensitivity=self.sensitivity,
-            tiers=tiers,
-            default_tier=self.tier or next((t.name for t in tiers if t.name == Policy.default_tier), tiers[0].name),
-            allow_overrides=self.allow_overrides,
-            adaptation=Adaptation(
-                enabled=self.adaptive, target_exit_rates=self.exit_rates, warmup_steps=self.calibration_steps, alpha=self._find_alpha()
-            ),
-            audit=Audit(share=self.audit_share, max_mismatch=self.audit_max_mismatch, max_nll_difference=self.audit_max_nll_difference),
-            speculation=Speculation(
-                enabled=self.speculation,
-                max_tokens=self.draft_tokens or Speculation.max_tokens,
-                min_confidence=self.draft_min_confidence,
-                adaptive=self.draft_adaptive,
-                tiers=self.draft_tiers,
-            ),
-        )
         levels = (FULL, SKIP, *(level.name for level in manifest.levels if self.levels))
         layout = Layout(
             num_layers=manifest.num_layers, hidden_size=manifest.hidden_size, checkpoint_layers=layers, probe_set=manifest.name, levels=levels
         )
+        values = self._find_values()
+        if self.policy is not None:
+            return self._read_policy(self.policy, values, layout)
+        policy = self._build_policy(values, {layer: proposed[layer] for layer in layers}, manifest)
         try:
             validate(policy, layout)
         except PolicyInvalid as error:
-            names = sorted({name for v in error.violations for field, name in _VARIABLES.items() if field in v.field})
+            variables = {path: field.knob.variable for path, field in list_knobs(Policy) if field.knob and field.knob.variable}
+            paths = {re.sub(r"\[\d+\]", "", violation.field) for violation in error.violations}
+            names = sorted(_PREFIX + variables[path] for path in paths if path in variables)
             raise ConfigError(f"the first policy is invalid: {error}; check {', '.join(names) or 'the probe set'}") from error
         return policy
 
-    def _make_tiers(self, manifest: Manifest) -> tuple[Tier, ...]:
+    def _find_values(self) -> dict[str, Any]:
+        """Return the value of each knob whose variable is set, by path."""
+        found = {}
+        for path, field in list_knobs(Policy):
+            names = field.knob.variables if field.knob else ()
+            given = {name: value for name in names if (value := getattr(self, name.lower())) not in _UNSET}
+            if len(set(given.values())) > 1:
+                said = " and ".join(f"{_PREFIX}{name} is {value}" for name, value in given.items())
+                raise ConfigError(f"{said}; they are one knob: give one")
+            if given:
+                found[path] = next(iter(given.values()))
+        return found
+
+    def _read_policy(self, file: Path, values: Mapping[str, Any], layout: Layout) -> Policy:
+        own = {"checkpoints.layer", "speculation.max_tokens"}  # what is attached, and the room for drafts, are no policy's to say
+        beside = [field.knob.variable for path, field in list_knobs(Policy) if path in values and path not in own and field.knob]
+        if beside:
+            names = ", ".join(_PREFIX + name for name in beside)
+            raise ConfigError(f"SEDAC_POLICY={file} and {names} set the first policy twice; leave the file out, or write into it what they say")
+        try:
+            policy = wire.policy_from_proto(json_format.Parse(file.read_text(encoding="utf-8"), control_pb2.Policy()))
+            validate(policy)
+            validate(replace(policy, certificate=None), layout)
+        except PolicyInvalid as error:
+            raise ConfigError(f"SEDAC_POLICY={file}: {'; '.join(map(str, error.violations))}; change the file") from error
+        except (OSError, UnicodeDecodeError, json_format.ParseError) as error:
+            remedy = "give a policy as `sedac ctl policy get --json` prints it"
+            raise ConfigError(f"SEDAC_POLICY={file} can't be read as a policy: {error}; {remedy}") from error
+        return policy
+
+    def _build_policy(self, values: Mapping[str, Any], proposed: Mapping[int, float], manifest: Manifest) -> Policy:
+        """Build the policy of the variables' values; `proposed` are the probe set's thresholds of the attached layers."""
+        layers = list(proposed)
+        for path, field in list_knobs(Policy):
+            is_per_checkpoint = path.startswith(_PER_CHECKPOINT) or (field.is_list and field.type is float)
+            if path in values and is_per_checkpoint and len(values[path]) != len(layers) and field.knob:
+                count, name = len(values[path]), _PREFIX + field.knob.variable
+                raise ConfigError(f"{name} has {count} values for {len(layers)} checkpoints {layers}; give one each")
+        if values.get("adaptation.enabled") and "adaptation.target_exit_rates" not in values:
+            raise ConfigError("SEDAC_ADAPTIVE needs SEDAC_EXIT_RATES, one rate from 0 to 1 per checkpoint, such as 0.2,0.4")
+        tiers = self._make_tiers(manifest, soft_exit=values.get("tiers.soft_exit", False))
+        lists = {path.removeprefix(_PER_CHECKPOINT): value for path, value in values.items() if path.startswith(_PER_CHECKPOINT)}
+        lists.pop("layer", None)
+        checkpoints = tuple(
+            Checkpoint(layer=layer, **{"threshold": threshold, **{name: value[i] for name, value in lists.items()}})
+            for i, (layer, threshold) in enumerate(proposed.items())
+        )
+        made: dict[str, Any] = {"checkpoints": checkpoints, "tiers": tiers, "rule": _find_rule(values), "default_tier": _find_default(tiers)}
+        for field in list_fields(Policy):
+            if field.is_part and not field.is_list:
+                knobs = {path.partition(".")[2]: value for path, value in values.items() if path.startswith(f"{field.name}.")}
+                made |= {field.name: field.type(**knobs)} if knobs else {}
+            elif field.name in values:
+                made[field.name] = values[field.name]
+            elif field.knob and field.knob.first is not None:
+                made[field.name] = field.knob.first
+        return Policy(**made)
+
+    def _make_tiers(self, manifest: Manifest, *, soft_exit: bool) -> tuple[Tier, ...]:
         found = tuple(Tier(name=t.name, floor=t.floor, level=t.level, threshold_scale=t.threshold_scale) for t in manifest.tiers if self.levels)
-        return tuple(replace(tier, soft_exit=self.soft_exit) for tier in found or _PRESETS)
+        return tuple(replace(tier, soft_exit=soft_exit) for tier in found or _PRESETS)
 
-    def _find_rule(self) -> Rule:
-        if self.soft_exit and self.rule not in (None, "accumulate"):
-            raise ConfigError(f"SEDAC_SOFT_EXIT needs accumulated confidence, SEDAC_RULE is {self.rule}; leave one of them out")
-        return self.rule or ("accumulate" if self.soft_exit else Policy.rule)
 
-    def _find_alpha(self) -> float:
-        given = {alpha for alpha in (self.alpha, self.calibration_alpha) if alpha is not None}
-        if len(given) > 1:
-            raise ConfigError(f"SEDAC_ALPHA is {self.alpha} and SEDAC_CALIBRATION_ALPHA is {self.calibration_alpha}; they are one knob: give one")
-        return given.pop() if given else Adaptation.alpha
+def _find_rule(values: Mapping[str, Any]) -> Rule:
+    rule, is_soft = values.get("rule"), values.get("tiers.soft_exit", False)
+    if is_soft and rule not in (None, "accumulate"):
+        raise ConfigError(f"SEDAC_SOFT_EXIT needs accumulated confidence, SEDAC_RULE is {rule}; leave one of them out")
+    return rule or ("accumulate" if is_soft else Policy.rule)
+
+
+def _find_default(tiers: Sequence[Tier]) -> str:
+    return next((tier.name for tier in tiers if tier.name == Policy.default_tier), tiers[0].name)
 
 
 def read_settings(environ: Mapping[str, str] = os.environ, **overrides: Any) -> EngineSettings:

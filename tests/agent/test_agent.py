@@ -181,6 +181,25 @@ def test_status_shows_tiers_levels_and_adaptation():
     asyncio.run(scenario())
 
 
+def test_the_first_policy_may_be_certified_for_these_weights_alone(settings):  # noqa: F811
+    async def scenario() -> None:
+        server = await asyncio.to_thread(RunningServer, settings)
+        agent = await _make_agent(server.address, "first", find_weights=lambda: "1" * 64)
+        await agent.start(certify(FIRST))
+        await _until(lambda: agent.revision == 1)
+        assert agent.describe()["certified"]
+        await agent.stop()
+        other = await _make_agent(server.address, "other", find_weights=lambda: "b" * 64)
+        with pytest.raises(PolicyInvalid, match=r"certificate.weights_sha256: 111111111111\.\.\., the engine has bbbbbbbbbbbb"):
+            await other.start(certify(FIRST))
+        unknown = await _make_agent(server.address, "unknown")
+        with pytest.raises(PolicyInvalid, match=r"certificate.weights_sha256: .* the engine does not know its own"):
+            await unknown.start(certify(FIRST))
+        await asyncio.to_thread(server.stop)
+
+    asyncio.run(scenario())
+
+
 def test_a_fitting_certificate_is_taken_and_a_foreign_one_refused(settings):  # noqa: F811
     async def scenario() -> None:
         server = await asyncio.to_thread(RunningServer, settings)

@@ -26,7 +26,7 @@ from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import Tokens
-from sedac.policy.model import Layout
+from sedac.policy.layout import Layout
 from sedac.probe.probe import LREProbe
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource

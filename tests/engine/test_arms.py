@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sedac.engine.step.probe_sets import Loaded
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import CANARY_ARM, DECIDES, Tokens
-from sedac.policy.fit import ProbeSetSummary
+from sedac.policy.layout import ProbeSetSummary
 from sedac.policy.model import Adaptation, Canary, Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 

@@ -10,7 +10,8 @@ from sedac.engine.backends import native
 from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable, NeuronWeights, sort_neurons
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import Tokens
-from sedac.policy.model import Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Policy
 from sedac.probe.levels import Level, Neurons, activate, reduce_mlp
 
 D, F, LAYERS = 64, 160, 2

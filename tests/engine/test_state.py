@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy.model import Adaptation, Checkpoint, Layout, Policy, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import Adaptation, Checkpoint, Policy, Tier
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe
 

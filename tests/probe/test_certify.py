@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from sedac.errors import ConfigError, PolicyInvalid
-from sedac.policy.certificate import get_knobs_digest
 from sedac.policy.check import validate
+from sedac.policy.digest import get_knobs_digest
 from sedac.policy.model import Policy
 from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import LevelRecord, TierRecord, read_manifest

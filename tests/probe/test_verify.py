@@ -16,8 +16,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sedac.errors import ArtifactError
-from sedac.policy.fit import find_certified_digest, find_fit_problem
-from sedac.policy.model import Layout
+from sedac.policy.layout import Layout, find_certified_digest, find_fit_problem
 from sedac.probe.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from sedac.probe.verify import verify, verify_weights
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sedac.errors import ConfigError
-from sedac.policy.certificate import Certificate, get_knobs_digest
+from sedac.policy.certificate import Certificate
 from sedac.policy.check import validate
+from sedac.policy.digest import get_knobs_digest
 from sedac.policy.model import Policy
 from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import read_manifest

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from sedac.errors import ConfigError
 from sedac.policy.check import validate
-from sedac.policy.model import FULL, SKIP, Checkpoint, Layout, Policy, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import FULL, SKIP, Checkpoint, Policy, Tier
 from sedac.probe.manifest import LevelRecord, Manifest
 
 TIER = "certified"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sedac.errors import ConfigError
-from sedac.policy.certificate import get_knobs_digest
+from sedac.policy.digest import get_knobs_digest
 from sedac.policy.model import EXACT, Policy
 from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import read_manifest

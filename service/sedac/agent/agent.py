@@ -26,7 +26,8 @@ from sedac.contract.stats import Stats
 from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.model import EXACT, FULL, Canary, Layout, Policy, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import EXACT, FULL, Canary, Policy, Tier
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
@@ -101,6 +102,8 @@ class Agent:
         Raises:
             PolicyInvalid: the first policy does not fit the model.
         """
+        if first.certificate:
+            await self._identify_weights()
         await self._apply(first, 0)
         self._tasks = [asyncio.create_task(self._poll(), name="sedac-poll")]
         if self.auditor:
@@ -255,6 +258,8 @@ class Agent:
 
     async def _identify_weights(self) -> None:
         """Learn the weights' digest beside the running server; until then the control service does not know the engine."""
+        if self.layout.weights_sha256:
+            return
         try:
             digest = await asyncio.to_thread(self.find_weights)
         except Exception as error:  # noqa: BLE001  whatever keeps the digest unknown is no reason not to follow

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from sedac.contract.stats import Stats, add_up
 from sedac.errors import ArtifactError, FieldViolation, PolicyInvalid, SedacError
-from sedac.policy.model import Canary, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Canary, Policy
 
 _TIMEOUT_SECONDS = 30.0  # a worker answers between two steps; a long prefill may take this long
 _GRACE_SECONDS = 5.0  # for executors that keep no time themselves

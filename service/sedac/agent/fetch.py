@@ -23,7 +23,7 @@ import grpc
 from sedac.contract.credentials import Metadata
 from sedac.contract.v1 import control_pb2, probe_sets_pb2, probe_sets_pb2_grpc
 from sedac.errors import ArtifactError
-from sedac.policy.fit import ProbeSetSummary
+from sedac.policy.layout import ProbeSetSummary
 from sedac.probe.manifest import FORMAT, MAX_MANIFEST_BYTES
 from sedac.probe.verify import WEIGHTS, Verified, verify
 

@@ -16,7 +16,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from sedac.agent.drafting_metrics import DraftingMetrics
 from sedac.agent.evidence_metrics import EvidenceMetrics
 from sedac.contract.stats import DraftingStats, Stats, TierStats
-from sedac.policy.model import EXACT, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import EXACT, Policy
 
 _LABELS = ["model_name", "engine"]
 _APPLY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)

@@ -29,7 +29,8 @@ from sedac.agent.watch import Watch
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError
-from sedac.policy.model import FULL, SKIP, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import FULL, SKIP, Policy
 from sedac.policy.weights import get_weights_digest
 from sedac.probe.manifest import read_manifest
 from sedac.settings import EngineSettings, read_settings

@@ -24,8 +24,8 @@ from sedac.contract.unknown_fields import check_known
 from sedac.contract.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.fit import ProbeSetSummary
-from sedac.policy.model import Canary, Layout, Policy
+from sedac.policy.layout import Layout, ProbeSetSummary
+from sedac.policy.model import Canary, Policy
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)

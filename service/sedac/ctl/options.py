@@ -16,28 +16,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Comment = Annotated[str, typer.Option(help="Why; kept with the revision.")]
 Wait = Annotated[float, typer.Option(help="Seconds to wait until every engine runs the new revision; 0: don't wait.")]
 DryRun = Annotated[bool, typer.Option(help="Check against the attached engines and change nothing.")]
-
-_ADAPTATION = "Adaptation"
-Adaptive = Annotated[
-    bool | None, typer.Option("--adaptive/--fixed", help="Whether thresholds follow target exit rates.", rich_help_panel=_ADAPTATION)
-]
-Frozen = Annotated[bool | None, typer.Option("--frozen/--thawed", help="Keep the adapted thresholds as they are.", rich_help_panel=_ADAPTATION)]
-ExitRates = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--exit-rate", help="LAYER=RATE or all=RATE, 0 to 1: share of the tokens evaluated there that shall exit.", rich_help_panel=_ADAPTATION
-    ),
-]
-Alpha = Annotated[
-    float | None, typer.Option(help="Over 0 to 1: how fast thresholds move; 0.1 averages about ten steps.", rich_help_panel=_ADAPTATION)
-]
-WarmupSteps = Annotated[int | None, typer.Option(help="Steps with evaluated tokens before the first change.", rich_help_panel=_ADAPTATION)]
-WindowTokens = Annotated[
-    int | None, typer.Option(help="64 to 65536: risks remembered per checkpoint; more is steadier and slower.", rich_help_panel=_ADAPTATION)
-]
-MinThreshold = Annotated[float | None, typer.Option(help="Adapted thresholds stay at or above it.", rich_help_panel=_ADAPTATION)]
-MaxThreshold = Annotated[float | None, typer.Option(help="Adapted thresholds stay at or below it.", rich_help_panel=_ADAPTATION)]
-
 Limit = Annotated[int, typer.Option(min=1, help="How many at most, newest first.")]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -13,8 +13,18 @@ from sedac.client.diff import Change
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2
 from sedac.ctl.cells import format_time, name_enum
-from sedac.policy.model import Speculation
+from sedac.policy.knob import list_knobs
+from sedac.policy.model import Policy, Speculation
 
+_DESCRIBED = frozenset(
+    {
+        *("enabled", "probe_set", "phase", "scope", "rule", "decay", "sensitivity", "default_tier", "allow_overrides"),
+        *(f"adaptation.{name}" for name in ("enabled", "frozen", "target_exit_rates", "alpha", "warmup_steps", "window_tokens", "generation")),
+        *(f"audit.{name}" for name in ("share", "max_mismatch", "max_nll_difference", "confidence", "action")),
+        *(f"speculation.{name}" for name in ("enabled", "max_tokens", "min_confidence", "adaptive", "tiers")),
+    }
+)
+"""the knobs that a row of the table puts into words; any other gets a row of its own"""
 _AUDIT_BOUNDS = (("max_mismatch", "mismatch"), ("max_nll_difference", "NLL difference"))
 
 
@@ -45,7 +55,18 @@ def make_policy_table(policy: control_pb2.Policy) -> Table:
     table.add_row("certificate", _describe_certificate(policy))
     table.add_row("audit", _describe_audit(policy.audit))
     table.add_row("speculation", escape(_describe_speculation(wire.speculation_from_proto(policy.speculation))))
+    for path, value in _list_other_knobs(policy):
+        table.add_row(path.replace("_", " ").replace(".", " "), escape(str(value)))
     return table
+
+
+def _list_other_knobs(policy: control_pb2.Policy) -> Iterator[tuple[str, object]]:
+    """Yield the knobs that no row above speaks of, with their values."""
+    for path, field in list_knobs(Policy):
+        part, _, name = path.rpartition(".")
+        parents = {"": policy, "adaptation": policy.adaptation, "audit": policy.audit, "speculation": policy.speculation}
+        if path not in _DESCRIBED and not field.is_part and part in parents:
+            yield path, getattr(parents[part], name)
 
 
 def _describe_certificate(policy: control_pb2.Policy) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from sedac.client.client import ControlClient
 from sedac.ctl.completion import complete_tier
+from sedac.ctl.knobs import list_tier_options, with_knobs
 from sedac.ctl.options import AsJson, Comment, DryRun, Wait
 from sedac.ctl.policy_tables import make_tiers
 from sedac.ctl.session import change, connected, read_in_force, show_list
@@ -42,17 +43,11 @@ def list_tiers(client: ControlClient, as_json: AsJson = False) -> None:
 
 @app.command("set")
 @connected
+@with_knobs(list_tier_options())
 def set_tier(
     client: ControlClient,
+    knobs: dict[str, Any],
     name: Name,
-    floor: Annotated[str | None, typer.Option(help="Level of every token that the phase allows, in all layers; new tiers: full.")] = None,
-    level: Annotated[str | None, typer.Option(help="Level of confident tokens, in the layers above the checkpoint; new tiers: skip.")] = None,
-    threshold_scale: Annotated[
-        float | None, typer.Option(help="Multiplies every threshold; 0: no token is confident, 2: twice as many risks pass.")
-    ] = None,
-    soft_exit: Annotated[
-        bool | None, typer.Option("--soft-exit/--hard-exit", help="Spend less the more confident, up to the level; needs rule accumulate.")
-    ] = None,
     comment: Comment = "",
     validate_only: DryRun = False,
     wait: Wait = 0.0,
@@ -68,8 +63,6 @@ def set_tier(
     """
     if name == EXACT:
         raise typer.BadParameter("exact is plain vLLM and can't be changed; choose another name")
-    knobs: dict[str, Any] = {"floor": floor, "level": level, "threshold_scale": threshold_scale, "soft_exit": soft_exit}
-    knobs = {knob: value for knob, value in knobs.items() if value is not None}
     policy, etag = read_in_force(client)
     tiers = {tier.name: tier for tier in policy.get_tiers()}
     tiers[name] = dataclasses.replace(tiers.get(name, Tier(name=name)), **knobs)

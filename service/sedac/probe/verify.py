@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sedac.errors import ArtifactError
-from sedac.policy.fit import ProbeSetSummary
+from sedac.policy.layout import ProbeSetSummary
 from sedac.probe.manifest import FORMAT, Manifest, parse_manifest, refuse_duplicates
 
 WEIGHTS = "probes.safetensors"

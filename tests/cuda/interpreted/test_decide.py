@@ -11,7 +11,8 @@ from sedac.engine.backends.cuda.forms import FEW, MANY, MIDDLE
 from sedac.engine.backends.levels import KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy.model import Canary, Checkpoint, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Canary, Checkpoint, Policy
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe
 from torch.nn import functional

@@ -12,7 +12,8 @@ from sedac.engine.step import checkpoint
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import DECIDES, Tokens
 from sedac.errors import UnsupportedModel
-from sedac.policy.model import Checkpoint, Layout, Policy, Tier
+from sedac.policy.layout import Layout
+from sedac.policy.model import Checkpoint, Policy, Tier
 from sedac.probe.levels import Level, Neurons, reduce_mlp
 from sedac.probe.probe import LREProbe
 from torch import nn

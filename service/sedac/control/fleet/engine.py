@@ -12,7 +12,8 @@ from google.rpc import status_pb2
 
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2
-from sedac.policy.model import Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import Policy
 
 
 class Target(NamedTuple):

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from sedac.contract.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.fit import ProbeSetSummary
-from sedac.policy.model import Layout, Policy
+from sedac.policy.layout import Layout, ProbeSetSummary
+from sedac.policy.model import Policy
 
 
 @dataclass(frozen=True, kw_only=True)

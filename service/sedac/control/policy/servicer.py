@@ -27,7 +27,7 @@ from sedac.control.policy.watches import WatchServicer
 from sedac.control.revisions.store import POLICY_NAME, Revision, Store, check_name
 from sedac.control.rollout.changes import Changes
 from sedac.errors import RevisionNotFound, SedacError, StaleEtag
-from sedac.policy.certificate import get_knobs_digest
+from sedac.policy.digest import get_knobs_digest
 from sedac.policy.model import Adaptation, Audit, Policy, Speculation
 
 _log = logging.getLogger(__name__)

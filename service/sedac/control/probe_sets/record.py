@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from sedac.contract.v1 import probe_sets_pb2
-from sedac.policy.fit import ProbeSetSummary
+from sedac.policy.layout import ProbeSetSummary
 from sedac.probe.manifest import FORMAT, parse_manifest
 from sedac.probe.verify import Verified
 

@@ -27,7 +27,7 @@ from sedac.control.probe_sets.store import ProbeSetStore
 from sedac.control.probe_sets.uploads import NAME, Messages, Threads, Uploads
 from sedac.control.revisions.store import POLICY_NAME, Store
 from sedac.errors import ControlUnavailable, LimitExceeded, ProbeSetExists, ProbeSetInUse, ProbeSetNotFound, RevisionCompacted, RevisionNotFound
-from sedac.policy.fit import find_fit_problem
+from sedac.policy.layout import find_fit_problem
 from sedac.probe.manifest import FORMAT
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from torch import Tensor
 from sedac.engine.step.adaptation import Adapter, Difficulty
 from sedac.engine.step.probe_sets import Loaded
 from sedac.engine.step.tokens import CANARY_ARM
-from sedac.policy.model import CANARY, STABLE, Layout, Policy
+from sedac.policy.layout import Layout
+from sedac.policy.model import CANARY, STABLE, Policy
 from sedac.probe.cascade import Knobs
 from sedac.probe.probe import LREProbe
 

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sedac.errors import ArtifactError
-from sedac.policy.fit import ProbeSetSummary, find_fit_problem
-from sedac.policy.model import Layout
+from sedac.policy.layout import Layout, ProbeSetSummary, find_fit_problem
 from sedac.probe.probe import LREProbe
 
 _log = logging.getLogger(__name__)

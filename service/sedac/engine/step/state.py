@@ -25,8 +25,8 @@ from sedac.engine.step.record import Recorder
 from sedac.engine.step.tokens import CANARY_ARM, Array, TokenBuffers, Tokens
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
-from sedac.policy.fit import ProbeSetSummary
-from sedac.policy.model import Canary, Layout, Policy
+from sedac.policy.layout import Layout, ProbeSetSummary
+from sedac.policy.model import Canary, Policy
 from sedac.probe.probe import LREProbe
 
 if TYPE_CHECKING:

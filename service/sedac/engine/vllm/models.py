@@ -29,7 +29,8 @@ from sedac.engine.step.record import Recorder
 from sedac.engine.step.state import State
 from sedac.engine.vllm.refusals import leave_graphs, refuse_graphs, refuse_layout
 from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
-from sedac.policy.model import FULL, SKIP, Layout
+from sedac.policy.layout import Layout
+from sedac.policy.model import FULL, SKIP
 from sedac.probe import artifact
 from sedac.probe.artifact import ProbeSet
 from sedac.probe.draft_manifest import DraftManifest, read_draft_manifest

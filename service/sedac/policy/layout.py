@@ -1,14 +1,35 @@
-"""Whether an engine can load a probe set while it runs; plain Python, for the control service, the agent and the worker."""
+"""What an engine has attached, and whether it can load a probe set while it runs; for the control service, the agent and the worker."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sedac.policy.model import Layout
+from sedac.policy.model import FULL, SKIP
 
 _RESTART = "restart the engine with it (SEDAC_PROBE_DIR)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What an engine has attached; a policy may only name these."""
+
+    num_layers: int
+    hidden_size: int
+    checkpoint_layers: tuple[int, ...]
+    probe_set: str
+    levels: tuple[str, ...] = (FULL, SKIP)
+    weights_sha256: str = ""
+    """see sedac.policy.weights; empty: unknown, so that no certificate can be checked"""
+    probe_set_sha256: str = ""
+    """empty: unknown"""
+    max_rank: int = 0
+    """of probes that can be loaded without a restart; 0: none can"""
+    levels_sha256: str = ""
+    """of the reduced levels attached, see sedac.probe.verify; empty: none"""
+    draft: str = ""
+    """kind of its own draft, see sedac.probe.draft_manifest; empty: none"""
+    max_draft_tokens: int = 0
+    """of a sequence per step, fixed at the start; 0: no draft"""
 
 
 @dataclass(frozen=True, kw_only=True)
