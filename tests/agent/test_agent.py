@@ -186,8 +186,7 @@ def test_the_first_policy_may_be_certified_for_these_weights_alone(settings):  #
         server = await asyncio.to_thread(RunningServer, settings)
         agent = await _make_agent(server.address, "first", find_weights=lambda: "1" * 64)
         await agent.start(certify(FIRST))
-        await _until(lambda: agent.revision == 1)
-        assert agent.describe()["certified"]
+        assert (agent.describe()["certified"], agent.engine.client.policies) == (True, [certify(FIRST)] * 2)
         await agent.stop()
         other = await _make_agent(server.address, "other", find_weights=lambda: "b" * 64)
         with pytest.raises(PolicyInvalid, match=r"certificate.weights_sha256: 111111111111\.\.\., the engine has bbbbbbbbbbbb"):
