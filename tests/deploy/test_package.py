@@ -78,6 +78,19 @@ def test_the_kernels_go_to_the_users_cache_where_the_package_can_not_be_written_
     assert found.read_text() == "compiled\n"
 
 
+def test_a_library_of_other_sources_is_built_again_and_used_no_more(tmp_path, no_library):
+    build.LIBRARY.parent.mkdir()
+    build.LIBRARY.write_text("current")
+    build.build_missing()
+    assert build.find_library() == build.LIBRARY
+    os.utime(build.LIBRARY, (0, 0))
+    assert build.find_library() == build.LIBRARY, "an old one is better than none"
+    cached = build.get_cached_library()
+    cached.parent.mkdir(parents=True)
+    cached.write_text("of these sources")
+    assert build.find_library() == cached
+
+
 @pytest.mark.usefixtures("no_library")
 def test_without_a_compiler_serving_goes_on_with_a_warning(tmp_path, monkeypatch, caplog):
     package = tmp_path / "elsewhere" / "sedac"  # the build runs in a process of its own, which must not find this clone's library
@@ -88,7 +101,7 @@ def test_without_a_compiler_serving_goes_on_with_a_warning(tmp_path, monkeypatch
         build.build_missing()
     told = [record.getMessage() for record in caplog.records]
     assert told[0].startswith("building SEDAC's native kernels once")
-    assert told[1].startswith("SEDAC's native kernels are not built, slower torch forms run: kernels: no C++ compiler (")
+    assert told[1].startswith("SEDAC's native kernels could not be built, without them slower torch forms run: kernels: no C++ compiler (")
     assert told[1].endswith("install g++ or name one in CXX")
 
 

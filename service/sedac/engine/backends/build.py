@@ -35,21 +35,29 @@ def get_cached_library() -> Path:
 
 
 def find_library() -> Path | None:
-    """Return the built library; None: there is none."""
-    if LIBRARY.exists():
-        return LIBRARY
+    """Return the built library, one made of these very sources where there is one; None: there is none."""
     cached = get_cached_library()
-    return cached if cached.exists() else None
+    if cached.exists() and not _is_current(LIBRARY):
+        return cached
+    return LIBRARY if LIBRARY.exists() else None
+
+
+def _is_current(library: Path) -> bool:
+    """Whether a library was built after the sources came: an installer leaves an earlier version's in its place."""
+    return library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in (HERE / "kernels").iterdir())
 
 
 def build_missing() -> None:
-    """Build the library once where there is none; a warning tells where it can't be built, and serving goes on without it."""
-    if find_library():
+    """Build the library once where there is none of these sources; a warning tells where that can't be, and serving goes on without it."""
+    if _is_current(LIBRARY) or get_cached_library().exists():
         return
     _log.info("building SEDAC's native kernels once, about a minute")
     done = subprocess.run([sys.executable, "-m", "sedac.engine.backends.build"], capture_output=True, text=True, check=False)
     if done.returncode:
-        _log.warning("SEDAC's native kernels are not built, slower torch forms run: %s", done.stderr.strip() or f"exit code {done.returncode}")
+        _log.warning(
+            "SEDAC's native kernels could not be built, without them slower torch forms run: %s",
+            done.stderr.strip() or f"exit code {done.returncode}",
+        )
 
 
 def make_command(output: Path) -> list[str]:
@@ -72,8 +80,7 @@ def main() -> None:
         SystemExit: the compiler is missing or fails; carries its output.
     """
     library = LIBRARY if os.access(HERE, os.W_OK) else get_cached_library()
-    newest = max(path.stat().st_mtime for path in (HERE / "kernels").iterdir())
-    if library.exists() and library.stat().st_mtime > newest and "--force" not in sys.argv:
+    if _is_current(library) and "--force" not in sys.argv:
         print(f"kernels: {library.name} is up to date")
         return
     partial = library.with_suffix(f".{os.getpid()}.partial")
