@@ -65,6 +65,12 @@ format: $(STAMP) ## let ruff mend what it can
 proto: $(STAMP) ## regenerate service/sedac/contract/v1 from proto/
 	$(BIN)/python proto/generate.py
 
+.PHONY: docs
+docs: $(STAMP) ## write docs/reference and docs/overview.svg anew, then build the site into build/docs
+	$(BIN)/python docs/generate
+	$(BIN)/python docs/overview.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 .PHONY: demo-model
 demo-model: $(KERNELS) ## train the demo model again, into build/demo-model (an hour on 2 cores; resumes)
 	$(BIN)/python probes/demo/train_model.py --work build/demo-model $(ARGS)

@@ -1,14 +1,10 @@
-"""The README's "Operating it": its commands, its Python and its grpcurl lines, run as they stand against a real control service."""
+"""The pages' commands, Python and grpcurl lines, run as they stand against a real control service; cover.py says which."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 
 import grpc
 import pytest
@@ -16,45 +12,62 @@ from google.protobuf import json_format
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from sedac.app.cli import app
+from typer.testing import CliRunner
 
 from testing.probe_sets import make_set
+from tests.docs import commands
+from tests.docs.cover import BEFORE, CONTROL, GRPCURL, PYTHON, check_output, find_blocks
 
-_ROOT = Path(__file__).resolve().parents[2]
 _ADDRESS = "127.0.0.1:50051"
+_LEVELS = ("full", "skip", "contextual-30", "width-20")
 
 
-def _find_blocks() -> list[str]:
-    section = (_ROOT / "README.md").read_text().split("\n## Operating it\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```(?:bash|python)\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 3
-    return blocks
+def run_here(text: str, **variables: str) -> str:
+    """Run commands in this process where they are `sedac`'s, which saves its start, and others by bash; in the working directory."""
+    printed = ""
+    for command in commands.split(text):
+        assert command.end in (";", "&&"), f"{shlex.join(command.words)}: a pipe needs bash"
+        if command.words[0].removeprefix(".venv/bin/") == "sedac":
+            done = CliRunner().invoke(app, command.words[1:], env={"COLUMNS": "250", **variables, **command.variables}, catch_exceptions=False)
+            assert done.exit_code == 0, f"{shlex.join(command.words)}\n{done.output}"
+            out, errors = done.stdout, done.stderr
+        else:
+            ran = subprocess.run(["bash", "-c", shlex.join(command.words)], capture_output=True, text=True, timeout=60, check=True)
+            out, errors = ran.stdout, ran.stderr
+        if command.output:
+            with open(command.output, "a" if command.appends else "w") as file:
+                file.write(out)
+        printed += out + errors
+    return printed
 
 
-def test_the_commands_run(server, make_engine, tmp_path):
-    make_engine().pushes.get(timeout=10)
+@pytest.mark.parametrize("page", sorted({block.page for block in find_blocks(CONTROL)}))
+def test_the_commands_of_a_page_run(page, server, make_engine, tmp_path, monkeypatch):
+    make_engine(levels=_LEVELS, draft="adapter", max_draft_tokens=8).pushes.get(timeout=10)
     make_set("mine", levels=False).write(tmp_path / "build" / "mine" / "probe-set")
-    program = tmp_path / ".venv" / "bin" / "sedac"
-    program.parent.mkdir(parents=True)
-    program.write_text(f"#!{sys.executable}\nfrom sedac.app.cli import main\nmain()\n")
-    program.chmod(0o755)
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", _find_blocks()[0]],
-        cwd=tmp_path,
-        env={**os.environ, "SEDAC_CONTROL_ADDRESS": server.address, "COLUMNS": "250"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "became revision 3" in done.stdout
-    assert "UpdatePolicy" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    prepared = set()
+    for block in find_blocks(CONTROL, page):
+        if block.key in BEFORE and block.key not in prepared:
+            prepared.add(block.key)
+            run_here(BEFORE[block.key], SEDAC_CONTROL_ADDRESS=server.address)
+        check_output(block, run_here(block.text, SEDAC_CONTROL_ADDRESS=server.address))
+
+
+def test_the_command_that_makes_every_request_exact_does_so(client, server, make_engine):
+    make_engine().pushes.get(timeout=10)
+    assert client.get_policy().enabled
+    (block,) = (block for block in find_blocks(CONTROL, "docs/operating.md") if block.heading == "Full compute, now")
+    run_here(block.text, SEDAC_CONTROL_ADDRESS=server.address)
+    assert not client.get_policy().enabled
 
 
 def test_the_python_runs(server, make_engine, capsys):
     make_engine().pushes.get(timeout=10)
-    code = _find_blocks()[1]
-    assert _ADDRESS in code
-    exec(compile(code.replace(_ADDRESS, server.address), "README.md", "exec"), {})
+    (block,) = find_blocks(PYTHON)
+    assert _ADDRESS in block.text
+    exec(compile(block.text.replace(_ADDRESS, server.address), block.page, "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "default_tier: balanced -> exact"
     assert [line.split()[0] for line in printed[1:]] == ["1", "2"]
@@ -93,7 +106,8 @@ def grpcurl(server):
 
 def test_the_grpcurl_lines_are_understood(grpcurl, make_engine):
     make_engine().pushes.get(timeout=10)
-    answers = [grpcurl(line) for line in _find_blocks()[2].splitlines()]
+    (block,) = find_blocks(GRPCURL)
+    answers = [grpcurl(line) for line in block.text.splitlines()]
     listed, described, status, updated, back, watched, started, aborted, audit = answers
     assert {f"sedac.control.v1.{name}" for name in ("Control", "ProbeSets", "Rollouts", "AuditLog")} <= set(listed)
     assert "audit" in described.fields_by_name
