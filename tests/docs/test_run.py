@@ -53,6 +53,8 @@ def test_the_commands_of_a_page_run(page, server, make_engine, tmp_path, monkeyp
             prepared.add(block.key)
             run_here(BEFORE[block.key], SEDAC_CONTROL_ADDRESS=server.address)
         check_output(block, run_here(block.text, SEDAC_CONTROL_ADDRESS=server.address))
+    if page == "docs/operating.md":
+        assert "UpdatePolicy" in run_here("sedac ctl audit list --limit 50", SEDAC_CONTROL_ADDRESS=server.address)
 
 
 def test_the_command_that_makes_every_request_exact_does_so(client, server, make_engine):
