@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 
 from rich.console import Group, RenderableType
@@ -11,9 +12,10 @@ from rich.text import Text
 
 from sedac.client.diff import Change
 from sedac.contract import wire
+from sedac.contract.mapping import read
 from sedac.contract.v1 import control_pb2
 from sedac.ctl.cells import format_time, name_enum
-from sedac.policy.knob import list_knobs
+from sedac.policy.knob import list_fields, list_knobs
 from sedac.policy.model import Policy, Speculation
 
 _DESCRIBED = frozenset(
@@ -24,7 +26,7 @@ _DESCRIBED = frozenset(
         *(f"speculation.{name}" for name in ("enabled", "max_tokens", "min_confidence", "adaptive", "tiers")),
     }
 )
-"""the knobs that a row of the table puts into words; any other gets a row of its own"""
+"""the knobs that a row of the table puts into words; any other gets a row of its own where it is turned"""
 _AUDIT_BOUNDS = (("max_mismatch", "mismatch"), ("max_nll_difference", "NLL difference"))
 
 
@@ -61,12 +63,15 @@ def make_policy_table(policy: control_pb2.Policy) -> Table:
 
 
 def _list_other_knobs(policy: control_pb2.Policy) -> Iterator[tuple[str, object]]:
-    """Yield the knobs that no row above speaks of, with their values."""
+    """Yield the knobs that no row above speaks of, with their values, where these are not the usual ones."""
+    known = read(Policy, policy, [])
+    whole = {field.name for field in list_fields(Policy) if field.is_part and (field.is_list or field.is_optional)}
     for path, field in list_knobs(Policy):
-        part, _, name = path.rpartition(".")
-        parents = {"": policy, "adaptation": policy.adaptation, "audit": policy.audit, "speculation": policy.speculation}
-        if path not in _DESCRIBED and not field.is_part and part in parents:
-            yield path, getattr(parents[part], name)
+        if path in _DESCRIBED or field.is_part or path.partition(".")[0] in whole:
+            continue
+        value = operator.attrgetter(path)(known)
+        if value != field.default:
+            yield path, value
 
 
 def _describe_certificate(policy: control_pb2.Policy) -> str:
