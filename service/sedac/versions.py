@@ -1,12 +1,22 @@
-"""Which vLLM this SEDAC was built against, and which one is installed."""
+"""Which vLLM this SEDAC was built against, which one is installed, and what becomes of a process of vLLM's where the two don't fit.
+
+Where nobody asked for SEDAC such a vLLM serves as if SEDAC were not installed, and one line in the log says so. Who asks for it, by `sedac
+serve` or by an entry in --additional-config, is refused with the same words.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import logging
+import os
 
 from sedac.errors import UnsupportedModel
 
 SUPPORTED_VLLM = "0.32"
+_log = logging.getLogger(__name__)
+_WARNED = "_SEDAC_STOOD_ASIDE"
+"""set in the environment by the first process that has warned, for those that it starts"""
+_reasons: list[str] = []
 
 
 def find_vllm_version() -> str:
@@ -22,5 +32,21 @@ def find_vllm_version() -> str:
             continue
         if version.startswith(SUPPORTED_VLLM + "."):
             return version
-        raise UnsupportedModel(f"vLLM {version} is installed, SEDAC supports {SUPPORTED_VLLM}.x; install that, or leave `sedac` out of VLLM_PLUGINS")
+        raise UnsupportedModel(
+            f"vLLM {version} is installed, SEDAC supports {SUPPORTED_VLLM}.x; install that, or serve without SEDAC: `vllm serve`, "
+            "with `sedac` left out of VLLM_PLUGINS"
+        )
     raise UnsupportedModel(f"vLLM is not installed; install sedac[cpu] or sedac[cuda] (vLLM {SUPPORTED_VLLM}.x)")
+
+
+def stand_aside(reason: str) -> None:
+    """Leave the vLLM of this process as it is, for a reason that one warning gives: one for this process and all that it starts."""
+    _reasons.append(reason)
+    if os.environ.get(_WARNED) is None:
+        os.environ[_WARNED] = "1"
+        _log.warning("SEDAC is installed and stands aside, vLLM serves without it: %s", reason)
+
+
+def get_reason() -> str:
+    """Return why SEDAC stands aside in this process; empty: it does not."""
+    return _reasons[0] if _reasons else ""
