@@ -165,7 +165,7 @@ class Engine:
 
         engine = self.llm.llm_engine
         for i in range(batch):
-            extra = {"sedac_tier": "exact"} if i >= round(share * batch) else None
+            extra = {"sedac_tier": "exact" if i >= round(share * batch) else "balanced"}
             params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
             engine.add_request(f"{time.monotonic_ns()}-{i}", {"prompt_token_ids": [(7 * i + j) % 200 + 10 for j in range(16)]}, params)
         steps, models = [], []

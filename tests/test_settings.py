@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sedac.app import launch
-from sedac.engine.drafting.setup import DRAFTER
+from sedac.engine.vllm.speculation import DRAFTER
 from sedac.errors import ArtifactError, ConfigError
 from sedac.policy.knob import list_knobs
 from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier

@@ -60,7 +60,7 @@ class Engine:
         from vllm import SamplingParams
 
         self._apply(policy)
-        extra = {"sedac_tier": tier} if tier else None
+        extra = {"sedac_tier": tier or policy.get("default_tier", "exact")}
         params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0, detokenize=False, extra_args=extra)
         outputs = self.llm.generate(texts, params, use_tqdm=False)
         answers = []
@@ -79,7 +79,7 @@ class Engine:
         """
         self._apply(policy)
         self.llm.collective_rpc("bench_record")
-        self._run_wave([num_tokens], 2, "")
+        self._run_wave([num_tokens], 2, policy["default_tier"])
         return self.llm.collective_rpc("bench_set_thresholds", args=(share,))[0]
 
     def measure(self, batch: int, num_prompt: int, num_tokens: int, policy: dict[str, Any], tier: str = "") -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        engine, extra = self.llm.llm_engine, {"sedac_tier": tier} if tier else None
+        engine, extra = self.llm.llm_engine, {"sedac_tier": tier} if tier else None  # none on vLLM without SEDAC
         params = SamplingParams(
             temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra
         )

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from sedac.engine.backends.cuda import if_nodes
-from sedac.engine.vllm.models import StaticConfig
+from sedac.engine.vllm.config import StaticConfig
 from sedac.engine.vllm.refusals import leave_graphs, refuse_graphs
 from sedac.errors import ConfigError, UnsupportedModel
 from vllm.config.compilation import CUDAGraphMode

@@ -9,12 +9,14 @@ import sys
 
 import pytest
 
+from tests.other_vllm import lose, pretend_version
+
 pytestmark = pytest.mark.e2e
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_")}
-    return subprocess.run([sys.executable, "-m", "sedac.app.cli", *arguments], capture_output=True, text=True, timeout=120, env=clean | environment)
+    return subprocess.run([sys.executable, "-m", "sedac.app.cli", *arguments], capture_output=True, text=True, timeout=600, env=clean | environment)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,15 @@ def test_doctor_finds_the_installation_whole():
         findings.pop(name)
     assert {name: f["state"] for name, f in findings.items()} == {
         "vLLM": "ok", "plugin sedac": "ok", "plugin sedac_agent": "ok", "device": "ok", "settings": "ok", "architecture": "ok", "probe set": "ok",
-        "tiers": "ok", "running engine": "absent",
+        "tiers": "ok", "running engine": "absent", "touches": "ok",
+    }  # fmt: skip
+    rows = findings["touches"]["touches"]
+    assert {row["target"]: row["differs"] for row in rows if row["differs"]} == {}
+    assert len(rows) > 60
+    wrapped = next(row for row in rows if row["target"] == "vllm.v1.engine.input_processor:InputProcessor.process_inputs")
+    assert wrapped == {
+        "target": "vllm.v1.engine.input_processor:InputProcessor.process_inputs", "used_for": "wrapped: stamps every request with its promise",
+        "used_by": "agent/frontend.py", "checked_in": "front end", "expects": ["(request_id, params)"], "differs": "",
     }  # fmt: skip
 
 
@@ -72,6 +82,29 @@ def test_doctor_says_which_draft_is_attached(tmp_path):
     code, state, detail = find("--draft", str(tmp_path))
     assert (code, state) == (1, "bad")
     assert "was made for hidden size 256 and 13 layers, the model has 256 and 12" in detail
+
+
+def test_doctor_shows_what_differs_inside_vllm_after_all_else(tmp_path):
+    target = "vllm.v1.sample.rejection_sampler:_expand"
+    done = _run("doctor", "--url", "http://127.0.0.1:1", PYTHONPATH=str(lose(tmp_path / "other", target)), COLUMNS="200")
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.split()[1:3] == ["running", "engine"])
+    (lost,) = (i for i, line in enumerate(lines) if target.removeprefix("vllm.") in line)
+    assert first < lost
+    assert lines[lost].split()[0] == "no"
+    assert "is missing" in lines[lost]
+    assert lines[lost + 1].split()[0] == "ok"
+    assert lines[-1].startswith("no ")
+
+
+def test_doctor_says_which_version_is_wrong(tmp_path):
+    done = _run("doctor", "--json", "--url", "http://127.0.0.1:1", PYTHONPATH=str(pretend_version(tmp_path / "other")))
+    found = {f["name"]: f for f in json.loads(done.stdout)}
+    assert done.returncode == 1
+    assert found["vLLM"]["state"] == "bad"
+    assert found["vLLM"]["detail"].startswith("vLLM 0.33.0 is installed, SEDAC supports 0.32.x; install that")
+    assert found["touches"]["state"] == "ok", "it is the same inside"
 
 
 def test_doctor_says_why_not(tmp_path):

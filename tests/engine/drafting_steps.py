@@ -15,17 +15,24 @@ def _get_worker(llm):
     return llm.llm_engine.model_executor.driver_worker.worker
 
 
-def _make_params(knobs):
+def find_default_tier(llm, rollout=None):
+    """The tier of a request that names none: the default of the policy in force, or of the candidate where it is of that roll-out."""
+    policy, canary = getattr(llm, "policies", ({}, None))
+    own = canary["policy"] if canary and rollout == canary["rollout"] else policy
+    return own.get("default_tier", "balanced")
+
+
+def _make_params(llm, knobs):
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
     knobs = {"temperature": 0.0, "ignore_eos": True, **knobs}
-    extra = {"sedac_speculation": knobs.pop("speculation", None), "sedac_tier": knobs.pop("tier", None)}
+    extra = {"sedac_speculation": knobs.pop("speculation", None), "sedac_tier": knobs.pop("tier", None) or find_default_tier(llm)}
     if "logit_bias" in knobs:
         knobs["logit_bias"] = {int(token): bias for token, bias in knobs["logit_bias"].items()}  # JSON has no numbers for keys
     if "structured_outputs" in knobs:
         knobs["structured_outputs"] = StructuredOutputsParams(**knobs["structured_outputs"])
-    return SamplingParams(**knobs, extra_args={name: value for name, value in extra.items() if value is not None} or None)
+    return SamplingParams(**knobs, extra_args={name: value for name, value in extra.items() if value is not None})
 
 
 def _take(logprobs):
@@ -40,7 +47,7 @@ def answer(llm, prompts, knobs, groups=()):
         start = len(results)
         chosen = slice(start, start + next(sizes))
         inputs = [{"prompt_token_ids": p} for p in prompts[chosen]]
-        for output in llm.generate(inputs, [_make_params(k) for k in knobs[chosen]], use_tqdm=False):
+        for output in llm.generate(inputs, [_make_params(llm, k) for k in knobs[chosen]], use_tqdm=False):
             completion = output.outputs[0]
             results.append(
                 {
@@ -58,7 +65,7 @@ def answer(llm, prompts, knobs, groups=()):
 def draw(llm, prompt, num, knobs):
     """Tokens of `num` answers to one prompt, all of the same length: (num, length). A seed counts up from the one given."""
     seed = knobs.get("seed")
-    params = [_make_params({"detokenize": False, **knobs} | ({} if seed is None else {"seed": seed + i})) for i in range(num)]
+    params = [_make_params(llm, {"detokenize": False, **knobs} | ({} if seed is None else {"seed": seed + i})) for i in range(num)]
     outputs = llm.generate([{"prompt_token_ids": prompt}] * num, params, use_tqdm=False)
     return torch.tensor([list(output.outputs[0].token_ids) for output in outputs], dtype=torch.int32)
 
@@ -233,7 +240,7 @@ def writes(llm):
 
 
 def forget_lookahead(llm):
-    """Take the slots of draft tokens away, as if `engine/drafting/setup.py` were left out."""
+    """Take the slots of draft tokens away, as if `engine/vllm/speculation.py` were left out."""
     llm.llm_engine.engine_core.engine_core.scheduler.num_lookahead_tokens = 0
 
 

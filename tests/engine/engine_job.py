@@ -35,7 +35,10 @@ if __name__ == "__main__":  # workers that are spawned import this file too, and
 
 
 def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0, seed=0, rollouts=None):
-    """Continuations in groups of `batch`, each with its tier, the number of its roll-out and LoRA adapter (a directory)."""
+    """Continuations in groups of `batch`, each with its tier, the number of its roll-out and LoRA adapter (a directory).
+
+    Without a tier a request is stamped as the server does it, with the default tier of its arm's policy; `unstamped` has no tier at all.
+    """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -53,7 +56,7 @@ def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, sa
                 ignore_eos=True,
                 logprobs=logprobs,
                 detokenize=False,
-                extra_args=_make_extra(tiers and tiers[start + i], rollouts and rollouts[start + i]),
+                extra_args=_make_extra(llm, tiers and tiers[start + i], rollouts and rollouts[start + i]),
             )
             for i in range(len(group))
         ]
@@ -65,16 +68,18 @@ def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, sa
     return results
 
 
-def _make_extra(tier, rollout):
+def _make_extra(llm, tier, rollout):
+    if tier == "unstamped":
+        return None
     canary = {"sedac_arm": "canary", "sedac_rollout": rollout} if rollout else {}
-    return (canary | ({"sedac_tier": tier} if tier else {})) or None
+    return canary | {"sedac_tier": tier or drafting_steps.find_default_tier(llm, rollout)}
 
 
 def score(llm, prompts):
     """Log-probability of every prompt token but the first, per prompt."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, extra_args=_make_extra(llm, None, None))
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [[c[t].logprob for t, c in zip(o.prompt_token_ids[1:], o.prompt_logprobs[1:], strict=True)] for o in outputs]
 
@@ -91,7 +96,8 @@ def read_kv(llm, prompt):
         return inner(**inputs)
 
     runner._model_forward = spy
-    llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=1, temperature=0), use_tqdm=False)
+    params = SamplingParams(max_tokens=1, temperature=0, extra_args=_make_extra(llm, None, None))
+    llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     runner._model_forward = inner
     attention = next(m for m in runner.model.modules() if type(m).__name__ == "Attention")
     assert attention.impl.kv_cache_dtype in ("auto", "float32"), attention.impl.kv_cache_dtype
@@ -107,7 +113,10 @@ def read_kv(llm, prompt):
 
 def apply(llm, policy, revision=1, canary=None):
     """Put a policy, and a candidate beside it, into force; returns the workers' answers."""
-    return llm.collective_rpc("sedac_apply", args=(policy, revision) if canary is None else (policy, revision, canary))
+    answers = llm.collective_rpc("sedac_apply", args=(policy, revision) if canary is None else (policy, revision, canary))
+    if not any(answer["violations"] for answer in answers):
+        llm.policies = (policy, canary)
+    return answers
 
 
 def preload(llm, directory, sha256):

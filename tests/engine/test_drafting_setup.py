@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 )
 def test_slots_and_lengths(demo_model, monkeypatch, config, lookahead, lengths):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    from sedac.engine.drafting.setup import prepare
+    from sedac.engine.vllm.speculation import prepare
     from vllm.engine.arg_utils import EngineArgs
 
     prepare()
@@ -41,7 +41,7 @@ def test_requests_that_cannot_be_verified_are_served_without_drafts(knobs):
 
 def test_drafts_come_with_a_steps_result(monkeypatch):
     """And are asked for where they do not, as with vLLM's own methods."""
-    from sedac.engine.drafting.setup import DRAFTS, prepare
+    from sedac.engine.vllm.speculation import DRAFTS, prepare
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
     from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, DraftTokenIds
 

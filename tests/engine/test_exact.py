@@ -21,10 +21,12 @@ def test_disabled_equals_plain_vllm(demo_model, demo_probes, heldout_prompts, nu
         assert [r["logprobs"] for r in ours] == [r["logprobs"] for r in theirs], f"log-probabilities differ at batch {batch}"
 
 
-def test_exact_tier_equals_plain_vllm_beside_reduced_requests(demo_model, demo_probes, heldout_prompts):
+@pytest.mark.parametrize("name", ["exact", "unstamped"])
+def test_exact_tier_equals_plain_vllm_beside_reduced_requests(demo_model, demo_probes, heldout_prompts, name):
+    """And a request that reaches the engine without the server's stamp is exact too."""
     prompts = heldout_prompts[:16]
     plain = run_engine(demo_model, [{"do": "generate", "prompts": prompts}], enforce_eager=True, dtype="float32")[0]
-    tiers = ["exact" if i % 2 else None for i in range(16)]
+    tiers = [name if i % 2 else None for i in range(16)]
     steps = [
         {"do": "apply", "policy": {"enabled": True, "checkpoints": [{"layer": 2, "threshold": 1e9}]}},
         {"do": "generate", "prompts": prompts, "tiers": tiers},

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sedac.engine.step.requests import Requests
 from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT
-from sedac.policy.model import ARM_KEY, CANARY, CERTIFICATE_KEY, ROLLOUT_KEY, TIER_KEY, Canary, Checkpoint, Policy, Tier
+from sedac.policy.model import ARM_KEY, CANARY, CERTIFICATE_KEY, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, TIER_KEY, Canary, Checkpoint, Policy, Tier
 
 from testing.strategies import certify
 from tests.engine.test_state import make_state
@@ -81,7 +81,8 @@ def test_the_arm_of_a_request_is_the_roll_out_s_while_it_is_in_force():
     )  # fmt: skip
     state.apply(POLICY, 1, Canary(rollout=5, policy=candidate, share=0.5))
     requests = Requests(state)
-    stamps = {"a": {}, "b": _stamp(5), "c": _stamp(4), "d": _stamp(5, **{TIER_KEY: "balanced"}), "e": {ROLLOUT_KEY: 5}}
+    balanced, night = {TIER_KEY: "balanced"}, {TIER_KEY: "night"}
+    stamps = {"a": balanced, "b": _stamp(5, **night), "c": _stamp(4, **balanced), "d": _stamp(5, **balanced), "e": {ROLLOUT_KEY: 5, **balanced}}
     for request_id, extra in stamps.items():
         requests.add(request_id, extra)
     ids, bounds, num_prompt, num_computed = list(stamps), np.arange(0, 11, 2), np.full(5, 3), np.array([3, 0, 3, 3, 0])
@@ -102,6 +103,20 @@ def test_the_arm_of_a_request_is_the_roll_out_s_while_it_is_in_force():
     assert make().role_T.tolist() == [hard, hard, 0, 0, hard, hard, hard, hard, 0, 0]
     assert {requests.get_report(i)["arm"] for i in ids} == {"stable"}
     assert requests.get_report("b")["revision"] == 3
+
+
+@pytest.mark.parametrize("extra", [{}, {ROLLOUT_KEY: 5}, {ARM_KEY: CANARY, ROLLOUT_KEY: 5}, {SCALE_KEY: 2.0, LEVEL_KEY: "skip"}])
+def test_a_request_without_a_tier_is_exact(extra):
+    """It did not come through the server, which stamps every one."""
+    state = make_state(use_native=False)
+    state.apply(POLICY, 1, Canary(rollout=5, policy=POLICY, share=0.5))
+    requests = Requests(state)
+    requests.add("a", extra)
+    requests.add("b", {**extra, TIER_KEY: "balanced"})
+    tokens = requests.make_tokens(["a", "b"], np.array([0, 1, 2]), np.array([1, 1]), np.array([1, 1]))
+    assert tokens.role_T[0] == 0
+    assert tokens.role_T[1] & DECIDES
+    assert [requests.get_report(i)["tier"] for i in "ab"] == ["exact", "balanced"]
 
 
 def test_a_candidate_may_be_enabled_beside_a_policy_that_is_not():

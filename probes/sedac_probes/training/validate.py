@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sedac.policy.model import FULL, SKIP, Policy
+from sedac.policy.model import EXACT, FULL, SKIP, TIER_KEY, Policy
 from sedac.probe import artifact
 from sedac.probe.cascade import Knobs
 from torch import Tensor
@@ -114,11 +114,11 @@ def make_policies(probe_set: artifact.ProbeSet, quantiles: Sequence[float]) -> d
     return found
 
 
-def score(llm: LLM, prompts: Sequence[list[int]]) -> tuple[list[float], list[int]]:
-    """Return per scored token, over all prompts: log-probability of the true token (nats), and the most likely token's id."""
+def score(llm: LLM, prompts: Sequence[list[int]], tier: str) -> tuple[list[float], list[int]]:
+    """Return per scored token of requests of a tier, over all prompts: log-probability of the true token (nats), and the most likely token's id."""
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False, extra_args={TIER_KEY: tier})
     logprobs, best = [], []
     for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False):
         for token, candidates in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
@@ -138,13 +138,13 @@ def validate(model: str, directory: Path, texts: Sequence[str], quantiles: Seque
     probe_set = artifact.load(directory)
     llm = start_engine(model, probe_set=directory, max_length=max_length)
     prompts = tokenise(llm, list(texts), max_length)
-    full_logprobs, full_best = score(llm, prompts)
+    full_logprobs, full_best = score(llm, prompts, EXACT)
     reference = ReducedModel(model)
     batches = [make_batch(prompts[i : i + _GROUP]) for i in range(0, len(prompts), _GROUP)]
     results = []
     for revision, (name, (member, policy)) in enumerate(make_policies(probe_set, quantiles).items(), start=1):
         apply_policy(llm, policy, revision)
-        logprobs, best = score(llm, prompts)
+        logprobs, best = score(llm, prompts, policy.default_tier)
         knobs = {c.layer: Knobs(threshold=c.threshold * member.threshold_scale) for c in policy.checkpoints}
         floor, level = (make_form(reference, part, directory) for part in (member.floor, member.level))
         form = Traced(probe_set.probes, knobs, floor=floor, level=level)

@@ -16,10 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.inputs import tokens_input
-from vllm.sampling_params import RequestOutputKind, SamplingParams
-
 from sedac.agent.evidence import Page
+from sedac.agent.frontend import make_prefill
 from sedac.agent.scoring import Answer, AuditFailed, Failure, Loss, score
 from sedac.policy.model import EXACT, TIER_KEY
 
@@ -101,17 +99,9 @@ class Auditor:
         """Return the full model's log-probabilities of every token of prompt and answer that fits into the context with one to generate."""
         request_id = f"sedac-audit-{secrets.token_hex(16)}"
         tokens = [*answer.prompt_ids, *answer.token_ids][: self.max_model_len - 1]
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0,
-            prompt_logprobs=1,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={TIER_KEY: EXACT},
-        )
+        prompt, params = make_prefill(tokens, cache_salt=f"sedac-audit:{secrets.token_hex(16)}", extra={TIER_KEY: EXACT})
         self._own.add(request_id)
         try:
-            prompt = tokens_input(tokens, cache_salt=f"sedac-audit:{secrets.token_hex(16)}")
             outputs = [output async for output in self.client.generate(prompt, params, request_id, priority=_PRIORITY)]
         finally:
             self._own.discard(request_id)

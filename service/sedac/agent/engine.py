@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from sedac.agent.frontend import call_ranks
 from sedac.contract.stats import Stats, add_up
 from sedac.errors import ArtifactError, FieldViolation, PolicyInvalid, SedacError
 from sedac.policy.layout import Layout
@@ -107,14 +108,6 @@ class AttachedEngine:
         return [answer for rank in await self._call(method, *args) for answer in rank]
 
     async def _call(self, method: str, *args: Any) -> list[list[Any]]:
-        """Return the workers' answers by data-parallel rank.
-
-        `collective_rpc` returns one rank's answers, and before a load balancer of vLLM's own reaches no other (v1/engine/core_client.py,
-        0.32: `call_utility_async`); its `call_utility_all_async` reaches every rank that this API server talks to.
-        """
-        core: Any = getattr(self.client, "engine_core", None)
+        """Return the workers' answers by data-parallel rank."""
         async with asyncio.timeout(_TIMEOUT_SECONDS + _GRACE_SECONDS):
-            if len(getattr(core, "core_engines", ())) > 1 and hasattr(core, "call_utility_all_async"):
-                found: list[list[Any]] = await core.call_utility_all_async("collective_rpc", method, _TIMEOUT_SECONDS, args, None)
-                return found
-            return [await self.client.collective_rpc(method, _TIMEOUT_SECONDS, args)]
+            return await call_ranks(self.client, method, _TIMEOUT_SECONDS, args)

@@ -3,21 +3,20 @@
 Its arm is the policy in force, or a roll-out's candidate for that roll-out's share of the keys. A bounded request may be reduced; the KV
 it writes is kept apart from that of every other promise by a cache salt that names its tier, its roll-out, its own knobs and its
 certificate. An exact one is never reduced, whatever policy comes later, and never reads KV that was written under a bounded decision.
-The workers find the promise in `SamplingParams.extra_args`, under the keys of policy/model.py.
+The workers find the promise in `SamplingParams.extra_args`, under the keys of policy/model.py: TIER_KEY is always among them, and a request
+that reaches a worker without it, because it did not come through this server, is exact.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from vllm.exceptions import VLLMValidationError
-
+from sedac.agent.frontend import VLLMValidationError, hook_inputs
 from sedac.agent.scoring import is_auditable
 from sedac.policy.model import (
     ARM_KEY,
@@ -154,20 +153,5 @@ def _read_flag(extra: dict[str, Any], key: str) -> bool:
 
 
 def install(input_processor: Any, find_terms: Callable[[], Terms]) -> None:
-    """Stamp every request that passes vLLM's input processor (v1/engine/input_processor.py, 0.32), raw or rendered."""
-    process: Callable[..., Any] = input_processor.process_inputs
-    process_async: Callable[..., Awaitable[Any]] = input_processor.process_inputs_async
-
-    @functools.wraps(process)
-    def process_inputs(*args: Any, **kwargs: Any) -> Any:
-        request = process(*args, **kwargs)
-        stamp(request, find_terms())
-        return request
-
-    async def process_inputs_async(*args: Any, **kwargs: Any) -> Any:
-        request = await process_async(*args, **kwargs)
-        stamp(request, find_terms())
-        return request
-
-    input_processor.process_inputs = process_inputs
-    input_processor.process_inputs_async = process_inputs_async
+    """Stamp every request that passes vLLM's input processor, raw or rendered."""
+    hook_inputs(input_processor, lambda request: stamp(request, find_terms()))

@@ -1,8 +1,8 @@
 """Watches requests from arrival to finish, in vLLM's output processor: their latency, and the answers that will be audited.
 
-Hooks two methods of `OutputProcessor` (v1/engine/output_processor.py, 0.32) of one engine: `add_request`, which sees every choice before
-the engine does, and `_update_stats_from_finished`, which sees every choice that finished, but none that its client gave up. Neither
-changes what vLLM does or answers; an error in here is logged and costs a figure, never a request.
+Hooks two methods of the `OutputProcessor` of one engine (see frontend.py): one sees every choice before the engine does, the other every
+choice that finished, but none that its client gave up. Neither changes what vLLM does or answers; an error in here is logged and costs a
+figure, never a request.
 """
 
 from __future__ import annotations
@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.engine import FinishReason
-from vllm.v1.engine.logprobs import LogprobsProcessor
-
 from sedac.agent.evidence import Book, Page
+from sedac.agent.frontend import FinishReason, KeptLogprobs, hook_outputs
 from sedac.agent.promise import KEPT
 from sedac.agent.scoring import Answer, is_greedy
 from sedac.policy.model import AUDIT_KEY, ROLLOUT_KEY, TIER_KEY
@@ -31,29 +29,6 @@ class _Watched:
     kept: KeptLogprobs | None
     """None: not audited"""
     is_greedy: bool
-
-
-@dataclass
-class KeptLogprobs(LogprobsProcessor):
-    """vLLM's own processor, which besides keeps the chosen tokens and their log-probabilities; hides them where nobody else asked."""
-
-    is_hidden: bool = False
-    token_ids: list[int] = field(default_factory=list)
-    chosen: list[float] = field(default_factory=list)
-
-    @classmethod
-    def wrap(cls, inner: LogprobsProcessor, *, is_hidden: bool) -> KeptLogprobs:
-        """Take a fresh processor's place; hidden, it answers as if no log-probabilities had been asked for."""
-        known = {f.name: getattr(inner, f.name) for f in fields(LogprobsProcessor)}
-        if is_hidden:
-            known |= {"logprobs": None, "cumulative_logprob": None, "num_logprobs": None}
-        return cls(**known, is_hidden=is_hidden)
-
-    def _update_sample_logprobs(self, logprobs_lists: Any) -> None:
-        self.token_ids += logprobs_lists.logprob_token_ids[:, 0].tolist()  # the sampled token comes first (v1/sample/sampler.py)
-        self.chosen += logprobs_lists.logprobs[:, 0].tolist()
-        if not self.is_hidden:
-            super()._update_sample_logprobs(logprobs_lists)
 
 
 class Watch:
@@ -77,22 +52,7 @@ class Watch:
 
     def install(self, output_processor: Any) -> None:
         """Hook an engine's output processor."""
-        add, finish = output_processor.add_request, output_processor._update_stats_from_finished
-
-        @functools.wraps(add)
-        def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
-            is_new = request.request_id not in output_processor.request_states
-            add(request, *args, **kwargs)
-            if is_new:
-                self._guard(self._begin, request, output_processor.request_states[request.request_id])
-
-        @functools.wraps(finish)
-        def update_stats_from_finished(state: Any, reason: Any, stats: Any) -> None:
-            finish(state, reason, stats)
-            self._guard(self._finish, state, reason)
-
-        output_processor.add_request = add_request
-        output_processor._update_stats_from_finished = update_stats_from_finished
+        hook_outputs(output_processor, functools.partial(self._guard, self._begin), functools.partial(self._guard, self._finish))
 
     def _guard(self, step: Callable[..., None], *args: Any) -> None:
         try:

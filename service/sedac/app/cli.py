@@ -116,19 +116,27 @@ def doctor(
     url: Annotated[str, typer.Option(help="A running engine to ask what is attached.")] = "http://127.0.0.1:8000",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what is attached, to which vLLM, and why not if not. Exit code 1 when something that serving needs is missing.
+    """Tell what is attached, to which vLLM, and why not if not; then what SEDAC relies on inside vLLM, row by row.
+
+    Exit code 1 when something that serving needs is missing, or differs.
 
     vLLM's own flags, with which `sedac serve` would be started, come after `--`:
 
         sedac doctor --draft ./draft -- --enforce-eager
     """
-    from sedac.app.doctor import examine, show
+    from sedac.app.doctor import examine, examine_touches, show, show_json, show_touches
 
     arguments = list(context.args)
     if model.startswith("-"):  # it came after `--`, and click took it for the argument
         arguments, model = [model, *arguments], ""
     findings = examine(model, probe_set, url, draft=draft, vllm_args=arguments)
-    show(findings, as_json=as_json)
+    if not as_json:
+        show(findings)  # first, for the touches take a while
+    findings.append(examine_touches())
+    if as_json:
+        show_json(findings)
+    else:
+        show_touches(findings[-1])
     raise typer.Exit(int(any(finding.state == "bad" for finding in findings)))
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import inspect
 import json
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sedac.app.launch import choose_draft, read_draft, with_demo_defaults
 from sedac.engine.backends.build import find_library
 from sedac.engine.vllm.graphs import find_graph_mode, is_cuda
+from sedac.engine.vllm.patches import check_all
+from sedac.engine.vllm.registry import find_module
+from sedac.engine.vllm.touches import Checked
 from sedac.errors import SedacError
 from sedac.policy.model import Speculation
 from sedac.probe.manifest import Manifest, read_manifest
 from sedac.settings import EngineSettings, read_settings
 from sedac.versions import find_vllm_version
+
+_MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]--[/]", "bad": "[red]no[/]"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,21 @@ class Finding:
     name: str
     state: Literal["ok", "absent", "bad"]
     detail: str
+    touches: tuple[Checked, ...] = ()
+    """what SEDAC relies on inside vLLM, row by row"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON's form."""
+        found: dict[str, Any] = {"name": self.name, "state": self.state, "detail": self.detail}
+        if self.touches:
+            found["touches"] = [
+                {
+                    "target": row.touch.target, "used_for": row.touch.why, "used_by": row.touch.used_by, "checked_in": row.touch.where,
+                    "expects": [str(expected) for expected in row.touch.expects], "differs": row.problem,
+                }
+                for row in self.touches
+            ]  # fmt: skip
+        return found
 
 
 def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None = None, vllm_args: Sequence[str] = ()) -> list[Finding]:
@@ -45,6 +66,19 @@ def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None 
         return [*findings, Finding("settings", "bad", str(error))]
     findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
     return [*findings, *_examine_model(settings, reason), examine_engine(url)]
+
+
+def examine_touches() -> Finding:
+    """Hold every touch on vLLM's internals against what SEDAC expects of it; imports most of vLLM, which takes its time."""
+    try:
+        find_vllm_version()
+    except SedacError:
+        if find_spec("vllm") is None:
+            return Finding("touches", "absent", "vLLM is not installed")
+    rows = tuple(check_all())
+    bad = [row for row in rows if row.problem]
+    detail = f"{len(rows) - len(bad)} of {len(rows)} parts of vLLM are as SEDAC needs them"
+    return Finding("touches", "bad" if bad else "ok", detail, rows)
 
 
 def _examine_installation() -> Iterator[Finding]:
@@ -124,11 +158,12 @@ def _examine_draft(settings: EngineSettings, manifest: Manifest, knobs: Speculat
 
 
 def _examine_architecture(architecture: str) -> Finding:
-    from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
-
-    if architecture not in _TEXT_GENERATION_MODELS:
+    try:
+        module = find_module(architecture)
+    except ImportError as error:
+        return Finding("architecture", "bad", f"vLLM's models do not import: {error}")
+    if module is None:
         return Finding("architecture", "bad", f"{architecture} is not a text-generation architecture of this vLLM")
-    module = importlib.import_module(f"vllm.model_executor.models.{_TEXT_GENERATION_MODELS[architecture][0]}")
     for name, layer in inspect.getmembers(module, inspect.isclass):
         if name.endswith("DecoderLayer"):
             parameters = [p for p in inspect.signature(vars(layer).get("forward", layer)).parameters if p != "self"]
@@ -154,16 +189,31 @@ def examine_engine(url: str) -> Finding:
     return Finding("running engine", "ok", f"{url}: {status['state']}, revision {status['revision']}, checkpoints after layers {layers}, {draft}")
 
 
-def show(findings: list[Finding], *, as_json: bool) -> None:
-    """Print the findings as a table or as JSON."""
-    if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=2))
-        return
+def show(findings: list[Finding]) -> None:
+    """Print the findings as a table."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table("", "what", "found", box=None)
-    marks = {"ok": "[green]ok[/]", "absent": "[yellow]--[/]", "bad": "[red]no[/]"}
     for finding in findings:
-        table.add_row(marks[finding.state], finding.name, finding.detail)
+        table.add_row(_MARKS[finding.state], finding.name, finding.detail)
     Console().print(table)
+    sys.stdout.flush()
+
+
+def show_touches(finding: Finding) -> None:
+    """Print what SEDAC relies on inside vLLM, and what differs."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table("", Column("of vLLM", overflow="fold"), "used for", "what differs", box=None)
+    for row in finding.touches:
+        table.add_row(_MARKS["bad" if row.problem else "ok"], row.touch.target.removeprefix("vllm."), row.touch.why, row.problem)
+    console = Console()
+    console.print(table)
+    console.print(f"{_MARKS[finding.state]} {finding.detail}")
+
+
+def show_json(findings: list[Finding]) -> None:
+    """Print the findings as JSON."""
+    print(json.dumps([finding.to_dict() for finding in findings], indent=2))

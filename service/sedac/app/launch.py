@@ -24,13 +24,14 @@ import sedac_demo
 from sedac.control.access.tls import check_exposure
 from sedac.control.base.settings import ControlSettings
 from sedac.engine.backends.build import build_missing
-from sedac.engine.drafting.setup import DRAFTER
 from sedac.engine.vllm.graphs import NONE, WITHOUT_GRAPHS, find_graph_mode, is_cuda
+from sedac.engine.vllm.speculation import DRAFTER
 from sedac.errors import ArtifactError, ConfigError
 from sedac.policy.model import FULL, SKIP
 from sedac.probe.draft_manifest import DraftManifest, check_fit, read_draft_manifest
 from sedac.probe.manifest import Manifest, read_manifest
 from sedac.settings import MIN_WEIGHT_MIB, EngineSettings
+from sedac.versions import find_vllm_version
 
 _log = logging.getLogger(__name__)
 _SHIPPED = sedac_demo.DIRECTORY
@@ -237,8 +238,9 @@ def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | 
     """Serve until stopped; `control` is host:port of a service elsewhere, "none", or None to run one here.
 
     Raises:
-        ConfigError, ArtifactError: found before anything is started.
+        ConfigError, ArtifactError, UnsupportedModel: found before anything is started.
     """
+    find_vllm_version()
     settings = with_draft(with_demo_defaults(settings), vllm_args)
     manifest = read_manifest(settings.probe_dir)
     settings.make_policy(manifest)

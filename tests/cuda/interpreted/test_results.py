@@ -10,7 +10,7 @@ import torch
 from sedac.engine.backends.cuda.results import Waiting
 from sedac.engine.step.requests import Requests
 from sedac.engine.step.tokens import DECIDES, Tokens
-from sedac.policy.model import Adaptation, Checkpoint, Policy
+from sedac.policy.model import TIER_KEY, Adaptation, Checkpoint, Policy
 
 from tests.cuda.interpreted.test_decide import D, make_state, make_tokens
 
@@ -70,7 +70,7 @@ def test_a_finished_request_is_counted_before_its_report_is_made():
     state = make_state(8, on_device=True)
     state.apply(Policy(enabled=True, checkpoints=(Checkpoint(layer=1, threshold=1e9),)), 1)
     requests, waiting = Requests(state), state.device_forms.waiting
-    requests.add("a", {})
+    requests.add("a", {TIER_KEY: "balanced"})
     bounds = np.array([0, 1])
     for _ in range(3):
         tokens = requests.make_tokens(["a"], bounds, np.array([1]), np.array([4]))

@@ -12,17 +12,20 @@ T tokens, D hidden size, F neurons.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, NeuronWeights, find_activation, sort_neurons
 from sedac.engine.step.state import State
+from sedac.engine.vllm.parts import (
+    UnquantizedLinearMethod,
+    direct_register_custom_op,
+    find_handler,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from sedac.probe.levels import Neurons
 
 _MLPS: dict[str, nn.Module] = {}
@@ -138,13 +141,6 @@ class GatedLinearMethod(UnquantizedLinearMethod):
         if self.part == "gate_up":
             return torch.ops.sedac.gate_up(x, mlp.sedac_level_T, mlp.sedac_layer, mlp.sedac_num_outputs, not torch.compiler.is_compiling())
         return torch.ops.sedac.down(x, mlp.sedac_level_T, mlp.sedac_layer, mlp.sedac_hidden_size)
-
-
-def find_handler(layer: Any) -> Tensor | None:
-    """Return the oneDNN handler that vLLM packed a layer's weights into; None where it took another kernel."""
-    linear = getattr(layer, "cpu_linear", None)
-    handler = inspect.getclosurevars(linear).nonlocals.get("handler") if inspect.isfunction(linear) else None
-    return getattr(handler, "handler_tensor", None)
 
 
 def why_not_dense(mlp: Any) -> str:

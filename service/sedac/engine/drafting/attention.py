@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from sedac.engine.drafting.parts import CommonAttentionMetadata
 
 
 class DraftAttention:

@@ -2,7 +2,7 @@
 
 The draft runs on the target's own KV cache. What it writes there for the layers that it runs, verification writes again before any
 layer reads it, so a draft never changes what the target computes; slots past a sequence's own blocks are reserved by
-`sedac.engine.scheduler`. A head with attention has a cache of its own in the same blocks, which every step of the target feeds.
+`engine/vllm/speculation.py`. A head with attention has a cache of its own in the same blocks, which every step of the target feeds.
 N drafting sequences, B sequences of the batch, T tokens of the step, D hidden size, V vocabulary.
 """
 
@@ -19,11 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from vllm.compilation.backends import set_model_tag
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.forward_context import set_forward_context
-from vllm.model_executor.model_loader.utils import process_weights_after_loading
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from sedac.contract.stats import DraftingStats
 from sedac.engine.drafting import draws
@@ -33,6 +28,16 @@ from sedac.engine.drafting.controller import Controller, Limits
 from sedac.engine.drafting.heads import HeadCache, HeadLayer
 from sedac.engine.drafting.model import DraftModel, make_layers, make_norm
 from sedac.engine.drafting.native import NativeDraft
+from sedac.engine.drafting.parts import (
+    VllmConfig,
+    keep_draft_probs,
+    let_drafter_choose,
+    process_weights_after_loading,
+    set_current_vllm_config,
+    set_default_torch_dtype,
+    set_forward_context,
+    set_model_tag,
+)
 from sedac.engine.drafting.totals import Totals
 from sedac.errors import ConfigError, UnsupportedModel
 from sedac.policy.model import FULL, Speculation
@@ -140,7 +145,7 @@ class Drafter:
     def bind(self, runner: Any, requests: Any) -> None:
         """Take the runner's batch and the worker's requests as sources."""
         self.runner, self.requests = runner, requests
-        runner._input_fits_in_drafter = lambda metadata: metadata is not None  # lengths are bounded here, per sequence
+        let_drafter_choose(runner)
 
     def warm_up(self) -> None:
         """Make the native draft, or else compile the draft for two sequences and for one."""
@@ -326,8 +331,7 @@ class Drafter:
         if restore is not None:
             restore()
         if probs_BKV is not None:
-            runner._draft_probs = probs_BKV
-            runner._draft_prob_req_ids = [batch.req_ids[row] for row in rows]
+            keep_draft_probs(runner, probs_BKV, [batch.req_ids[row] for row in rows])
         self._unverified = {batch.req_ids[row]: (samples[i], confidences[i]) for i, row in enumerate(rows)}
         self.controller.learn_confidence(batch.num_reqs, total / num_drafted)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
 from sedac.engine.backends import native
+from sedac.engine.drafting.parts import apply_top_k_top_p
 
 _SEED_SALT = 0x5EDAC
 

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.rotary_embedding import get_rope
 
+from sedac.engine.drafting.parts import (
+    Attention,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RMSNorm,
+    RowParallelLinear,
+    SiluAndMul,
+    VllmConfig,
+    get_rope,
+    support_torch_compile,
+)
 from sedac.probe.draft import DraftManifest
 
 

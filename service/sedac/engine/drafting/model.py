@@ -10,11 +10,9 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.compilation.decorators import support_torch_compile
-from vllm.config import VllmConfig
-from vllm.model_executor.layers.layernorm import RMSNorm
 
 from sedac.engine.drafting.heads import HeadLayer, Nothing
+from sedac.engine.drafting.parts import RMSNorm, VllmConfig, support_torch_compile
 from sedac.errors import UnsupportedModel
 from sedac.probe.draft import DraftManifest
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
 
 from sedac.engine.backends import native
 from sedac.engine.backends.levels import find_activation
-from sedac.engine.backends.mlp import find_handler
 from sedac.engine.drafting.heads import HeadLayer, Nothing
+from sedac.engine.drafting.parts import Attention, RMSNorm
+from sedac.engine.vllm.parts import find_handler
 
 _log = logging.getLogger(__name__)
 _NONE = torch.empty(0)

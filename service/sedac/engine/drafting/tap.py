@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.utils.torch_utils import direct_register_custom_op
+
+from sedac.engine.vllm.parts import direct_register_custom_op
 
 
 def _tap(stream_TD: Tensor, kept_TD: Tensor) -> None:

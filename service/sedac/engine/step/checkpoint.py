@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from sedac.engine.step.state import State
+from sedac.engine.vllm.parts import direct_register_custom_op
 
 _STATES: dict[str, State] = {}
 """by layer name; operators can carry names, not objects"""

@@ -1,5 +1,7 @@
 """The requests of a worker: what each one's tier lets its tokens get, and what it was computed with.
 
+A request is bounded where its `vllm_xargs` name a tier under TIER_KEY: the server's stamp does (agent/promise.py, which knows the default
+tier), and so may whoever drives the engine without the server. One that names none is exact, whatever policy is in force.
 A token counts as prompt by its position, not by how it was scheduled, so recomputing a preempted request or splitting a
 prompt changes nothing. T tokens of the step, N requests of the step.
 """
@@ -40,7 +42,6 @@ Array = np.ndarray[Any, Any]
 @dataclass(kw_only=True)
 class _Request:
     tier: str
-    """empty: the policy's default"""
     level: str | None
     scale: float
     certificate: str
@@ -51,7 +52,6 @@ class _Request:
     """of what is in force, for which the fields below were resolved"""
     revision: int = 0
     arm: Arm | None = None
-    tier_name: str = ""
     probe_set_sha256: str = ""
     """of the certificate that it was first computed under"""
     may_draft: bool = True
@@ -81,9 +81,9 @@ class Requests:
         self._cached: Tokens | None = None
 
     def add(self, request_id: str, extra: dict[str, Any], *, may_draft: bool = True) -> None:
-        """Remember a new request and its `vllm_xargs`."""
+        """Remember a new request and its `vllm_xargs`; without TIER_KEY among them it is exact."""
         self._running[request_id] = _Request(
-            tier=str(extra.get(TIER_KEY, "")),
+            tier=str(extra.get(TIER_KEY, EXACT)),
             level=extra.get(LEVEL_KEY),
             scale=float(extra.get(SCALE_KEY, 1.0)),
             certificate=str(extra.get(CERTIFICATE_KEY, "")),
@@ -152,9 +152,8 @@ class Requests:
         if arm is not request.arm:
             request.prompt_risk, request.num_prompt_risks = 0.0, 0  # so far by other probes, or none
         policy, request.arm, request.version, request.revision = arm.policy, arm, state.version, state.revision
-        name = request.tier or policy.default_tier
-        tier = next((t for t in policy.get_tiers() if t.name == name), None) if policy.enabled else None
-        request.is_bounded, request.tier_name = tier is not None, name
+        tier = next((t for t in policy.get_tiers() if t.name == request.tier), None) if policy.enabled else None
+        request.is_bounded = tier is not None
         self._check_certificate(request, policy)
         tier = tier or Tier(name=EXACT)
         request.tier_row = state.get_tier_row(tier.name)
@@ -178,7 +177,7 @@ class Requests:
             return None
         request, arm = self._resolve(request_id)
         speculation = arm.policy.speculation
-        if not speculation.enabled or (speculation.tiers and request.tier_name not in speculation.tiers):
+        if not speculation.enabled or (speculation.tiers and request.tier not in speculation.tiers):
             return None
         return speculation
 
@@ -211,7 +210,7 @@ class Requests:
         return {
             "request_id": request_id,
             "arm": ARMS[arm.number],
-            "tier": request.tier_name or request.tier or arm.policy.default_tier,
+            "tier": request.tier,
             "certified": bool(request.certificate),
             "revision": request.revision,
             "num_tokens": request.num_tokens,

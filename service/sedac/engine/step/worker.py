@@ -10,33 +10,25 @@ import functools
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from vllm.config.compilation import CompilationMode
-from vllm.forward_context import get_forward_context
-from vllm.platforms import current_platform
-from vllm.v1.outputs import ModelRunnerOutput
 
 from sedac.engine.backends import mlp
-from sedac.engine.drafting import setup
 from sedac.engine.drafting.drafter import Drafter
 from sedac.engine.step.record import NO_TOKEN, Recorder
 from sedac.engine.step.requests import Requests
 from sedac.engine.step.state import State
-from sedac.engine.vllm import sampling
+from sedac.engine.vllm import runner, sampling, speculation
+from sedac.engine.vllm.parts import is_compiled
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
 from sedac.policy.model import Canary, Policy
 
-if TYPE_CHECKING or current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
-else:
-    from vllm.v1.worker.gpu_worker import Worker as _Worker
 _log = logging.getLogger(__name__)
 
 
-class SedacWorker(_Worker):
+class SedacWorker(runner.BaseWorker):
     """A vLLM worker whose model carries a SEDAC `State`."""
 
     sedac_state: State
@@ -45,7 +37,7 @@ class SedacWorker(_Worker):
 
     def init_device(self) -> Any:
         """Make the device and the runner ready."""
-        setup.restore_processors()
+        speculation.restore_processors()
         return super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -90,7 +82,7 @@ class SedacWorker(_Worker):
             "native" if self.sedac_state.native else "plain torch" if self.sedac_state.device_forms is None else "Triton",
             ", recording" if self.sedac_state.recorder else "",
         )
-        self.model_runner._model_forward = functools.partial(self._sedac_forward, self.model_runner._model_forward)
+        runner.wrap_forward(self.model_runner, self._sedac_forward)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up, and also the gated MLPs at the sizes that only exits bring."""
@@ -98,7 +90,7 @@ class SedacWorker(_Worker):
         if self.sedac_drafter is not None:
             self.sedac_drafter.warm_up()
         gated = [m for m in self.model_runner.get_model().modules() if hasattr(m, "sedac_handlers") and not m.sedac_native]
-        if gated and self.vllm_config.compilation_config.mode != CompilationMode.NONE:
+        if gated and is_compiled(self.vllm_config):
             mlp.warm_up(gated[-1], self.sedac_state.layout.hidden_size, self.model_config.dtype)
         return result
 
@@ -125,43 +117,37 @@ class SedacWorker(_Worker):
             self._sedac_in_step = False
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample, draft, and send the drafts along (see sedac.engine.drafting.setup)."""
+        """Sample, draft, and send the drafts along (see engine/vllm/speculation.py)."""
         result = super().sample_tokens(grammar_output)
-        if self.sedac_drafter is not None and isinstance(result, ModelRunnerOutput):
+        if self.sedac_drafter is not None and isinstance(result, runner.ModelRunnerOutput):
             drafts = self.take_draft_token_ids()
-            setattr(result, setup.DRAFTS, drafts if drafts is not None and any(drafts.draft_token_ids) else None)
+            setattr(result, speculation.DRAFTS, drafts if drafts is not None and any(drafts.draft_token_ids) else None)
         return result
 
     def _sedac_forward(self, forward: Any, **inputs: Any) -> Any:
         """Wrap the model's forward pass in a step; dummy and profile runs pass through."""
         if not self._sedac_in_step:
             return forward(**inputs)
-        state, runner = self.sedac_state, self.model_runner
-        batch = runner.input_batch
-        bounds = runner.query_start_loc.np[: batch.num_reqs + 1]
-        starts = batch.num_computed_tokens_cpu[: batch.num_reqs]
-        tokens = (
-            self._sedac_requests.make_tokens(batch.req_ids, bounds, batch.num_prompt_tokens[: batch.num_reqs], starts) if state.is_enabled else None
-        )
+        state, batch = self.sedac_state, runner.read_batch(self.model_runner)
+        bounds, starts, request_ids = batch.bounds, batch.starts, batch.request_ids
+        tokens = self._sedac_requests.make_tokens(request_ids, bounds, batch.num_prompt, starts) if state.is_enabled else None
         state.begin_step(int(bounds[-1]), tokens)
         try:
             hidden = forward(**inputs)
         finally:
             saved_T = state.end_step()
         if state.device_forms is not None:
-            state.device_forms.waiting.then(functools.partial(self._sedac_requests.count_step, tuple(batch.req_ids), bounds.copy()))
+            state.device_forms.waiting.then(functools.partial(self._sedac_requests.count_step, tuple(request_ids), bounds.copy()))
         else:
-            self._sedac_requests.count_step(batch.req_ids, bounds, saved_T)
+            self._sedac_requests.count_step(request_ids, bounds, saved_T)
         if self.sedac_drafter is not None:
-            is_decode = bool((starts >= batch.num_prompt_tokens[: batch.num_reqs]).all())
-            self.sedac_drafter.begin_step(
-                batch.req_ids, bounds, inputs["positions"], get_forward_context().slot_mapping, self._sedac_drafts, is_decode
-            )
+            is_decode = bool((starts >= batch.num_prompt).all())
+            self.sedac_drafter.begin_step(request_ids, bounds, inputs["positions"], runner.get_slot_mapping(), self._sedac_drafts, is_decode)
         if state.recorder is not None:
             counts = np.diff(bounds)
-            requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.req_ids)]
-            next_T = torch.cat([_get_next(batch, i, start, count) for i, (_, start, count) in enumerate(requests)])
-            state.recorder.finish_step(requests, next_T, hidden, runner.model.compute_logits)
+            requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(request_ids)]
+            next_T = torch.cat([runner.get_next_tokens(self.model_runner, i, start, count, NO_TOKEN) for i, (_, start, count) in enumerate(requests)])
+            state.recorder.finish_step(requests, next_T, hidden, self.model_runner.model.compute_logits)
         return hidden
 
     def sedac_describe(self) -> dict[str, Any]:
@@ -228,12 +214,3 @@ class SedacWorker(_Worker):
         if self.sedac_state.recorder is None:
             raise ConfigError('this engine does not record; start it with --additional-config \'{"sedac": {"record": true, ...}}\'')
         return self.sedac_state.recorder
-
-
-def _get_next(batch: Any, index: int, start: int, count: int) -> torch.Tensor:
-    """Return the tokens that follow a request's rows of this step, or NO_TOKEN: int64 (count,)."""
-    known = int(batch.num_tokens_no_spec[index])
-    next_T = torch.full((count,), NO_TOKEN)
-    found = torch.from_numpy(batch.token_ids_cpu[index, start + 1 : min(start + 1 + count, known)].copy())
-    next_T[: len(found)] = found.long()
-    return next_T

@@ -1,260 +1,35 @@
 """Subclasses of vLLM's model classes that attach SEDAC in `__init__`: one per architecture, made on demand.
 
-vLLM's registry asks this module for `Sedac<Class>` (see plugin.py). Without a `sedac` entry in `--additional-config` such a
-class is exactly its base. With one, decoder layers and MLPs get their gated classes, or the engine refuses to start:
-a part that does not fit is never skipped silently.
+vLLM's registry asks this module for `Sedac<Class>` (see registry.py). Without a `sedac` entry in `--additional-config` such a
+class is exactly its base, and nothing else of SEDAC's engine is imported: what that is built from may differ in another vLLM. With one,
+attach.py gives decoder layers and MLPs their gated classes.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import os
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from vllm.config import VllmConfig
-from vllm.config.compilation import CompilationMode
-from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS
 
-from sedac.engine.backends import mlp
-from sedac.engine.backends.levels import LevelTable
-from sedac.engine.drafting import tap
-from sedac.engine.drafting.setup import is_ours
-from sedac.engine.step import checkpoint
-from sedac.engine.step.record import Recorder
-from sedac.engine.step.state import State
-from sedac.engine.vllm.refusals import leave_graphs, refuse_graphs, refuse_layout
-from sedac.errors import ArtifactError, ConfigError, UnsupportedModel
-from sedac.policy.layout import Layout
-from sedac.policy.model import FULL, SKIP
-from sedac.probe import artifact
-from sedac.probe.artifact import ProbeSet
-from sedac.probe.draft_manifest import DraftManifest, read_draft_manifest
-from sedac.settings import MIN_WEIGHT_MIB, why_not_min_weight_mib
-
-CONFIG_KEY = "sedac"
-"""the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
-_USUAL_RANK, _MAX_RANK = 128, 4096  # the kernels take no more
-
-
-@dataclass(frozen=True, kw_only=True)
-class StaticConfig:
-    """What can't change while the engine runs."""
-
-    probe_set: str = ""
-    """directory of the probe set; may be empty only with `record` or `draft`"""
-    checkpoint_layers: tuple[int, ...] = ()
-    """decoder layers, 0-based; empty: all that the probe set has"""
-    levels: bool = True
-    """offer the probe set's reduced levels, not only `full` and `skip`"""
-    max_rank: int = 0
-    """largest rank of probes that can be swapped in later: two probes of it are held per checkpoint (fp32, rank x hidden size);
-    0: 128, or the attached set's rank where that is larger"""
-    min_weight_mib: int = MIN_WEIGHT_MIB
-    """MLPs of fewer MiB on a rank keep their own products at few rows on a GPU, 0 to 65536; 0: none are too small"""
-    draft: str = ""
-    """directory of the draft of self-speculation; empty: none"""
-    draft_sha256: str = ""
-    """of its manifest, filled in by the drafter, so that compiled graphs of another draft are not reused"""
-    record: bool = False
-    """record streams at the checkpoints instead of serving decisions"""
-    record_top_k: int = 8
-    """how many of the most likely next tokens to record with each token"""
-    record_final: bool = False
-    """record the normed states that the lm_head reads, in place of what it says of them"""
-
-    @classmethod
-    def from_vllm(cls, vllm_config: VllmConfig) -> StaticConfig | None:
-        """Read the entry; None where there is none.
-
-        Raises:
-            ConfigError: a key is unknown, a value is outside its limits, or SEDAC is asked for by the environment but has no entry.
-        """
-        additional = vllm_config.additional_config
-        entry = additional.get(CONFIG_KEY) if isinstance(additional, dict) else None
-        if entry is None:
-            if os.environ.get("SEDAC_ENABLED", "0").lower() in ("1", "true", "yes", "on"):
-                raise ConfigError("SEDAC_ENABLED is set, but this engine was started without SEDAC; start it with `sedac serve`")
-            return None
-        try:
-            static = cls(**{**entry, "checkpoint_layers": tuple(entry.get("checkpoint_layers", ()))})
-        except TypeError as error:
-            raise ConfigError(f"--additional-config {CONFIG_KEY}: {error}; known keys: {', '.join(cls.__dataclass_fields__)}") from error
-        if reason := why_not_min_weight_mib(static.min_weight_mib):
-            raise ConfigError(f"--additional-config {CONFIG_KEY}: min_weight_mib: {reason}")
-        return static
-
-
-def find_layers(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList]:
-    """Find the decoder layers: (name of the list in the model, the list).
-
-    Raises:
-        UnsupportedModel: no list of `num_layers` decoder layers with the contract
-            (positions, hidden_states, residual) -> (hidden_states, residual) and an `mlp`.
-    """
-    architecture = type(model).__name__.removeprefix("Sedac")
-    for name, module in model.named_modules():
-        if not (isinstance(module, nn.ModuleList) and name.endswith("layers") and len(module) == num_layers):
-            continue
-        for i, layer in enumerate(module):
-            parameters = [p for p in inspect.signature(type(layer).forward).parameters if p != "self"]
-            if parameters[:3] != ["positions", "hidden_states", "residual"] or not isinstance(getattr(layer, "mlp", None), nn.Module):
-                raise UnsupportedModel(
-                    f"{architecture}: layer {i} is {type(layer).__name__}({', '.join(parameters)}); SEDAC needs "
-                    "(positions, hidden_states, residual) -> (hidden_states, residual) and a module `mlp`: serve this model without SEDAC"
-                )
-        return name, module
-    raise UnsupportedModel(f"{architecture}: no list of {num_layers} decoder layers found; serve this model without SEDAC")
-
-
-def _is_draft(vllm_config: VllmConfig) -> bool:
-    """Whether the model being built only drafts; methods without a draft model name the target's config in its place (config/speculative.py)."""
-    speculative = vllm_config.speculative_config
-    if speculative is None or speculative.draft_model_config is speculative.target_model_config:
-        return False
-    return vllm_config.model_config is speculative.draft_model_config
-
-
-def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
-    """Attach SEDAC to a freshly built model, before its weights are loaded; None where it is not configured.
-
-    Raises:
-        ConfigError, ArtifactError, UnsupportedModel: what does not fit and what to do.
-    """
-    static = StaticConfig.from_vllm(vllm_config)
-    if static is None or _is_draft(vllm_config):
-        return None  # a draft model proposes; decisions belong to the model that verifies
-    refuse_layout(vllm_config)
-    refuse_graphs(static, vllm_config)
-    leave_graphs(vllm_config)
-    text_config = vllm_config.model_config.hf_text_config
-    num_layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
-    list_name, layers = find_layers(model, num_layers)
-    wanted = tuple(sorted(static.checkpoint_layers))
-    outside = [i for i in wanted if not 0 <= i < num_layers - 1]
-    if outside:
-        raise ConfigError(
-            f"checkpoint layers {outside} are outside 0..{num_layers - 2} (the model has {num_layers} layers); change SEDAC_PROBE_LAYERS"
-        )
-    probe_set = None
-    if static.probe_set or not (static.record or static.draft):
-        probe_set = artifact.load(Path(static.probe_set), wanted or None)
-        manifest = probe_set.manifest
-        if (manifest.hidden_size, manifest.num_layers) != (hidden_size, num_layers):
-            raise ArtifactError(
-                f"probe set {manifest.name!r} was trained for hidden size {manifest.hidden_size} and {manifest.num_layers} layers, the model has "
-                f"{hidden_size} and {num_layers}; train one for this model"
-            )
-    object.__setattr__(model, "sedac_layers", (list_name, layers))  # for the drafter; no module of the model's own
-    device = next(model.parameters()).device
-    lora = vllm_config.lora_config is not None
-    levels = probe_set.levels if probe_set and static.levels else ()
-    if levels:
-        _refuse_levels(list_name, layers, lora)
-    assert probe_set is not None or not levels
-    draft, max_draft_tokens = _read_draft(static, vllm_config)
-    layout = Layout(
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        checkpoint_layers=wanted or (tuple(sorted(probe_set.probes)) if probe_set else ()),
-        max_rank=_find_max_rank(static, probe_set),
-        probe_set=probe_set.manifest.name if probe_set else "",
-        probe_set_sha256=probe_set.manifest.sha256 if probe_set else "",
-        levels_sha256=probe_set.levels_sha256 if levels and probe_set else "",
-        levels=(FULL, SKIP, *(level.name for level in levels)),
-        draft=draft.kind if draft else "",
-        max_draft_tokens=max_draft_tokens,
-    )
-    shares = [record.saved for record in probe_set.manifest.levels] if levels and probe_set else []
-    table = LevelTable(num_layers, levels, shares, probe_set.manifest.intermediate_size if probe_set else 0, device)
-    state = State(
-        layout,
-        probe_set.probes if probe_set else {},
-        table,
-        max_num_tokens=_max_num_tokens(vllm_config),
-        device=device,
-        allow_native=vllm_config.model_config.dtype in (torch.float32, torch.bfloat16),
-    )
-    if state.device_forms is not None:
-        state.device_forms.min_weight_bytes = static.min_weight_mib << 20
-    if static.record:
-        state.recorder = Recorder(static.record_top_k, keeps_final=static.record_final)
-        for i, layer in enumerate(layers):
-            is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
-            state.recorder.attach(i, layer.mlp, lambda: state.num_tokens, is_eager=is_eager)
-    for i in layout.checkpoint_layers:
-        checkpoint.attach(layers[i], i, f"{list_name}.{i}", state)
-    if draft and draft.num_heads and draft.depth <= num_layers:
-        model.sedac_stream_TD = tap.attach(layers[draft.depth - 1], _max_num_tokens(vllm_config), hidden_size, vllm_config.model_config.dtype, device)
-    first = 0 if levels else min(layout.checkpoint_layers, default=num_layers) + 1  # without levels nothing below a checkpoint changes
-    scores_activation = probe_set is not None and probe_set.manifest.score == "activation"
-    for i in range(first, num_layers):
-        neurons = probe_set.neurons[i] if levels and probe_set else None
-        mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", i, state, neurons, scores_activation=scores_activation, lora=lora)
-    return state
-
-
-def _read_draft(static: StaticConfig, vllm_config: VllmConfig) -> tuple[DraftManifest | None, int]:
-    """Return the draft that proposes, and how many tokens of a sequence per step at most; None and 0 where SEDAC does not draft.
-
-    Raises:
-        ConfigError: a draft is named that nothing would ask for its tokens.
-    """
-    speculative = vllm_config.speculative_config
-    if speculative is None or not is_ours(speculative):
-        if static.draft:
-            method = f"drafts by {speculative.method}" if speculative else "does not speculate"
-            raise ConfigError(
-                f"--additional-config {CONFIG_KEY}: draft is {static.draft}, but the engine {method}; start it with `sedac serve --draft`, "
-                "or leave the draft out"
-            )
-        return None, 0
-    return read_draft_manifest(Path(static.draft)), speculative.num_speculative_tokens
-
-
-def _find_max_rank(static: StaticConfig, probe_set: ProbeSet | None) -> int:
-    """Return the largest rank that there shall be room for; 0 where the engine has no probes."""
-    if probe_set is None:
-        return 0
-    rank, name = probe_set.manifest.rank, probe_set.manifest.name
-    if static.max_rank and not rank <= static.max_rank <= _MAX_RANK:
-        raise ConfigError(
-            f"--additional-config {CONFIG_KEY}: max_rank is {static.max_rank}, outside {rank} (the rank of {name!r}) to {_MAX_RANK}; "
-            "change it, or leave it out"
-        )
-    return static.max_rank or max(rank, _USUAL_RANK)
-
-
-def _refuse_levels(list_name: str, layers: nn.ModuleList, lora: bool) -> None:
-    """Refuse reduced levels by the name of what can't take them; hard exits need none of this."""
-    remedy = 'offer hard exits only: SEDAC_LEVELS=0 (--additional-config \'{"sedac": {"levels": false, ...}}\')'
-    if lora:
-        raise UnsupportedModel(f"the probe set's reduced levels and LoRA can't be combined (adapters change the neurons); {remedy}")
-    for i, layer in enumerate(layers):
-        if reason := mlp.why_not_dense(layer.mlp):
-            raise UnsupportedModel(f"{list_name}.{i}.mlp {reason} and can't take the probe set's reduced levels; {remedy}")
-
-
-def _max_num_tokens(vllm_config: VllmConfig) -> int:
-    scheduler = vllm_config.scheduler_config
-    return max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+from sedac.engine.vllm.config import StaticConfig
+from sedac.engine.vllm.registry import find_class
 
 
 def __getattr__(name: str) -> type[nn.Module]:
     """Make `Sedac<architecture>` for the architecture that vLLM's registry knows under that name."""
     architecture = name.removeprefix("Sedac")
-    if architecture == name or architecture not in _TEXT_GENERATION_MODELS:
+    found = find_class(architecture) if architecture != name else None
+    if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module_name, class_name = _TEXT_GENERATION_MODELS[architecture]
-    base = getattr(importlib.import_module(f"vllm.model_executor.models.{module_name}"), class_name)
+    base: Any = found
 
-    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:  # noqa: N807
+    def __init__(self: Any, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:  # noqa: N807
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self.sedac_state = attach(self, vllm_config)
+        self.sedac_state = None
+        if StaticConfig.from_vllm(vllm_config) is not None:
+            from sedac.engine.vllm.attach import attach
+
+            self.sedac_state = attach(self, vllm_config)
 
     made = type(name, (base,), {"__init__": __init__, "__module__": __name__})
     globals()[name] = made

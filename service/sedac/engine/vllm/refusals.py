@@ -1,6 +1,6 @@
 """What SEDAC can't be attached to is refused by name while the model is built, and graphs that can't branch are left before one is captured.
 
-Called by models.attach, in every worker.
+Called by attach.py, in every worker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sedac.engine.vllm.graphs import WITHOUT_GRAPHS
 from sedac.errors import UnsupportedModel
 
 if TYPE_CHECKING:
-    from sedac.engine.vllm.models import StaticConfig
+    from sedac.engine.vllm.config import StaticConfig
 
 _log = logging.getLogger(__name__)
 _MIN_CUDA = (12, 4)

@@ -14,13 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
-from vllm.utils.torch_utils import direct_register_custom_op
 
 from sedac.engine.backends.cuda.guard import is_capturing
 from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, find_activation, sort_neurons
 from sedac.engine.step.state import State
+from sedac.engine.vllm.parts import (
+    direct_register_custom_op,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from sedac.errors import UnsupportedModel
 from sedac.probe.levels import Neurons
 

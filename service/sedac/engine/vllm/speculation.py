@@ -1,5 +1,7 @@
 """What vLLM 0.32 must know of SEDAC's drafts and has no setting for; called by the plugin in every process, changes nothing for other methods.
 
+An engine's configuration passes here when it is made, so that one which asks for SEDAC is checked before anything of it starts.
+
 - Drafts of `custom_class` get no slots of their own (`VllmConfig.num_lookahead_tokens` is 0): those past a block's edge would be written
   elsewhere. They get as many as a draft model's.
 - A sequence that joins with one token to compute gets draft tokens that nobody proposed, for the sake of CUDA graphs of one shape
@@ -14,6 +16,9 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+
+from sedac.engine.vllm import patches
+from sedac.engine.vllm.config import find_entry
 
 DRAFTER = "sedac.engine.drafting.drafter.Drafter"
 """`model` of the speculative configuration"""
@@ -43,6 +48,8 @@ def prepare() -> None:
 
     @functools.wraps(finish)
     def finish_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        if find_entry(self) is not None:
+            patches.refuse("front end")
         finish(self, *args, **kwargs)
         if is_ours(self.speculative_config):
             self.speculative_config.num_speculative_tokens_per_batch_size = [(1, 1, self.num_speculative_tokens)]
