@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
+
+from tests.forked import run_python
 
 pytestmark = pytest.mark.e2e
 
 
 def _run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_")}
-    return subprocess.run([sys.executable, "-m", "sedac.app.cli", *arguments], capture_output=True, text=True, timeout=120, env=clean | environment)
+    return run_python("-m", "sedac.app.cli", *arguments, timeout=120, env=clean | environment)
 
 
 @pytest.mark.parametrize(
