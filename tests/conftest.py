@@ -1,17 +1,74 @@
-"""What every test shares: no deadlines of hypothesis, because timings decide nothing, and one core for each process of pytest."""
+"""What every test shares: no deadlines of hypothesis, because timings decide nothing; one core for each process of pytest; and one folder.
+
+`make test` must end soon, so tests that need the same thing that is slow to start run in one process, and what takes longest runs first.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 MAX_WORKERS = 4
 """more at once would each hold an engine, and memory for it"""
 
+FOLDER = "PYTEST_SHARED_FOLDER"
+"""names, in the environment of every process of a session, a folder that they share and that is gone in the end; see shared.py"""
+
+GROUPS = {
+    "tests/e2e/test_audit.py": "served",
+    "tests/e2e/test_guard.py": "served",
+    "tests/e2e/test_serve.py": "served",
+    "tests/e2e/test_drafting.py": "drafting",
+    "tests/e2e/test_drafting_knobs.py": "drafting",
+}
+"""files that share what they start (a fixture of the package), by the group that one process runs; any other file is its own group"""
+
+LONGEST = ("served",)
+"""groups and files that run before all others, else one process would still run when the others have nothing left"""
+
 hypothesis.settings.register_profile("sedac", deadline=None)
 hypothesis.settings.load_profile("sedac")
+
+
+def get_group(nodeid: str) -> str:
+    """What a test must share a process with."""
+    file = nodeid.partition("::")[0]
+    return GROUPS.get(file, file)
+
+
+class GroupScheduling(LoadFileScheduling):  # type: ignore[misc]
+    """Give a process of pytest-xdist one group after the other."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return get_group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> GroupScheduling | None:
+    return GroupScheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep groups together, the longest first."""
+    groups = [get_group(item.nodeid) for item in items]
+    order = {group: number for number, group in enumerate([*LONGEST, *dict.fromkeys(groups)][::-1])}
+    ranks = {item: -order[group] for item, group in zip(items, groups, strict=True)}
+    items.sort(key=ranks.__getitem__)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if FOLDER not in os.environ:
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="sedac-tests-")
+        config.add_cleanup(_remove_folder)
+
+
+def _remove_folder() -> None:
+    shutil.rmtree(Path(os.environ.pop(FOLDER)), ignore_errors=True)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

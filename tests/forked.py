@@ -8,17 +8,35 @@ late. Such programs, those that are killed half way and all that the product its
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(64 << 20)}
+"""environment in which the C library keeps memory that was freed: giving back every tensor's takes longer than computing small ones"""
+
+_STARTING = threading.Lock()
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.forkserver"])
+
+
+def _start_server() -> None:
+    """Start the fork server where there is none, in an environment of its own; what it read of that when it started stays with its children."""
+    with _STARTING:
+        before = dict(os.environ)
+        os.environ.update(MEMORY)
+        try:
+            multiprocessing.forkserver.ensure_running()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def run_python(
@@ -36,6 +54,7 @@ def run_python(
         outputs = [Path(directory) / name for name in ("stdout", "stderr")]
         environment = dict(os.environ if env is None else env)
         process = _CONTEXT.Process(target=_run, args=(words, environment, str(cwd or Path.cwd()), outputs, all_cores))
+        _start_server()
         process.start()
         process.join(timeout)
         if process.exitcode is None:

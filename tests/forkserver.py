@@ -9,10 +9,20 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
-import sedac.engine.step.worker  # noqa: F401
+import sedac.app.cli
+import sedac.engine.step.worker
+import sedac.engine.vllm.models
+import sedac.engine.vllm.plugin  # noqa: F401
 import sedac_probes.cli  # noqa: F401
 import torch._inductor.compile_fx  # noqa: F401
+import vllm.distributed.elastic_ep.elastic_execute
+import vllm.entrypoints.launchers.cli_args
 import vllm.entrypoints.llm
+import vllm.model_executor.layers.quantization.online.base
+import vllm.utils.cpu_triton_utils
+import vllm.v1.core.kv_cache_coordinator
+import vllm.v1.executor.multiproc_executor
+import vllm.v1.pool.flash_maxsim
 import vllm.v1.worker.cpu_model_runner
 import vllm.v1.worker.cpu_worker  # noqa: F401
 

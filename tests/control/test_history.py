@@ -270,7 +270,15 @@ class ControlHistory(RuleBasedStateMachine):
 
 
 TestControlHistory = ControlHistory.TestCase
-TestControlHistory.settings = settings(max_examples=5, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+TestControlHistory.settings = settings(max_examples=1, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+class LongControlHistory(ControlHistory):
+    """The same, five times."""
+
+
+TestLongControlHistory = pytest.mark.thorough(LongControlHistory.TestCase)
+TestLongControlHistory.settings = settings(TestControlHistory.settings, max_examples=5)
 
 
 def _make_policy(number: int) -> Policy:
@@ -296,7 +304,8 @@ class _Kills:
             self.service.restart()
 
 
-def test_200_writes_of_several_threads_survive_kills_at_random_points(tmp_path, request):
+@pytest.mark.parametrize(("num_writes", "num_kills"), [(60, 3), pytest.param(200, 8, marks=pytest.mark.thorough)])
+def test_writes_of_several_threads_survive_kills_at_random_points(tmp_path, request, num_writes, num_kills):
     """Each is there, whole, once; those who watch see all of them in order, whoever was killed in between."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
@@ -304,22 +313,22 @@ def test_200_writes_of_several_threads_survive_kills_at_random_points(tmp_path, 
     request.addfinalizer(kills.service.kill)
 
     def write(writer: int) -> None:
-        for number in range(50):
+        for number in range(num_writes // 4):
             while True:  # the same request until it is answered, as the contract offers it
                 try:
                     with ControlClient(kills.service.address, timeout_seconds=5, num_retries=0) as client:
-                        made[writer, number] = client.update_policy(_make_policy(writer * 50 + number), request_id=f"{writer}-{number}")
+                        made[writer, number] = client.update_policy(_make_policy(writer * num_writes // 4 + number), request_id=f"{writer}-{number}")
                     break
                 except ControlUnavailable:
                     time.sleep(0.01)
             kills.count()
 
     def watch(seen: list[control_pb2.Policy]) -> None:
-        while len(seen) < 200:
+        while len(seen) < num_writes:
             with grpc.insecure_channel(kills.service.address) as channel:
                 stream = control_pb2_grpc.ControlStub(channel).WatchPolicy(control_pb2.WatchPolicyRequest(from_revision=len(seen) + 1), timeout=5)
                 try:
-                    while len(seen) < 200:
+                    while len(seen) < num_writes:
                         seen.append(next(stream))
                 except grpc.RpcError:  # killed; what it missed shows in the end
                     time.sleep(0.01)
@@ -328,25 +337,26 @@ def test_200_writes_of_several_threads_survive_kills_at_random_points(tmp_path, 
     threads += [threading.Thread(target=watch, args=(seen,)) for seen in watched]
     for thread in threads:
         thread.start()
-    kills.kill(sorted(random.Random(seed).sample(range(1, 195), 8)))
+    kills.kill(sorted(random.Random(seed).sample(range(1, num_writes - 5), num_kills)))
     for thread in threads:
         thread.join(120)
         assert not thread.is_alive()
     with ControlClient(kills.service.address) as client:
         stored = list(client.list_revisions())[::-1]
-    assert [p.revision for p in stored] == list(range(1, 201))
+    assert [p.revision for p in stored] == list(range(1, num_writes + 1))
     assert sorted(made.values(), key=lambda p: p.revision) == stored, "every acknowledged write is there as it was acknowledged, and nothing twice"
-    assert sorted(p.checkpoints[0].threshold for p in stored) == list(range(200))
+    assert sorted(p.checkpoints[0].threshold for p in stored) == list(range(num_writes))
     assert all(len(p.checkpoints) == 20 and len({c.threshold for c in p.checkpoints}) == 1 for p in stored), "none is half written"
     assert watched == [stored, stored]
 
 
-def test_of_two_writers_with_one_etag_exactly_one_wins(server):
+@pytest.mark.parametrize("num_races", [200, pytest.param(1000, marks=pytest.mark.thorough)])
+def test_of_two_writers_with_one_etag_exactly_one_wins(server, num_races):
     async def race() -> None:
         async with grpc.aio.insecure_channel(server.address) as left, grpc.aio.insecure_channel(server.address) as right:
             stubs = [control_pb2_grpc.ControlStub(channel) for channel in (left, right)]
             now = await stubs[0].UpdatePolicy(control_pb2.UpdatePolicyRequest(policy=wire.policy_to_proto(Policy())))
-            for number in range(1000):
+            for number in range(num_races):
                 calls = []
                 for writer, stub in enumerate(stubs):
                     policy = wire.policy_to_proto(Policy(), etag=now.etag, comment=str(writer))

@@ -1,6 +1,7 @@
 """Compile the very launches that the engine makes, for sm_90, without a GPU: launches are caught and their kernels built.
 
-Run as a program it prints one line of JSON per kernel: name, constants, bytes of the cubin, registers, bytes spilled.
+Run as a program it prints one line of JSON per kernel: name, constants, bytes of the cubin, registers, bytes spilled. `--bf16` leaves
+out fp16, `--one` leaves out all numbers of rows but one, all types but bf16, and all forms of the MLP but the one for few rows.
 """
 
 from __future__ import annotations
@@ -113,9 +114,9 @@ def make_mlp(
 
 
 def compile_all(
-    hidden_size: int = 3584, size: int = 18944, rank: int = 128, num_layers: int = 28, *, quick: bool = False
+    hidden_size: int = 3584, size: int = 18944, rank: int = 128, num_layers: int = 28, *, only_bf16: bool = False, only_one: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Compile every kernel as the engine launches it at a model's shapes; by launch."""
+    """Compile every kernel as the engine launches it at a model's shapes, or a few of them (see above); by launch."""
     layout = Layout(num_layers=num_layers, hidden_size=hidden_size, checkpoint_layers=(4,), probe_set="t", levels=("full", "skip"), max_rank=rank)
     state = State(
         layout, {4: LREProbe(hidden_size, rank)}, LevelTable(num_layers, (), (), size, CPU), max_num_tokens=512, device=CPU, allow_native=False
@@ -127,8 +128,8 @@ def compile_all(
     def begin() -> None:
         state.use_device_forms()
         state.begin_step(1, tokens)
-        for num_rows in (1, 8, 16, 256):
-            for dtype in (torch.float32, torch.bfloat16):
+        for num_rows in (16,) if only_one else (1, 8, 16, 256):
+            for dtype in (torch.bfloat16,) if only_one else (torch.float32, torch.bfloat16):
                 stream = torch.empty(num_rows, hidden_size, dtype=dtype, device=META)
                 state.observe(4, stream, None if dtype == torch.float32 else stream)
 
@@ -136,8 +137,8 @@ def compile_all(
 
     catch(begin, seen)
     assert state.device_forms is not None
-    for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float16):
-        for form, num_rows in ((forms.FEW, 1), (forms.MIDDLE, 64), (forms.MANY, 256)):
+    for dtype in (torch.bfloat16,) if only_bf16 or only_one else (torch.bfloat16, torch.float16):
+        for form, num_rows in ((forms.FEW, 1), (forms.MIDDLE, 64), (forms.MANY, 256))[: 1 if only_one else None]:
             for has_neurons in (True, False):
                 if form == forms.FEW and not has_neurons:
                     continue
@@ -145,6 +146,8 @@ def compile_all(
                 state.device_forms.repair_GL.fill_(True)
                 x = torch.empty(num_rows, hidden_size, dtype=dtype, device=META)
                 catch(functools.partial(mlp.compute, x), seen)
+        if only_one:
+            continue
         mlp = make_mlp(state.device_forms, hidden_size, size, dtype, forms.MIDDLE, has_own_activation=True)
         catch(functools.partial(mlp.compute, torch.empty(64, hidden_size, dtype=dtype, device=META)), seen)
     return seen
@@ -152,5 +155,5 @@ def compile_all(
 
 if __name__ == "__main__":
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
-    for line in compile_all(quick="--quick" in sys.argv).values():
+    for line in compile_all(only_bf16="--bf16" in sys.argv, only_one="--one" in sys.argv).values():
         print(json.dumps(line))

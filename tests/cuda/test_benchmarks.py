@@ -52,25 +52,28 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_case_of_the_kernels_is_checked(tmp_path):
-    done = run("kernels", "--check", "--tokens", "5", "--swaps", "10", "--out", str(tmp_path / "kernels"))
+@pytest.mark.parametrize("forms", [("few",), pytest.param(("few", "middle", "many"), marks=pytest.mark.thorough)], ids="-".join)
+def test_every_case_of_the_kernels_is_checked(tmp_path, forms):
+    chosen = ("--form", *forms) if len(forms) == 1 else ()
+    done = run("kernels", "--check", "--tokens", "5", "--swaps", "10", "--out", str(tmp_path / "kernels"), *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert found["rows"] == read_lines(tmp_path / "kernels.jsonl")
     kernels = [row for row in found["rows"] if row["part"] == "kernels"]
     seen = {(row["dtype"], row["form"], row["case"]) for row in kernels}
-    assert len(seen) == len(kernels) == 3 * 3 * 11
+    assert len(seen) == len(kernels) == 3 * len(forms) * 11
     assert {row["dtype"] for row in kernels} == {"float32", "float16", "bfloat16"}
-    assert {row["form"] for row in kernels} == {"few", "middle", "many"}
+    assert {row["form"] for row in kernels} == set(forms)
     assert all(row["error"] < 1e-2 for row in kernels)
     swaps = found["rows"][-1]
     assert [swaps[name] for name in ("swaps", "mixed", "late", "moved")] == [10, 0, 0, 0]
 
 
-def test_every_plan_of_the_step_is_checked():
-    done = run("step", "--check")
+@pytest.mark.parametrize(("plan", "num_rows"), [("50 %", 8), pytest.param("", 28, marks=pytest.mark.thorough)], ids=["half", "all"])
+def test_every_plan_of_the_step_is_checked(plan, num_rows):
+    done = run("step", "--check", "--plan", plan)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count("| tiny |") == 28
+    assert done.stdout.count("| tiny |") == num_rows
 
 
 def test_a_dry_run_of_the_card_names_what_its_time_left_out(tmp_path):
@@ -91,7 +94,7 @@ def test_a_dry_run_of_the_card_names_what_its_time_left_out(tmp_path):
     assert "## left out" in (tmp_path / "card.md").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
 def test_an_interrupted_run_leaves_its_rows(tmp_path, number):
     command, environment = make_command("card", "--check", "--out", str(tmp_path))
     process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)

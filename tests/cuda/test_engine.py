@@ -10,7 +10,7 @@ import pytest
 
 from tests.cuda.test_interpreted import REPOSITORY, make_environment
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,15 @@ def make_environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1", **more}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_under_the_interpreter(file):
-    options = ["-q", "--override-ini", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]  # in this one process
+WIDE = ("test_decide.py", "test_mlp.py")
+"""those with thorough cases"""
+
+
+@pytest.mark.parametrize(
+    ("file", "chosen"), [*((file, "not thorough") for file in FILES), *(pytest.param(f, "thorough", marks=pytest.mark.thorough) for f in WIDE)]
+)
+def test_kernels_under_the_interpreter(file, chosen):
+    options = ["-q", "--override-ini", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", "-m", chosen]  # in this one process
     command = [sys.executable, "-m", "pytest", *options, f"tests/cuda/interpreted/{file}"]
     done = subprocess.run(command, cwd=REPOSITORY, env=make_environment(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from sedac.errors import ConfigError, UnsupportedModel
 from vllm.config.compilation import CUDAGraphMode
 
 from tests.cuda.test_interpreted import REPOSITORY, make_environment
+from tests.forked import run_python
 
 
 def make_config(mode: CUDAGraphMode, *, num_experts_ranks: int = 1) -> SimpleNamespace:
@@ -76,12 +76,10 @@ def test_ranks_leave_graphs_together(tmp_path):
             modes.append(config.compilation_config.cudagraph_mode.name)
         print(json.dumps(modes))
     """
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", code, str(rank)], cwd=REPOSITORY, env=make_environment(), stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ranks = [pool.submit(run_python, "-c", code, str(rank), cwd=REPOSITORY, env=make_environment(), timeout=300) for rank in range(2)]
     for rank in ranks:
-        assert json.loads(rank.communicate(timeout=300)[0].splitlines()[-1]) == ["FULL", "NONE", "NONE"]
+        assert json.loads(rank.result().stdout.splitlines()[-1]) == ["FULL", "NONE", "NONE"], rank.result().stderr
 
 
 @pytest.mark.parametrize("value", [-1, 65537, 1.5, True, "16"])
@@ -102,5 +100,5 @@ def test_the_cpu_loads_nothing_of_the_cuda_room():
     code = f"import sys, sedac.engine.step.worker, sedac.engine.vllm.models; print([m for m in sys.modules if m.startswith({room!r})])"
     environment = make_environment()
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", code, cwd=REPOSITORY, env=environment, timeout=300)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr[-2000:]

@@ -102,7 +102,7 @@ def starter(tmp_path: Path) -> Starter:
     return Starter(tmp_path)
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", ["image", pytest.param("compose", marks=pytest.mark.thorough)])
 def test_documented_lines_start_inside_graphs(starter: Starter, name: str) -> None:
     line = LINES[name]
     found = starter.run_sedac(line.arguments, **line.environment)
@@ -153,6 +153,7 @@ def test_the_engine_itself_refuses_a_draft_inside_graphs(starter: Starter) -> No
     assert re.search(f"UnsupportedModel: cudagraph_mode is FULL_DECODE_ONLY, but self-speculation.*{REMEDY}", made["refused"])
 
 
+@pytest.mark.thorough
 def test_graphs_are_left_where_conditional_nodes_do_not_work(starter: Starter) -> None:
     found = starter.run_sedac(IMAGE.arguments, **IMAGE.environment, SEDAC_MIN_WEIGHT_MIB="1")
     made = starter.run_engine(found, SEDAC_TEST_IF_NODES="a replay wrote nothing")

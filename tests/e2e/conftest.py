@@ -1,4 +1,7 @@
-"""The whole product as a user starts it: `sedac serve` on free ports, asked through the OpenAI client and gRPC."""
+"""The whole product as a user starts it: `sedac serve` on free ports, asked through the OpenAI client and gRPC.
+
+Starting takes longer than most tests, so tests share what is served (tests/conftest.py keeps them on one worker) and leave it as it was.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,13 @@ import psutil
 import pytest
 from openai import OpenAI
 from sedac.client.client import ControlClient
+from sedac.contract import wire
+from sedac.probe.draft import save_draft
+from sedac.probe.draft_manifest import REDUCED, DraftManifest
 
-READY_SECONDS = 240
+from tests.forked import MEMORY
+
+READY_SECONDS = 600
 _DISTINGUISHING = ("checkpoint", "result", "tier", "arm", "limit", "reason")
 
 
@@ -37,6 +45,8 @@ class Served:
     port: int
     control_address: str
     log: Path
+    first_metrics: str = ""
+    """what /metrics said before the first request"""
 
     @property
     def url(self) -> str:
@@ -67,13 +77,17 @@ class Served:
 def start(directory: Path, *arguments: str, **environment: str) -> Served:
     port, control_port = find_free_port(), find_free_port()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_")}
-    environment = clean | {
-        "SEDAC_CONTROL_PORT": str(control_port),
-        "SEDAC_CONTROL_METRICS_PORT": str(find_free_port()),
-        "SEDAC_CONTROL_DATABASE": str(directory / "control.sqlite3"),
-        "SEDAC_POLL_SECONDS": "0.25",
-        **environment,
-    }
+    environment = (
+        clean
+        | MEMORY
+        | {
+            "SEDAC_CONTROL_PORT": str(control_port),
+            "SEDAC_CONTROL_METRICS_PORT": str(find_free_port()),
+            "SEDAC_CONTROL_DATABASE": str(directory / "control.sqlite3"),
+            "SEDAC_POLL_SECONDS": "0.25",
+            **environment,
+        }
+    )
     log = directory / "serve.log"
     command = [sys.executable, "-m", "sedac.app.cli", "serve", "--port", str(port), "--max-model-len", "512", "--enforce-eager", *arguments]
     with log.open("wb") as output:
@@ -83,6 +97,8 @@ def start(directory: Path, *arguments: str, **environment: str) -> Served:
     while True:
         try:
             urllib.request.urlopen(f"{served.url}/health", timeout=5).close()
+            with urllib.request.urlopen(f"{served.url}/metrics", timeout=30) as answer:
+                served.first_metrics = answer.read().decode()
             return served
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
@@ -101,7 +117,7 @@ def stop(served: Served) -> int:
     return served.process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def served(tmp_path_factory) -> Iterator[Served]:
     running = start(tmp_path_factory.mktemp("serve"), "--dtype", "float32")
     yield running
@@ -112,4 +128,33 @@ def served(tmp_path_factory) -> Iterator[Served]:
 def control(served) -> Iterator[ControlClient]:
     """a client with time to find a connection dead (30 s) and to ask again on a new one, as a machine that stalls for seconds needs"""
     with ControlClient(served.control_address, author="e2e", timeout_seconds=60) as client:
-        yield client
+        yield from _keep_policy(client)
+
+
+def _keep_policy(client: ControlClient) -> Iterator[ControlClient]:
+    """Yield a client; in the end the policy in force is what it was."""
+    before = client.get_policy()
+    yield client
+    if client.get_policy().revision != before.revision:
+        client.wait_until_synced(client.update_policy(wire.policy_from_proto(before)).revision, 60)
+
+
+DRAFT = DraftManifest(name="halves", kind=REDUCED, model="sedac-demo", hidden_size=256, num_layers=12, depth=12, level="contextual-50", max_tokens=3)
+"""of its own it drafts 3 tokens, in an engine that has room for 4"""
+
+
+@pytest.fixture(scope="package")
+def drafting(tmp_path_factory) -> Iterator[Served]:
+    """A server with a draft of its own, whose lengths are fixed until a policy says otherwise."""
+    directory = tmp_path_factory.mktemp("drafting")
+    save_draft(directory / "draft", DRAFT, None)
+    variables = {"SEDAC_DRAFT_DIR": str(directory / "draft"), "SEDAC_DRAFT_TOKENS": "4", "SEDAC_DRAFT_ADAPTIVE": "0"}
+    running = start(directory, "--dtype", "float32", **variables)
+    yield running
+    assert stop(running) == 0, running.log.read_text()[-4000:]
+
+
+@pytest.fixture
+def drafting_control(drafting) -> Iterator[ControlClient]:
+    with ControlClient(drafting.control_address, author="e2e", timeout_seconds=60) as client:
+        yield from _keep_policy(client)

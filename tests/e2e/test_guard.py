@@ -89,7 +89,7 @@ def _run_rollout(control, candidate: Policy, **knobs) -> rollouts_pb2.Rollout:
     return rollout
 
 
-@pytest.mark.parametrize("num_requests", [200, pytest.param(1000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("num_requests", [100, *(pytest.param(n, marks=pytest.mark.thorough) for n in (200, 1000))])
 def test_the_guard_lets_a_good_policy_be_and_takes_a_bad_one_back(served, control, num_requests):
     good = _set(control, GOOD)
     with traffic(served):
@@ -124,16 +124,17 @@ def test_without_a_good_revision_the_guard_makes_every_answer_exact(served, cont
     assert served.read_metrics()["sedac_policy_enabled"] == 0
 
 
-def test_a_roll_out_is_judged_by_live_traffic(served, control):
+@pytest.mark.parametrize("seconds", [3.0, pytest.param(10.0, marks=pytest.mark.thorough)])
+def test_a_roll_out_is_judged_by_live_traffic(served, control, seconds):
     base = _set(control, FULL)
-    knobs = {"shares": (0.3, 0.6), "interval_seconds": 10.0, "min_requests": 20, "max_mismatch": BOUND}
+    knobs = {"shares": (0.3, 0.6), "interval_seconds": seconds, "min_requests": 20, "max_mismatch": BOUND}
     with traffic(served):
         ended = _run_rollout(control, BAD, **knobs)
         print(f"\nbad candidate: {ended.reason}")
         assert ended.state == rollouts_pb2.ROLLOUT_STATE_ABORTED
         assert ended.step == 0, "within the first share"
         assert control.get_policy().revision == base.revision, "the policy in force never changed"
-        ended = _run_rollout(control, GOOD, **{**knobs, "min_requests": 40, "interval_seconds": 20.0})
+        ended = _run_rollout(control, GOOD, **{**knobs, "min_requests": 40, "interval_seconds": 2 * seconds})
         print(f"good candidate: {ended.reason}")
         assert ended.state == rollouts_pb2.ROLLOUT_STATE_PROMOTED
         control.wait_until_synced(ended.promoted_revision, 30)

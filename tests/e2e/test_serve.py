@@ -92,7 +92,7 @@ def test_an_unknown_tier_is_http_400_that_lists_the_tiers(served):
         served.make_openai().completions.create(model="sedac-demo", prompt="x", extra_body={"vllm_xargs": {"sedac_tier": "turbo"}})
 
 
-@pytest.mark.parametrize("num_swaps", [100, pytest.param(500, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("num_swaps", [40, *(pytest.param(n, marks=pytest.mark.thorough) for n in (100, 500))])
 def test_swaps_under_8_streams(served, control, num_swaps):
     layers, seen, stopping = _get_layers(control), [], threading.Event()
 

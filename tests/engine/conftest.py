@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from tests.forked import run_python
+from tests.shared import make_once
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "probes" / "sedac_demo"
@@ -23,19 +26,23 @@ class EngineFailed(Exception):
 
 @functools.cache
 def _run(job: str, all_cores: bool) -> list[Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        job_path, result_path = Path(directory) / "job.json", Path(directory) / "result.pt"
-        job_path.write_text(job)
-        done = run_python(Path(__file__).with_name("engine_job.py"), job_path, result_path, timeout=900, cwd=directory, all_cores=all_cores)
-        if done.returncode:
-            raise EngineFailed(done.stdout + done.stderr)
-        return torch.load(result_path, weights_only=False)
+    def make(result_path: Path) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            job_path, made = Path(directory) / "job.json", Path(directory) / "result.pt"
+            job_path.write_text(job)
+            done = run_python(Path(__file__).with_name("engine_job.py"), job_path, made, timeout=900, cwd=directory, all_cores=all_cores)
+            if done.returncode:
+                raise EngineFailed(done.stdout + done.stderr)
+            shutil.move(made, result_path)
+
+    name = hashlib.sha256(job.encode()).hexdigest()
+    return torch.load(make_once(f"answers/{name}.pt", make), weights_only=False)
 
 
 def run_engine(
     model: Path | str, steps: list[dict[str, Any]], *, sedac: dict[str, Any] | None = None, before: tuple[str, ...] = (), **llm: Any
 ) -> list[Any]:
-    """Start an engine, run the steps (see engine_job.py), return their results; same job, same process result."""
+    """Start an engine, run the steps (see engine_job.py), return their results; a job is run once in a session, whoever asks."""
     return _run(json.dumps({"llm": {"model": str(model), **llm}, "sedac": sedac, "before": before, "steps": steps}), "tensor_parallel_size" in llm)
 
 
@@ -66,25 +73,36 @@ def read_heldout_prompts(num_prompts: int) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def drafts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def drafts(demo_model: Path) -> dict[str, Path]:
     """Directories of drafts for the demo model, by name: one of each kind, and `whole`, which leaves nothing out."""
-    return make_drafts(tmp_path_factory.mktemp("drafts"))
+    return find_drafts(make_once("drafts", functools.partial(make_drafts, demo_model)))
 
 
-def make_drafts(directory: Path) -> dict[str, Path]:
+def find_drafts(directory: Path) -> dict[str, Path]:
+    """The drafts in a folder, by name."""
+    return {path.name: path for path in directory.iterdir()}
+
+
+def make_drafts(model: Path, directory: Path) -> None:
     """Write drafts that the model accepts in part: their heads are its own last layer's weights, without the biases of attention."""
     from safetensors.torch import load_file
     from sedac.probe.draft import DraftHead, DraftManifest, save_draft
 
-    config = json.loads((DEMO / "model" / "config.json").read_text())
-    weights = load_file(DEMO / "model" / "model.safetensors")
+    config = json.loads((model / "config.json").read_text())
+    weights = load_file(model / "model.safetensors")
     num_layers, num_heads = config["num_hidden_layers"], config["num_attention_heads"]
     size, neurons = config["hidden_size"], config["intermediate_size"]
     attention = {"num_heads": num_heads, "num_kv_heads": config["num_key_value_heads"], "head_size": size // num_heads}
     kinds: dict[str, dict[str, Any]] = {
         "adapter": {"kind": "adapter", "depth": num_layers - 2, "intermediate_size": neurons, **attention},
         "exit-head": {"kind": "exit-head", "depth": num_layers - 2, "intermediate_size": neurons},
-        "reduced": {"kind": "reduced", "depth": num_layers, "level": "contextual-50", "skip_attention": (5,), "skip_mlp": (3, 7)},
+        "reduced": {
+            "kind": "reduced",
+            "depth": num_layers,
+            "level": "contextual-50",
+            "skip_attention": (num_layers // 2 - 1,),
+            "skip_mlp": (num_layers // 4, num_layers // 2 + 1),
+        },
         "whole": {"kind": "reduced", "depth": num_layers},
     }
     for name, fields in kinds.items():
@@ -99,7 +117,6 @@ def make_drafts(directory: Path) -> dict[str, Path]:
             }
             head.load_state_dict({key: own[key] for key in head.state_dict()})
         save_draft(directory / name, manifest, head)
-    return {name: directory / name for name in kinds}
 
 
 DRAFTER = {"method": "custom_class", "model": "sedac.engine.drafting.drafter.Drafter", "num_speculative_tokens": 4}

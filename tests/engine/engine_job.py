@@ -34,6 +34,12 @@ if __name__ == "__main__":  # workers that are spawned import this file too, and
     )
 
 
+DEFAULTS = {
+    "max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False, "kv_cache_memory_bytes": 256 << 20,
+}  # fmt: skip
+"""of vllm.LLM, where a job says nothing; the cache has room for 32 sequences of the demo model in fp32"""
+
+
 def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0, seed=0, rollouts=None):
     """Continuations in groups of `batch`, each with its tier, the number of its roll-out and LoRA adapter (a directory).
 
@@ -73,6 +79,14 @@ def _make_extra(llm, tier, rollout):
         return None
     canary = {"sedac_arm": "canary", "sedac_rollout": rollout} if rollout else {}
     return canary | {"sedac_tier": tier or drafting_steps.find_default_tier(llm, rollout)}
+
+
+def answer_text(llm, prompt, max_tokens):
+    """The greedy continuation of a text."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
 
 
 def score(llm, prompts):
@@ -245,7 +259,7 @@ def main() -> None:
         keywords |= {"worker_cls": "sedac.engine.step.worker.SedacWorker", "additional_config": {"sedac": JOB["sedac"]}}
     for name in JOB.get("before", ()):
         find_step(name)()
-    llm = LLM(**{"max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 2048, "enable_prefix_caching": False} | keywords)
+    llm = LLM(**DEFAULTS | keywords)
     results = []
     for step in JOB["steps"]:
         arguments = dict(step)

@@ -21,7 +21,7 @@ def _policy(thresholds: dict[int, float], **knobs) -> dict:
     return {"enabled": True, "checkpoints": [{"layer": layer, "threshold": t} for layer, t in thresholds.items()], **knobs}
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["eager", "compiled"])
 def test_logprobs_and_kv_equal_the_reference(demo_model, demo_probes, heldout_prompts, eager):
     thresholds = _thresholds(demo_probes, "risk_q0.4")
     prompts = heldout_prompts[:24]

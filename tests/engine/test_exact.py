@@ -9,9 +9,16 @@ from tests.engine.conftest import run_engine
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize(("num_prompts", "max_tokens"), [(16, 32), pytest.param(64, 64, marks=pytest.mark.thorough)])
-def test_disabled_equals_plain_vllm(demo_model, demo_probes, heldout_prompts, num_prompts, max_tokens, eager):
+_CASES = [
+    (True, 8, 16),
+    (False, 8, 16),
+    *(pytest.param(eager, *size, marks=pytest.mark.thorough) for eager in (True, False) for size in ((16, 32), (64, 64))),
+]
+"""whether uncompiled, prompts, tokens"""
+
+
+@pytest.mark.parametrize(("eager", "num_prompts", "max_tokens"), _CASES)
+def test_disabled_equals_plain_vllm(demo_model, demo_probes, heldout_prompts, eager, num_prompts, max_tokens):
     prompts = heldout_prompts[:num_prompts]
     steps = [{"do": "generate", "prompts": prompts, "batch": batch, "max_tokens": max_tokens, "logprobs": 0} for batch in (1, 8)]
     plain = run_engine(demo_model, steps, enforce_eager=eager)

@@ -229,6 +229,7 @@ def test_check_measures_fresh_requests_and_refuses_what_the_certificate_is_not_f
         check(dataclasses.replace(policy, certificate=None))
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_at_a_temperature_both_answers_draw_alike_and_an_own_loss_judges_the_texts(tmp_path):
     (tmp_path / "scores.py").write_text(

@@ -83,7 +83,15 @@ def forward(model, ids, layers):
     return {index: stream.reshape(len(ids), -1) for index, stream in seen.items()}, logits.log_softmax(-1), sums
 
 
-@pytest.mark.parametrize(("architecture", "extra"), [("", {}), ("Llama", {}), ("Qwen3", {"head_dim": 64})], ids=["demo", "Llama", "Qwen3"])
+@pytest.mark.parametrize(
+    ("architecture", "extra"),
+    [
+        ("Llama", {}),
+        pytest.param("", {}, marks=pytest.mark.thorough),
+        pytest.param("Qwen3", {"head_dim": 64}, marks=pytest.mark.thorough),
+    ],
+    ids=["Llama", "demo", "Qwen3"],
+)
 def test_equals_transformers_trains_and_serves(tmp_path, architecture, extra):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,6 +140,7 @@ def test_equals_transformers_trains_and_serves(tmp_path, architecture, extra):
     assert [(c["layer"], c["num_exited"]) for c in stats["checkpoints"]] == [(0, len(prompt)), (2, 0)]
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
     options = ("--samples", 48, "--max-length", 160, "--suggest")
     output = collect(tmp_path / "whole", *options)

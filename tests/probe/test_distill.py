@@ -111,6 +111,7 @@ def test_recorded_states_equal_transformers(collection, reference):
     assert temperatures == [True, False] * (PIECES // 4)  # drawn at 0.8, then greedy, in turn
 
 
+@pytest.mark.thorough
 @pytest.mark.engine
 def test_killed_and_resumed_gives_the_same_bytes(collection, tmp_path):
     out = tmp_path / "killed"
@@ -164,7 +165,7 @@ def guess_with_transformers(reference, head, depth, prompt, answer):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("kind", "depth"), [(ADAPTER, 9), (EXIT_HEAD, 10)])
+@pytest.mark.parametrize(("kind", "depth"), [(ADAPTER, 9), pytest.param(EXIT_HEAD, 10, marks=pytest.mark.thorough)])
 def test_the_head_that_serves_is_the_head_that_was_trained(kind, depth, target, reference, tmp_path):
     """What the engine drafts and accepts, step by step, follows from the plain head on the whole text: its keys and values too."""
     manifest = replace(make_manifest(target, kind, depth), max_tokens=4)

@@ -272,7 +272,7 @@ torch.save({{"answers": answers, "drafting": worker.sedac_get_stats()["drafting"
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("level", ["full", "contextual-40"])
+@pytest.mark.parametrize("level", ["contextual-40", pytest.param("full", marks=pytest.mark.thorough)])
 def test_the_engine_drafts_as_the_reference(tmp_path, level):
     left_out = LeftOut(attention=(0, 4, 7), mlp=(4, 9), level=level)
     settings = Settings(num_prompts=1, num_heldout=5, prompt_tokens=24, check_tokens=40, max_tokens=4, is_measured=False)

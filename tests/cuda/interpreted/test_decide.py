@@ -71,7 +71,7 @@ def get_flags(state: State, count: int) -> dict[int, list[bool]]:
     return flags
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(4, 12))])
 def test_levels_counts_and_flags_equal_the_plain_form(seed):
     generator = torch.Generator().manual_seed(seed)
     pick = lambda *values: values[int(torch.randint(len(values), (1,), generator=generator))]  # noqa: E731
@@ -130,7 +130,7 @@ def expect_risk(state: State, hidden: torch.Tensor, residual: torch.Tensor) -> t
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("count", [1, 3, 20])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.thorough), 3, pytest.param(20, marks=pytest.mark.thorough)])
 def test_risks_equal_float64(dtype, count):
     state = make_state(8, on_device=True)
     state.apply(make_policy("first", "token", 0.7), 1)
@@ -150,7 +150,9 @@ def test_risks_equal_float64(dtype, count):
         state.end_step()
 
 
-@pytest.mark.parametrize(("count", "num_splits"), [(5, 1), (16, 5), (40, 5), (500, 1)])
+@pytest.mark.parametrize(
+    ("count", "num_splits"), [(5, 1), (16, 5), pytest.param(40, 5, marks=pytest.mark.thorough), pytest.param(500, 1, marks=pytest.mark.thorough)]
+)
 def test_a_wide_stream_is_projected_in_parts(count, num_splits, monkeypatch):
     hidden_size, rank = 300, 19
     layout = Layout(num_layers=2, hidden_size=hidden_size, checkpoint_layers=(0,), probe_set="t", levels=("full", "skip"), max_rank=rank)

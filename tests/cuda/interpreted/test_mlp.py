@@ -137,8 +137,9 @@ class Case:
         return out
 
 
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("layer", range(LAYERS))
-@pytest.mark.parametrize("count", [1, 2, 7, 16])
+@pytest.mark.parametrize("count", [1, 7, *(pytest.param(count, marks=pytest.mark.thorough) for count in (2, 16))])
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -148,19 +149,18 @@ class Case:
         (torch.float32, {"activation": "gelu", "repaired": True}),
     ],
 )
-def test_few_rows(dtype, options, count, layer):
-    for seed in range(2):
-        case = Case(dtype, seed=seed, **options)
-        mlp = case.make(layer, forms.FEW)
-        for low in (1, 0):  # without full rows, and with them: the module's own products, masked
-            levels = torch.randint(low, 6, (count,)).tolist()
-            case.begin(levels)
-            has_full = any(case.table.kind_LV[layer, level] == KIND_FULL for level in levels)
-            padding = torch.full((3, D), math.nan).to(dtype)
-            x = torch.cat([torch.randn(count, D).to(dtype), padding])
-            case.check(mlp, x, levels, saves_contextual=not has_full)
-            assert not case.state.device_forms.count_T.any()
-            assert not case.state.device_forms.arrived.any()
+def test_few_rows(dtype, options, count, layer, seed):
+    case = Case(dtype, seed=seed, **options)
+    mlp = case.make(layer, forms.FEW)
+    for low in (1, 0):  # without full rows, and with them: the module's own products, masked
+        levels = torch.randint(low, 6, (count,)).tolist()
+        case.begin(levels)
+        has_full = any(case.table.kind_LV[layer, level] == KIND_FULL for level in levels)
+        padding = torch.full((3, D), math.nan).to(dtype)
+        x = torch.cat([torch.randn(count, D).to(dtype), padding])
+        case.check(mlp, x, levels, saves_contextual=not has_full)
+        assert not case.state.device_forms.count_T.any()
+        assert not case.state.device_forms.arrived.any()
 
 
 @pytest.mark.parametrize("has_neurons", [True, False], ids=["levels", "skips"])
@@ -202,17 +202,17 @@ def test_an_activation_of_vllms_own_keeps_its_bits_and_reduced_rows_are_masked_b
     [(torch.float32, {"repaired": True}), (torch.bfloat16, {}), (torch.float16, {"activation": "gelu", "scores_activation": True})],
 )
 @pytest.mark.parametrize("has_neurons", [True, False], ids=["levels", "skips"])
-def test_many_rows(has_neurons, dtype, options, promised):
-    for layer, count in ((0, 70), (1, 3), (0, 130)):
-        case = Case(dtype, seed=count, **options)
-        mlp = case.make(layer, forms.MANY, has_neurons=has_neurons)
-        levels = torch.randint(0, 6 if has_neurons else 2, (count,)).tolist()
-        x = torch.randn(count + 2, D).to(dtype)
-        case.begin(levels, promised=promised)
-        out = case.check(mlp, x, levels, saves_contextual=False)  # ends the step
-        full = [t for t, level in enumerate(levels) if case.table.kind_LV[layer, level] == KIND_FULL]
-        if promised and not has_neurons and full:
-            assert torch.equal(out[full], mlp.compute_plain(x)[full]), "promised rows have the bits that they have between steps"
+@pytest.mark.parametrize(("layer", "count"), [(0, 70), (1, 3), pytest.param(0, 130, marks=pytest.mark.thorough)])
+def test_many_rows(has_neurons, dtype, options, promised, layer, count):
+    case = Case(dtype, seed=count, **options)
+    mlp = case.make(layer, forms.MANY, has_neurons=has_neurons)
+    levels = torch.randint(0, 6 if has_neurons else 2, (count,)).tolist()
+    x = torch.randn(count + 2, D).to(dtype)
+    case.begin(levels, promised=promised)
+    out = case.check(mlp, x, levels, saves_contextual=False)  # ends the step
+    full = [t for t, level in enumerate(levels) if case.table.kind_LV[layer, level] == KIND_FULL]
+    if promised and not has_neurons and full:
+        assert torch.equal(out[full], mlp.compute_plain(x)[full]), "promised rows have the bits that they have between steps"
 
 
 def test_rows_that_were_promised_are_the_modules_own_bits():
