@@ -17,6 +17,7 @@ from checkpoints import get_risk, make_state
 from measured import DTYPES, get_device
 from mlps import CheckFailed
 from replay import Replay, poison_scratch
+from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, Tokens
 from sedac.policy.model import Canary, Checkpoint, Policy, Rule, Scope
@@ -96,7 +97,7 @@ def make_plain(ours: State) -> State:
         copy.load_state_dict({name: tensor.cpu() for name, tensor in probes[layer].state_dict().items()})  # type: ignore[union-attr]
     cpu = torch.device("cpu")
     table = type(ours.table)(ours.layout.num_layers, (), (), 1, cpu)
-    return State(ours.layout, copies, table, max_num_tokens=ours.level_T.shape[0], device=cpu, allow_native=False)
+    return State(ours.layout, copies, table, max_num_tokens=ours.level_T.shape[0], device=cpu, make_backend=TorchBackend)
 
 
 def check_scene(ours: State, plain: State, scene: Scene, streams: list[Tensor], live: int, replay: Replay, where: str, *, num_replays: int) -> float:

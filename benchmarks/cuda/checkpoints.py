@@ -9,6 +9,7 @@ from cases import Shape, get_shape
 from measured import DTYPES, get_device
 from mlps import FULL, NEVER, CheckFailed, make_tokens
 from replay import Replay, poison_scratch
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
 from sedac.policy.layout import Layout
@@ -29,9 +30,7 @@ def make_state(
     )  # fmt: skip
     probes = {layer: LREProbe(shape.hidden_size, rank).requires_grad_(False).to(device) for layer in layers}
     table = LevelTable(shape.num_layers, (), (), shape.num_neurons, device)
-    state = State(layout, probes, table, max_num_tokens=max_num_tokens, device=device, allow_native=False)
-    if state.device_forms is None:
-        state.use_device_forms()
+    state = State(layout, probes, table, max_num_tokens=max_num_tokens, device=device, make_backend=CudaBackend)
     state.apply(Policy(enabled=True, checkpoints=tuple(Checkpoint(layer=layer, threshold=threshold) for layer in layers)), 1)
     return state
 

@@ -10,7 +10,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from sedac.engine.backends.levels import KIND_CONTEXTUAL
+from sedac.engine.backends.base import GatedMlp
+from sedac.engine.backends.kinds import KIND_CONTEXTUAL
+from sedac.engine.backends.torch_mlp import TorchMlp
 from sedac.engine.step.worker import SedacWorker
 from torch import Tensor
 from torch.nn import functional
@@ -41,14 +43,14 @@ class Worker(SedacWorker):
         """Keep what each gated MLP reads in the passes to come, until `bench_set_thresholds`; a policy must be active in them."""
         self.bench_inputs: dict[int, Tensor] = {}
         self.bench_undo: list[Any] = []
-        for mlp in self._find_mlps():
-            if self.sedac_state.device_forms is None:
-                handle = mlp.register_forward_pre_hook(functools.partial(self._keep_arguments, mlp.sedac_layer))
+        for gated in self.sedac_state.backend.mlps:
+            inner = getattr(gated, "device", None)
+            if inner is None:  # on the CPU
+                handle = gated.module.register_forward_pre_hook(functools.partial(self._keep_arguments, gated.layer))
                 self.bench_undo.append(handle.remove)
                 continue
-            inner = mlp.sedac_device
-            mlp.sedac_device = _Recording(inner, functools.partial(self._keep, mlp.sedac_layer))
-            self.bench_undo.append(functools.partial(setattr, mlp, "sedac_device", inner))
+            gated.device = _Recording(inner, functools.partial(self._keep, gated.layer))
+            self.bench_undo.append(functools.partial(setattr, gated, "device", inner))
 
     def bench_set_thresholds(self, share: float) -> dict[str, Any]:
         """Set every contextual level's threshold so that `share` of each layer's neurons passed it, on average over the recorded rows.
@@ -58,32 +60,24 @@ class Worker(SedacWorker):
         """
         for undo in self.bench_undo:
             undo()
-        table, found = self.sedac_state.table, []
-        for mlp in self._find_mlps():
-            layer = mlp.sedac_layer
+        found = []
+        for gated in self.sedac_state.backend.mlps:
+            layer = gated.layer
             if layer not in self.bench_inputs:
                 raise RuntimeError(f"the MLP of layer {layer} has not run outside CUDA graphs under an active policy; thresholds can't be measured")
-            score = functional.linear(self.bench_inputs[layer], self._get_gate(mlp)).float().abs().flatten().sort(descending=True).values
+            score = functional.linear(self.bench_inputs[layer], self._get_gate(gated)).float().abs().flatten().sort(descending=True).values
             keep = max(1, min(score.numel() - 1, round(share * score.numel())))
             threshold = float(score[keep - 1 : keep + 1].mean())  # between two scores, so that none lies on it
-            is_contextual_V = table.kind_LV[layer] == KIND_CONTEXTUAL
-            table.parameter_LV[layer][is_contextual_V] = threshold  # in place: the kernels know the addresses
-            device_mlp = getattr(mlp, "sedac_device", None)
-            if device_mlp is not None:
-                device_mlp.parameter_V[device_mlp.kind_V == KIND_CONTEXTUAL] = threshold
+            gated.parameter_V[gated.kind_V == KIND_CONTEXTUAL] = threshold  # in place: the kernels know the address
             found.append(threshold)
         self.bench_inputs = {}
         return {"share": share, "num_rows": MAX_ROWS, "thresholds": found}
 
-    def _find_mlps(self) -> list[Any]:
-        return [m for m in self.model_runner.get_model().modules() if hasattr(m, "sedac_handlers")]
-
-    def _get_gate(self, mlp: Any) -> Tensor:
+    def _get_gate(self, gated: GatedMlp) -> Tensor:
         """Return the gate's weights (F, D), of SEDAC's own copy where vLLM has packed its away."""
-        neurons = getattr(mlp, "sedac_neurons", None)
-        if neurons is not None:
-            return neurons.gate_FD
-        weight = mlp.gate_up_proj.weight.data
+        if isinstance(gated, TorchMlp) and gated.neurons is not None:
+            return gated.neurons.gate_FD
+        weight = gated.module.gate_up_proj.weight.data
         return weight[: weight.shape[0] // 2]
 
     def _keep(self, layer: int, x_TD: Tensor) -> None:

@@ -14,8 +14,10 @@ import torch
 import triton
 import triton.language as tl
 from cases import CONTEXTUAL, FULL, SKIP, WIDTH, Case, Shape
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
-from sedac.engine.backends.levels import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
+from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH
+from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import DECIDES, Tokens
 from sedac.policy.layout import Layout
@@ -51,10 +53,10 @@ def make_tokens(levels: Sequence[int], *, goal: int = SKIP, promised: bool = Fal
 
 def restart(state: State, floor_T: Tensor) -> None:
     """Put the step that runs back to its start, `floor_T` its first levels, inside a graph too: there a replay goes on where the last ended."""
-    assert state.device_forms is not None
+    assert isinstance(state.backend, CudaBackend)
     state.level_T[: len(floor_T)].copy_(floor_T)
     state.buffers.done_T.zero_()
-    state.device_forms.begin(len(floor_T), is_active=True)
+    state.backend.launch_begin(len(floor_T), is_active=True)
 
 
 class Mlps:
@@ -82,9 +84,7 @@ class Mlps:
             levels=self.table.names, max_rank=8,
         )  # fmt: skip
         probe = LREProbe(hidden_size, 8).requires_grad_(False).to(device)
-        self.state = State(layout, {0: probe}, self.table, max_num_tokens=max_num_tokens, device=device, allow_native=False)
-        if self.state.device_forms is None:
-            self.state.use_device_forms()
+        self.state = State(layout, {0: probe}, self.table, max_num_tokens=max_num_tokens, device=device, make_backend=CudaBackend)
         self.state.apply(Policy(enabled=True, checkpoints=(Checkpoint(layer=0, threshold=NEVER),)), 1)
         self.mlps: list[DeviceMlp] = []
 
@@ -94,8 +94,8 @@ class Mlps:
         `kind`: of MLPS; without neuron levels a row at one of them is full.
         """
         self.end()
-        forms_of = self.state.device_forms
-        assert forms_of is not None
+        backend = self.state.backend
+        assert isinstance(backend, CudaBackend)
         size, device = self.shape.num_neurons, self.device
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(size, device=device)
@@ -118,7 +118,7 @@ class Mlps:
             width_V = torch.where(kind_V == KIND_WIDTH, parameter_V, torch.where(kind_V == KIND_CONTEXTUAL, math.inf, 0.0))
             self.mlps.append(
                 DeviceMlp(
-                    device=forms_of, layer=layer, kind_V=kind_V, parameter_V=parameter_V,
+                    backend=backend, layer=layer, kind_V=kind_V, parameter_V=parameter_V,
                     falling_V=width_V.argsort(descending=True, stable=True).int(), base=functools.partial(run_dense, gate_up=gate_up, down=down),
                     parts=None if kind == "other" else parts, neurons=neurons, form=form,
                 )

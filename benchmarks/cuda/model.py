@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from cases import CONTEXTUAL, EXITS, SKIP, Ceilings, Plan, Shape
 from mlps import NEVER, Mlps, make_tokens, restart, run_dense
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
 from sedac.policy.layout import Layout
@@ -45,10 +46,7 @@ class Decoder:
             probe_set_sha256="0" * 64, levels=table.names, max_rank=rank,
         )  # fmt: skip
         probes = {layer: LREProbe(self.shape.hidden_size, rank).requires_grad_(False).to(self.device) for layer in layout.checkpoint_layers}
-        state = State(layout, probes, table, max_num_tokens=max(16, self.num_tokens), device=self.device, allow_native=False)
-        if state.device_forms is None:
-            state.use_device_forms()
-        return state
+        return State(layout, probes, table, max_num_tokens=max(16, self.num_tokens), device=self.device, make_backend=CudaBackend)
 
     def attend(self, layer: int, hidden_TD: Tensor) -> Tensor:
         """Return attention's output (T, D) over the cache, whose last place the step's own token takes."""

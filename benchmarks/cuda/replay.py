@@ -104,7 +104,7 @@ def fill_empty() -> Iterator[None]:
 
 
 def poison_scratch(state: State) -> None:
-    """Fill with NaN what the state's device forms hold between two launches and rewrite in each: their private buffers of floats."""
-    for name, value in vars(state.device_forms).items():
+    """Fill with NaN what the state's backend holds between two launches and rewrite in each: their private buffers of floats."""
+    for name, value in vars(state.backend).items():
         if name.startswith("_") and isinstance(value, Tensor) and value.is_floating_point():
             value.fill_(math.nan)

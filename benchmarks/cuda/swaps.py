@@ -14,6 +14,7 @@ from checkpoints import begin, get_risk, make_state
 from measured import get_device
 from mlps import CheckFailed
 from replay import Replay
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.policy.model import Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 
@@ -36,9 +37,9 @@ def run_swaps(num_swaps: int, device: torch.device, *, captures: bool) -> dict[s
     """Return how many swaps were made and how many passes were mixed or late, and how many buffers changed their address."""
     shape, num_tokens = TINY, 4
     state = make_state(shape, LAYERS, device, rank=8, threshold=1e9)
-    forms = state.device_forms
-    assert forms is not None
-    watched = [*state.buffers.tensors, *state.stable.probes[0].tensors, *state.stable.probes[1].tensors, state.stable.knobs_CK, forms.rules_A3]
+    backend = state.backend
+    assert isinstance(backend, CudaBackend)
+    watched = [*state.buffers.tensors, *state.stable.probes[0].tensors, *state.stable.probes[1].tensors, state.stable.knobs_CK, backend.rules_A3]
     addresses = [tensor.data_ptr() for tensor in watched]
     stream_TD = torch.randn(num_tokens, shape.hidden_size, device=device)
     residual_TD = torch.zeros_like(stream_TD)

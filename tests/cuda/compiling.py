@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import triton
 from sedac.engine.backends.cuda import forms
-from sedac.engine.backends.cuda.device import DeviceForms
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step.state import State
@@ -90,7 +90,7 @@ def catch(run: Callable[[], object], seen: dict[str, dict[str, Any]]) -> None:
 
 
 def make_mlp(
-    device: DeviceForms, hidden_size: int, size: int, dtype: torch.dtype, form: int, *, has_neurons: bool = True, repaired: bool = False,
+    backend: CudaBackend, hidden_size: int, size: int, dtype: torch.dtype, form: int, *, has_neurons: bool = True, repaired: bool = False,
     has_own_activation: bool = False,
 ) -> DeviceMlp:  # fmt: skip
     """Make an MLP of weights without memory; its own products do nothing."""
@@ -108,7 +108,7 @@ def make_mlp(
         own_activation=(lambda x: x.new_empty(x.shape[0], size)) if has_own_activation else None,
     )  # fmt: skip
     return DeviceMlp(
-        device=device, layer=0, kind_V=device.table.kind_LV[0], parameter_V=device.table.parameter_LV[0], falling_V=empty(16, dtype=torch.int32),
+        backend=backend, layer=0, kind_V=backend.table.kind_LV[0], parameter_V=backend.table.parameter_LV[0], falling_V=empty(16, dtype=torch.int32),
         base=torch.empty_like, parts=parts, neurons=neurons if has_neurons else None, form=form,
     )  # fmt: skip
 
@@ -118,15 +118,16 @@ def compile_all(
 ) -> dict[str, dict[str, Any]]:
     """Compile every kernel as the engine launches it at a model's shapes, or a few of them (see above); by launch."""
     layout = Layout(num_layers=num_layers, hidden_size=hidden_size, checkpoint_layers=(4,), probe_set="t", levels=("full", "skip"), max_rank=rank)
-    state = State(
-        layout, {4: LREProbe(hidden_size, rank)}, LevelTable(num_layers, (), (), size, CPU), max_num_tokens=512, device=CPU, allow_native=False
-    )
     seen: dict[str, dict[str, Any]] = {}
     zeros = np.zeros(1, dtype=np.uint8)
     tokens = Tokens(role_T=zeros, floor_T=zeros + 1, goal_T=zeros, scale_T=np.ones(1, dtype=np.float32), tier_T=np.zeros(1, dtype=np.int64))
 
+    made: list[State] = []
+
     def begin() -> None:
-        state.use_device_forms()
+        table = LevelTable(num_layers, (), (), size, CPU)
+        state = State(layout, {4: LREProbe(hidden_size, rank)}, table, max_num_tokens=512, device=CPU, make_backend=CudaBackend)
+        made.append(state)
         state.begin_step(1, tokens)
         for num_rows in (16,) if only_one else (1, 8, 16, 256):
             for dtype in (torch.bfloat16,) if only_one else (torch.float32, torch.bfloat16):
@@ -136,19 +137,20 @@ def compile_all(
         state.end_step()
 
     catch(begin, seen)
-    assert state.device_forms is not None
+    backend = made[0].backend
+    assert isinstance(backend, CudaBackend)
     for dtype in (torch.bfloat16,) if only_bf16 or only_one else (torch.bfloat16, torch.float16):
         for form, num_rows in ((forms.FEW, 1), (forms.MIDDLE, 64), (forms.MANY, 256))[: 1 if only_one else None]:
             for has_neurons in (True, False):
                 if form == forms.FEW and not has_neurons:
                     continue
-                mlp = make_mlp(state.device_forms, hidden_size, size, dtype, form, has_neurons=has_neurons, repaired=True)
-                state.device_forms.repair_GL.fill_(True)
+                mlp = make_mlp(backend, hidden_size, size, dtype, form, has_neurons=has_neurons, repaired=True)
+                backend.repair_GL.fill_(True)
                 x = torch.empty(num_rows, hidden_size, dtype=dtype, device=META)
                 catch(functools.partial(mlp.compute, x), seen)
         if only_one:
             continue
-        mlp = make_mlp(state.device_forms, hidden_size, size, dtype, forms.MIDDLE, has_own_activation=True)
+        mlp = make_mlp(backend, hidden_size, size, dtype, forms.MIDDLE, has_own_activation=True)
         catch(functools.partial(mlp.compute, torch.empty(64, hidden_size, dtype=dtype, device=META)), seen)
     return seen
 

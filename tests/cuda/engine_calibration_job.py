@@ -41,8 +41,8 @@ if __name__ == "__main__":
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_LOGGING_LEVEL="ERROR",
         VLLM_NO_USAGE_STATS="1", VLLM_PLUGINS="sedac", TRITON_INTERPRET="1",
     )  # fmt: skip
-    from tests.cuda.engine_job import use_device_forms
+    from tests.cuda.engine_job import use_cuda_backend
 
-    use_device_forms()
+    use_cuda_backend()
     destination = Path(sys.argv[1])
     (destination / "answers.json").write_text(json.dumps(run(destination)))

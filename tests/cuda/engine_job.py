@@ -17,21 +17,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "probes" / "sedac_demo"
 
 
-def use_device_forms() -> None:
-    """Let states on the CPU take the forms of a GPU, and leave the weights where those read them."""
+def use_cuda_backend() -> None:
+    """Let models on the CPU take the backend of a GPU, and leave the weights where those read them."""
     from benchmarks.cuda.interpreter import use_interpreter
 
     use_interpreter()
-    from sedac.engine.step.state import State
+    from sedac.engine.backends import choice
+    from sedac.engine.backends.cuda.backend import CudaBackend
     from vllm.model_executor.layers import utils
 
-    inner = State.__init__
-
-    def __init__(self: State, *arguments: Any, **keywords: Any) -> None:  # noqa: N807
-        inner(self, *arguments, **{**keywords, "allow_native": False})
-        self.use_device_forms()
-
-    State.__init__ = __init__  # type: ignore[method-assign]
+    choice.choose_backend = lambda *_, min_weight_bytes: functools.partial(CudaBackend, min_weight_bytes=min_weight_bytes)
     pack = utils.dispatch_cpu_unquantized_gemm
     utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: pack(layer, remove_weight=False)
 
@@ -90,5 +85,5 @@ if __name__ == "__main__":
     )  # fmt: skip
     if sys.argv[1] == "device":
         os.environ["TRITON_INTERPRET"] = "1"
-        use_device_forms()
+        use_cuda_backend()
     Path(sys.argv[2]).write_text(json.dumps(run(), default=functools.partial(str)))

@@ -8,6 +8,7 @@ machine.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -74,9 +75,9 @@ def run_engine(arguments: list[str], *, reason: str = "") -> dict[str, Any]:
     state = model.sedac_state
     found.update(
         refused="", built=type(model).__name__, mode_built=compilation.cudagraph_mode.name, sizes_built=compilation.cudagraph_capture_sizes,
-        forms=type(state.device_forms).__name__, mlps=sorted({type(layer.mlp).__name__ for layer in model.model.layers}),
+        forms=type(state.backend).__name__, mlps=sorted({type(layer.mlp).__name__ for layer in model.model.layers}),
         attention=type(model.model.layers[0].self_attn.attn.impl).__name__, draft=state.layout.draft,
-        min_weight_bytes=state.device_forms.min_weight_bytes,
+        min_weight_bytes=state.backend.min_weight_bytes,
     )  # fmt: skip
     return {**found, "dispatched": _dispatch(config)}
 
@@ -89,7 +90,7 @@ def _build(config: Any) -> Any:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    _use_device_forms()
+    _use_cuda_backend()
     with set_current_vllm_config(config), tempfile.TemporaryDirectory() as folder:
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         initialize_model_parallel(1, 1)
@@ -97,19 +98,14 @@ def _build(config: Any) -> Any:
             return initialize_model(vllm_config=config)
 
 
-def _use_device_forms() -> None:
+def _use_cuda_backend() -> None:
     from benchmarks.cuda.interpreter import use_interpreter
 
     use_interpreter()
-    from sedac.engine.step.state import State
+    from sedac.engine.backends import choice
+    from sedac.engine.backends.cuda.backend import CudaBackend
 
-    inner = State.__init__
-
-    def __init__(self: State, *arguments: Any, **keywords: Any) -> None:  # noqa: N807
-        inner(self, *arguments, **{**keywords, "allow_native": False})
-        self.use_device_forms()
-
-    State.__init__ = __init__  # type: ignore[method-assign]
+    choice.choose_backend = lambda *_, min_weight_bytes: functools.partial(CudaBackend, min_weight_bytes=min_weight_bytes)
 
 
 def _dispatch(config: Any) -> dict[str, Any]:

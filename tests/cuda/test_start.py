@@ -112,7 +112,7 @@ def test_documented_lines_start_inside_graphs(starter: Starter, name: str) -> No
     assert made["worker"] == "sedac.engine.step.worker.SedacWorker"
     assert made["speculative"] is None
     assert made["entry"] == {"probe_set": str(REPOSITORY / "probes/sedac_demo/probe-set"), "checkpoint_layers": [], "levels": True}
-    assert (made["built"], made["forms"], made["mlps"]) == ("SedacQwen2ForCausalLM", "DeviceForms", ["GatedQwen2MLP"])
+    assert (made["built"], made["forms"], made["mlps"]) == ("SedacQwen2ForCausalLM", "CudaBackend", ["GatedQwen2MLP"])
     assert (made["attention"], made["draft"], made["min_weight_bytes"]) == ("FlashAttentionImpl", "", 16 << 20)
     assert made["mode_built"] == "FULL_AND_PIECEWISE"
     assert made["dispatched"]["step"] == "FULL"

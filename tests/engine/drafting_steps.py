@@ -113,17 +113,17 @@ def watch_drafts(llm):
 
 def refuse_native_drafts():
     """Let draft passes run in torch; before there is an engine."""
-    from sedac.engine.drafting.native import NativeDraft
+    from sedac.engine.backends.cpu_draft import CpuDraftPass
 
     def refuse(*_, **__):
         raise ValueError("this test wants torch")
 
-    NativeDraft.__init__ = refuse
+    CpuDraftPass.__init__ = refuse
 
 
 def drafts_natively(llm):
     """Whether draft passes run in the native operator."""
-    return _get_worker(llm).sedac_drafter._native is not None
+    return _get_worker(llm).sedac_drafter.passes.is_one_operation
 
 
 def drafts(llm):
@@ -135,9 +135,9 @@ class _Writes:
     """Checks every write of drafting: the slots asked for, and what changed in the caches' memory, against the scheduler's own blocks."""
 
     def __init__(self, llm):
+        from sedac.engine.backends.cpu_draft import CpuDraftPass
         from sedac.engine.drafting.attention import DraftAttention
         from sedac.engine.drafting.heads import HeadLayer
-        from sedac.engine.drafting.native import NativeDraft
 
         worker = _get_worker(llm)
         self.runner, self.drafter = worker.model_runner, worker.sedac_drafter
@@ -148,7 +148,7 @@ class _Writes:
         self.faults, self.num_draft_slots, self.num_head_slots, self.num_last, self.owners = [], 0, 0, 0, Counter()
         self.asked, self.asked_head = [], []
         self.propose, self.drafter.propose = self.drafter.propose, self.check
-        build, write, fill = DraftAttention.build, HeadLayer.write_cache, NativeDraft.fill
+        build, write, fill = DraftAttention.build, HeadLayer.write_cache, CpuDraftPass.fill
 
         def noted_build(attention, *args, **keywords):
             metadata, slots = build(attention, *args, **keywords)
@@ -159,11 +159,11 @@ class _Writes:
             self.asked_head += args[-1].tolist()
             write(head, *args)
 
-        def noted_fill(native, *args):
+        def noted_fill(draft_pass, *args):
             self.asked_head += args[-1].tolist()
-            fill(native, *args)
+            fill(draft_pass, *args)
 
-        DraftAttention.build, HeadLayer.write_cache, NativeDraft.fill = noted_build, noted_write, noted_fill
+        DraftAttention.build, HeadLayer.write_cache, CpuDraftPass.fill = noted_build, noted_write, noted_fill
 
     def get_slot(self, request_id, position, *, is_draft):
         """The slot that a request's position has; notes a fault where it has none of its own."""

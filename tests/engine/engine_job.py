@@ -229,7 +229,7 @@ def watched_steps(llm):
 def describe_draft(llm):
     """The draft model's class and the names of its modules that SEDAC has touched."""
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.model
-    touched = [name for name, module in model.named_modules() if any(key.startswith("sedac_") and key != "sedac_state" for key in vars(module))]
+    touched = [name for name, module in model.named_modules() if any(key.startswith("sedac") and key != "sedac_state" for key in vars(module))]
     return {"class": type(model).__name__, "state": getattr(model, "sedac_state", None) is not None, "touched": touched}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from sedac.engine.backends.cpu import CpuBackend, load
+from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.drafting.acceptance import Acceptance
 from sedac.engine.drafting.draws import Draws, draw, make_generator
 from sedac.engine.drafting.totals import Totals
@@ -58,9 +61,11 @@ def test_tokens_come_from_the_reported_distribution(knobs, seeded):
     assert torch.allclose(torch.from_numpy(np.sort(expected[support])[::-1].copy()).float(), best.softmax(-1), atol=1e-6)
 
 
-def test_greedy_sequences_take_the_best_beside_sampled_ones():
+@pytest.mark.parametrize("backend", [TorchBackend, CpuBackend])
+def test_greedy_sequences_take_the_best_beside_sampled_ones(backend):
+    assert load(), "build the kernels first: make setup"
     logits = torch.stack([_make_logits().roll(i) for i in range(4)])
-    tokens, confidences, probs = draw(logits, None)
+    tokens, confidences, probs = draw(logits, None, pick=functools.partial(backend.pick, None))
     assert torch.equal(tokens, logits.argmax(-1))
     assert torch.allclose(confidences, logits.softmax(-1).amax(-1))
     assert probs is None

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 import vllm._custom_ops as ops
-from sedac.engine.backends import native
-from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable, NeuronWeights, sort_neurons
+from sedac.engine.backends.cpu import CpuBackend, load
+from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, KINDS
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.neurons import ACTIVATIONS, NeuronWeights, sort_neurons
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import Tokens
 from sedac.policy.layout import Layout
@@ -38,14 +40,13 @@ class Case:
         self.neurons = Neurons(order_F=torch.randperm(F, dtype=torch.int32), scale_F=torch.rand(F), repair_FD=repair)
         self.table = LevelTable(LAYERS, LEVELS, (0.2, 0.3, 0.5, 0.6), F, CPU)
         layout = Layout(num_layers=LAYERS, hidden_size=D, checkpoint_layers=(), probe_set="t", levels=self.table.names)
-        self.state = State(layout, {}, self.table, max_num_tokens=64, device=CPU)
-        assert self.state.native
+        self.state = State(layout, {}, self.table, max_num_tokens=64, device=CPU, make_backend=CpuBackend)
         self.state.apply(Policy(enabled=True), 1)
         order, _ = sort_neurons(self.neurons, 0, 1)
         down = self.down.T[order] if repair is None else repair.to(dtype)[order]
         self.weights = NeuronWeights(
             gate_FD=self.gate[order].contiguous(), up_FD=self.up[order].contiguous(), down_FD=down.contiguous(), scale_F=self.neurons.scale_F[order],
-            order_F=order, repaired=repaired, activation=activation, scores_activation=score == "activation", counts={},
+            order_F=order, repaired=repaired, activation=activation, scores_activation=score == "activation",
         )  # fmt: skip
         self.handlers = [ops.create_onednn_mm(torch.cat([self.gate, self.up]).t(), 32), ops.create_onednn_mm(self.down.t(), 32)]
         w, n = self.weights, torch.ops.sedac
@@ -122,7 +123,7 @@ def test_full_width_in_any_order_equals_the_plain_mlp():
     case = Case(torch.float32, "silu", "gate", repaired=False)
     x = torch.randn(5, D)
     for parameter in (F, F - 1e-9):
-        whole, _ = case.weights.compute(x, 2, parameter if parameter == F else F)
+        whole, _ = KINDS[KIND_WIDTH].compute(x, parameter if parameter == F else F, case.weights, case.plain)
         torch.testing.assert_close(whole, case.plain(x), rtol=1e-5, atol=1e-5)
     torch.ops.sedac.add_mlp(
         0, *[h.handler_tensor for h in case.handlers], D, torch.full((16,), 2, dtype=torch.uint8), torch.full((16,), float(F)), ACTIVATIONS["silu"]
@@ -137,7 +138,7 @@ def test_the_plain_form_equals_the_naive_form_too():
     x = torch.randn(6, D)
     for level in range(2, 6):
         kind, parameter = int(case.table.kind_LV[0][level]), float(case.table.parameter_LV[0][level])
-        out, computed = case.weights.compute(x, kind, parameter)
+        out, computed = KINDS[kind].compute(x, parameter, case.weights, case.plain)
         expected, share = case.expect(x, level, 0)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(computed, share)
@@ -163,4 +164,4 @@ def test_skip_all_says_when_nothing_is_left_to_compute():
 
 
 def test_kernels_are_there():
-    assert native.load()
+    assert load()

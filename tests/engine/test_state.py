@@ -9,7 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sedac.engine.backends.choice import choose_backend
+from sedac.engine.backends.cpu import CpuBackend
 from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.policy.layout import Layout
@@ -31,10 +34,8 @@ ALL_SHARES = [0.0, 1.0, *SHARES]
 
 def make_state(use_native: bool) -> State:
     table = LevelTable(6, LEVELS, SHARES, 64, CPU)
-    state = State(LAYOUT, PROBES, table, max_num_tokens=16, device=CPU)
-    assert state.native, "build the kernels first: make setup"
-    state.native = use_native
-    return state
+    assert choose_backend(CPU, torch.float32) is CpuBackend, "build the kernels first: make setup"
+    return State(LAYOUT, PROBES, table, max_num_tokens=16, device=CPU, make_backend=CpuBackend if use_native else TorchBackend)
 
 
 def make_tokens(generator: torch.Generator, num_tokens: int) -> Tokens:

@@ -251,9 +251,9 @@ worker = llm.llm_engine.model_executor.driver_worker.worker
 drafter, passes = worker.sedac_drafter, []
 draw, run_draft = draws.draw, drafter._draft
 
-def draw_and_keep(logits, sampling):
+def draw_and_keep(logits, sampling, pick):
     passes[-1][1].append(logits[0].float().clone())
-    return draw(logits, sampling)
+    return draw(logits, sampling, pick=pick)
 
 def draft_once(drafts, rows, lengths, limits, num_tokens, token_ids):
     passes.append((int(num_tokens[rows[0]]), []))

@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.forms import FEW, MANY, MIDDLE
-from sedac.engine.backends.levels import KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
+from sedac.engine.backends.kinds import KIND_FULL, KIND_SKIP, KIND_WIDTH
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT, Tokens
 from sedac.policy.layout import Layout
@@ -33,10 +36,8 @@ LAYOUT = Layout(
 def make_state(rank: int, *, on_device: bool) -> State:
     torch.manual_seed(rank)
     probes = {layer: LREProbe(D, rank).requires_grad_(False) for layer in LAYOUT.checkpoint_layers}
-    state = State(LAYOUT, probes, LevelTable(LAYERS, LEVELS, (0.1, 0.2, 0.5), 64, CPU), max_num_tokens=ROOM, device=CPU, allow_native=False)
-    if on_device:
-        state.use_device_forms()
-    return state
+    table = LevelTable(LAYERS, LEVELS, (0.1, 0.2, 0.5), 64, CPU)
+    return State(LAYOUT, probes, table, max_num_tokens=ROOM, device=CPU, make_backend=CudaBackend if on_device else TorchBackend)
 
 
 def make_tokens(generator: torch.Generator, count: int) -> Tokens:
@@ -98,7 +99,7 @@ def test_levels_counts_and_flags_equal_the_plain_form(seed):
             stream[0, 0] += poison
             parts = (stream - 0.25, torch.full_like(stream, 0.25)) if layer == 3 else (stream, None)
             for state in states:
-                if state.is_watching(layer):
+                if state.is_watching():
                     state.observe(layer, *parts)
             if states[1].is_active:
                 check_flags(states[1], count)
@@ -110,15 +111,15 @@ def test_levels_counts_and_flags_equal_the_plain_form(seed):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         for state in states:
             state.end_step()
-        assert bool(states[1].device_forms.dense_GL.all()), "between steps everything runs dense"
-        assert not states[1].device_forms._arrived.any(), "arrivals are left at 0"
+        assert bool(states[1].backend.dense_GL.all()), "between steps everything runs dense"
+        assert not states[1].backend._arrived.any(), "arrivals are left at 0"
         for ours, theirs in zip(states[1].arms, states[0].arms, strict=True):
             assert ours.counts_C2.tolist() == theirs.counts_C2.tolist()
 
 
 def check_flags(state: State, count: int) -> None:
     for form, expected in get_flags(state, count).items():
-        assert state.device_forms.dense_GL[form].tolist() == expected
+        assert state.backend.dense_GL[form].tolist() == expected
 
 
 def expect_risk(state: State, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -157,10 +158,9 @@ def test_a_wide_stream_is_projected_in_parts(count, num_splits, monkeypatch):
     hidden_size, rank = 300, 19
     layout = Layout(num_layers=2, hidden_size=hidden_size, checkpoint_layers=(0,), probe_set="t", levels=("full", "skip"), max_rank=rank)
     probe = LREProbe(hidden_size, rank).requires_grad_(False)
-    state = State(layout, {0: probe}, LevelTable(2, (), (), 64, CPU), max_num_tokens=512, device=CPU, allow_native=False)
-    state.use_device_forms()
+    state = State(layout, {0: probe}, LevelTable(2, (), (), 64, CPU), max_num_tokens=512, device=CPU, make_backend=CudaBackend)
     num_blocks = -(-count // 16) * -(-rank // 16)
-    assert count < 16 or state.device_forms._choose_splits(count, hidden_size, num_blocks) == min(num_splits, 264 // num_blocks, 512 // count)
+    assert count < 16 or state.backend._choose_splits(count, hidden_size, num_blocks) == min(num_splits, 264 // num_blocks, 512 // count)
     state.apply(Policy(enabled=True, checkpoints=(Checkpoint(layer=0, threshold=1e9),)), 1)
     tokens = make_tokens(torch.Generator().manual_seed(1), count)
     tokens = Tokens(
@@ -170,7 +170,7 @@ def test_a_wide_stream_is_projected_in_parts(count, num_splits, monkeypatch):
         torch.manual_seed(seed)
         hidden, residual = torch.randn(count, hidden_size), torch.randn(count, hidden_size)
         state.begin_step(count, tokens)
-        state.device_forms._z_TR.fill_(math.nan)
+        state.backend._z_TR.fill_(math.nan)
         state.observe(0, hidden, residual)
         expected = expect_risk(state, hidden, residual)
         torch.testing.assert_close(state.buffers.risk_CT[0, :count].double(), expected, rtol=1e-5, atol=1e-6)
@@ -180,7 +180,7 @@ def test_a_wide_stream_is_projected_in_parts(count, num_splits, monkeypatch):
 def test_a_swap_reaches_the_next_launch_in_place():
     state = make_state(8, on_device=True)
     state.apply(make_policy("first", "token", 0.0), 1)
-    forms = state.device_forms
+    forms = state.backend
     addresses = [
         t.data_ptr() for t in (*state.buffers.tensors, forms.rules_A3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)
     ]

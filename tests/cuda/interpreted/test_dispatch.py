@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sedac.engine.backends import mlp
 from sedac.engine.backends.cuda import forms, gated
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.step import checkpoint
 from sedac.engine.step.state import State
@@ -99,15 +99,15 @@ class Model:
         self.state = self.make_state()
 
     def make_state(self) -> State:
-        state = State(LAYOUT, {0: self.probe}, LevelTable(LAYERS, LEVELS, (0.5, 0.6), F, CPU), max_num_tokens=160, device=CPU, allow_native=False)
-        state.use_device_forms()
-        return state
+        table = LevelTable(LAYERS, LEVELS, (0.5, 0.6), F, CPU)
+        return State(LAYOUT, {0: self.probe}, table, max_num_tokens=160, device=CPU, make_backend=CudaBackend)
 
     def make_mlp(self, name: str = "m", *, mine: slice = slice(None), state: State | None = None, neurons: bool = True, lora: bool = False) -> Mlp:
         made = Mlp(torch.cat([self.gate[mine], self.up[mine]]), self.down[:, mine].contiguous())
         given = self.neurons if neurons else None
-        mlp.attach(made, name, 1, state or self.state, given, scores_activation=False, lora=lora)
-        mlp.finish(made)
+        backend = (state or self.state).backend
+        backend.attach_mlp(made, name, 1, given, scores_activation=False, lora=lora)
+        backend.finish_mlp(made)
         return made
 
     def expect(self, x: torch.Tensor, level: int) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_every_row_gets_its_level_through_the_engines_operator(count, compiled, 
     model = Model()
     model.state.apply(Policy(enabled=True), 1)
     made = model.make_mlp()
-    assert made.sedac_device.choose_form(count) == (forms.FEW if count <= 16 else forms.MIDDLE if count < 128 else forms.MANY)
+    assert made.sedac.device.choose_form(count) == (forms.FEW if count <= 16 else forms.MIDDLE if count < 128 else forms.MANY)
     run = torch.compile(made, backend="eager", fullgraph=True) if compiled else made
     for seed, lowest in ((1, 0), (2, 1)):
         torch.manual_seed(seed)
@@ -150,7 +150,7 @@ def test_without_neurons_rows_are_full_or_skipped(lora):
     model = Model()
     model.state.apply(Policy(enabled=True), 1)
     made = model.make_mlp(neurons=False, lora=lora)
-    assert (made.sedac_device.parts is None) == lora
+    assert (made.sedac.device.parts is None) == lora
     for levels in ([0, 1, 0, 1], [1, 1, 1, 1], [0, 0, 0, 0]):
         begin(model.state, levels)
         x = torch.randn(4, D)
@@ -164,12 +164,12 @@ def test_an_mlp_that_computes_more_is_not_taken_apart(monkeypatch):
     model.state.apply(Policy(enabled=True), 1)
     for neurons in (None, model.neurons):
         made = ScaledMlp(torch.cat([model.gate, model.up]), model.down)
-        mlp.attach(made, "scaled", 1, model.state, neurons, scores_activation=False, lora=False)
+        model.state.backend.attach_mlp(made, "scaled", 1, neurons, scores_activation=False, lora=False)
         if neurons is not None:
             with pytest.raises(UnsupportedModel, match=r"scaled computes more.*SEDAC_LEVELS=0"):
-                mlp.finish(made)
+                model.state.backend.finish_mlp(made)
             continue
-        mlp.finish(made)
+        model.state.backend.finish_mlp(made)
         begin(model.state, [0, 1])
         x = torch.randn(2, D)
         out = made(x)
@@ -186,7 +186,7 @@ def test_long_passes_outside_graphs_never_wait_for_the_device(monkeypatch):
     levels = [0, 1, 2, 3] * 5
     begin(model.state, levels)
     x = torch.randn(20, D)
-    out = made.sedac_device.compute(x)
+    out = made.sedac.device.compute(x)
     monkeypatch.undo()
     model.state.end_step()
     set_ranks(monkeypatch, 0, 1)
@@ -217,7 +217,7 @@ def test_ranks_that_add_up_inside_are_refused(monkeypatch):
     made = Mlp(torch.cat([model.gate, model.up]), model.down)
     made.down_proj.reduce_results = False
     with pytest.raises(UnsupportedModel, match="tensor_parallel_size 1"):
-        mlp.attach(made, "m", 1, model.state, None, scores_activation=False, lora=False)
+        model.state.backend.attach_mlp(made, "m", 1, None, scores_activation=False, lora=False)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "traced"])

@@ -63,7 +63,7 @@ def test_a_failing_body_closes_its_node():
 @pytest.mark.parametrize("form", [forms.FEW, forms.MIDDLE, forms.MANY])
 def test_an_mlp_captures_its_products_and_their_repair(form):
     case = Case(torch.float32, repaired=True)
-    device, mlp, x = case.state.device_forms, case.make(1, form), torch.randn(5, D)
+    device, mlp, x = case.state.backend, case.make(1, form), torch.randn(5, D)
     with capture() as nodes:
         mlp.compute(x)
     dense, repair = device.dense_GL[form, 1].data_ptr(), device.repair_GL[form, 1].data_ptr()

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from sedac.engine.backends.cuda import forms
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
-from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, LevelTable
+from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH
+from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.neurons import ACTIVATIONS
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import DECIDES, Tokens
 from sedac.policy.layout import Layout
@@ -50,8 +53,7 @@ class Case:
         self.neuron_down = (self.down.T * (1.1 if repaired else 1)).to(dtype).contiguous()
         layout = Layout(num_layers=LAYERS, hidden_size=D, checkpoint_layers=(), probe_set="t", levels=("full", "skip", *(x.name for x in LEVELS)))
         self.table = LevelTable(LAYERS, LEVELS, (0.2, 0.3, 0.5, 0.6), F, CPU)
-        self.state = State(layout, {}, self.table, max_num_tokens=256, device=CPU, allow_native=False)
-        self.state.use_device_forms()
+        self.state = State(layout, {}, self.table, max_num_tokens=256, device=CPU, make_backend=CudaBackend)
         self.state.apply(Policy(enabled=True), 1)
         rank = torch.empty(F, dtype=torch.int32)
         rank[self.order] = torch.arange(F, dtype=torch.int32)
@@ -71,7 +73,7 @@ class Case:
             own_activation=self.activate_twice_rounded if self.own_activation else None,
         )  # fmt: skip
         return DeviceMlp(
-            device=self.state.device_forms, layer=layer, kind_V=kind_V, parameter_V=parameter_V, falling_V=falling.int(), base=self.plain,
+            backend=self.state.backend, layer=layer, kind_V=kind_V, parameter_V=parameter_V, falling_V=falling.int(), base=self.plain,
             parts=parts if is_known else None, neurons=self.neurons if has_neurons else None, form=form,
         )  # fmt: skip
 
@@ -159,8 +161,8 @@ def test_few_rows(dtype, options, count, layer, seed):
         padding = torch.full((3, D), math.nan).to(dtype)
         x = torch.cat([torch.randn(count, D).to(dtype), padding])
         case.check(mlp, x, levels, saves_contextual=not has_full)
-        assert not case.state.device_forms.count_T.any()
-        assert not case.state.device_forms.arrived.any()
+        assert not case.state.backend.count_T.any()
+        assert not case.state.backend.arrived.any()
 
 
 @pytest.mark.parametrize("has_neurons", [True, False], ids=["levels", "skips"])

@@ -25,7 +25,7 @@ def run_step(state, tokens, count: int, seed: int):
     generator = torch.Generator().manual_seed(seed)
     for layer in (1, 3):
         stream = torch.randn(count, D, generator=generator)
-        if state.is_watching(layer):
+        if state.is_watching():
             state.observe(layer, stream)
     return state.end_step()
 
@@ -60,7 +60,7 @@ def test_thresholds_follow_with_a_lag_of_one_step():
             seen[name].append(state.stable.knobs_CK[:, 0].tolist())
             state.observe(1, torch.randn(6, D, generator=torch.Generator().manual_seed(seed)))
             state.end_step()
-        assert len(device.device_forms.waiting._steps) == min(2, seed + 1)
+        assert len(device.backend.waiting._steps) == min(2, seed + 1)
     assert seen["plain"][0] != seen["plain"][1], "the first step moves the thresholds"
     assert seen["device"][0] == seen["device"][1], "on a GPU it is read after the second has begun"
     assert seen["device"][2] == pytest.approx(seen["plain"][1], rel=1e-5)
@@ -69,14 +69,14 @@ def test_thresholds_follow_with_a_lag_of_one_step():
 def test_a_finished_request_is_counted_before_its_report_is_made():
     state = make_state(8, on_device=True)
     state.apply(Policy(enabled=True, checkpoints=(Checkpoint(layer=1, threshold=1e9),)), 1)
-    requests, waiting = Requests(state), state.device_forms.waiting
+    requests, backend = Requests(state), state.backend
     requests.add("a", {TIER_KEY: "balanced"})
     bounds = np.array([0, 1])
     for _ in range(3):
         tokens = requests.make_tokens(["a"], bounds, np.array([1]), np.array([4]))
         run_step(state, tokens, 1, 0)
-        waiting.then(functools.partial(requests.count_step, ("a",), bounds.copy()))
-    waiting.then(lambda _: requests.finish(("a",)))
+        backend.then(functools.partial(requests.count_step, ("a",), bounds.copy()))
+    backend.then(lambda _: requests.finish(("a",)))
     assert requests.has("a")
     state.settle()
     report = requests.get_report("a")

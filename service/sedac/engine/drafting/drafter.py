@@ -9,7 +9,6 @@ N drafting sequences, B sequences of the batch, T tokens of the step, D hidden s
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,34 +17,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sedac.contract.stats import DraftingStats
 from sedac.engine.drafting import draws
 from sedac.engine.drafting.acceptance import Acceptance
-from sedac.engine.drafting.attention import DraftAttention
 from sedac.engine.drafting.controller import Controller, Limits
-from sedac.engine.drafting.heads import HeadCache, HeadLayer
-from sedac.engine.drafting.model import DraftModel, make_layers, make_norm
-from sedac.engine.drafting.native import NativeDraft
-from sedac.engine.drafting.parts import (
-    VllmConfig,
-    keep_draft_probs,
-    let_drafter_choose,
-    process_weights_after_loading,
-    set_current_vllm_config,
-    set_default_torch_dtype,
-    set_forward_context,
-    set_model_tag,
-)
+from sedac.engine.drafting.parts import VllmConfig, keep_draft_probs, let_drafter_choose
+from sedac.engine.drafting.passes import Passes
 from sedac.engine.drafting.totals import Totals
 from sedac.errors import ConfigError, UnsupportedModel
-from sedac.policy.model import FULL, Speculation
-from sedac.probe.draft import REDUCED, load_head, read_draft_manifest
-from sedac.probe.draft_manifest import check_fit
-
-_log = logging.getLogger(__name__)
-_HEAD_PREFIX = "sedac_draft.layers"
+from sedac.policy.model import Speculation
+from sedac.probe.draft import read_draft_manifest
 
 
 @dataclass(kw_only=True)
@@ -93,9 +76,6 @@ class Drafter:
         self.max_tokens: int = speculative.num_speculative_tokens
         self.controller = Controller()
         self.totals = Totals(self.max_tokens)
-        self.head: HeadLayer | None = None
-        self._attention: DraftAttention | None = None
-        self._native: NativeDraft | None = None
         self._step: _Step | None = None
         self._generators: dict[str, torch.Generator] = {}
         self._acceptance = {samples: Acceptance() for samples in (False, True)}
@@ -112,35 +92,7 @@ class Drafter:
         Raises:
             ArtifactError: the draft is of another model.
         """
-        m, config = self.manifest, self.vllm_config.model_config
-        text = config.hf_text_config
-        self.target = target
-        self.stream_TD: Tensor | None = getattr(target, "sedac_stream_TD", None)
-        self._state = target.sedac_state
-        self._level = 0
-        check_fit(m, hidden_size=text.hidden_size, num_layers=text.num_hidden_layers, levels=self._state.table.names)
-        if m.level != FULL:
-            self._level = self._state.table.get_index(m.level)
-        list_name, layers = target.sedac_layers
-        inner = target.get_submodule(list_name.rpartition(".")[0])
-        weights = load_head(self.directory, m)
-        device = next(target.parameters()).device
-        with set_current_vllm_config(self.vllm_config), set_default_torch_dtype(config.dtype), device, set_model_tag("sedac_draft"):
-            norm: nn.Module | None = None
-            if m.kind != REDUCED:
-                self.head = HeadLayer(m, self.vllm_config, f"{_HEAD_PREFIX}.{text.num_hidden_layers}")
-                self.head.load(weights)
-                norm = make_norm(m, weights["norm.weight"])
-                process_weights_after_loading(self.head, config, device)
-            if self.head is not None and self.head.has_attention:
-                with set_model_tag("sedac_draft_cache"):
-                    self.head_cache = HeadCache(vllm_config=self.vllm_config, head=self.head)
-            self.draft = DraftModel(vllm_config=self.vllm_config, inner=inner, layers=make_layers(layers, m, self.head), norm=norm)
-        self._names = [f"{_HEAD_PREFIX}.{text.num_hidden_layers}.attn"] if self.head and self.head.has_attention else []
-        prefix = f"{list_name}."
-        for name in self.vllm_config.compilation_config.static_forward_context:
-            if name.startswith(prefix) and int(name[len(prefix) :].split(".")[0]) < m.depth:
-                self._names.append(name)
+        self.passes = Passes(self.vllm_config, self.manifest, self.directory, target)
 
     def bind(self, runner: Any, requests: Any) -> None:
         """Take the runner's batch and the worker's requests as sources."""
@@ -148,31 +100,15 @@ class Drafter:
         let_drafter_choose(runner)
 
     def warm_up(self) -> None:
-        """Make the native draft, or else compile the draft for two sequences and for one."""
-        device = self.runner.device
-        self._attention = DraftAttention(self.runner, self._names)
-        try:
-            if device.type != "cpu" or self._attention.num_groups != 1:
-                raise ValueError("it is for the CPU and one kind of KV cache")
-            self._native = NativeDraft(list(self.draft.inner.layers), self.draft.inner, self.draft.inner.norm, self.target, gated=self._level > 0)
-        except ValueError as error:
-            _log.info("draft passes run in torch, not natively: %s", error)
-        if self._native is not None:
-            return
-        for num in (2, 1):
-            ids_N = torch.zeros(num, dtype=torch.int32, device=device)
-            with torch.inference_mode(), set_forward_context(None, self.vllm_config, num_tokens=num):
-                self.draft(ids_N, ids_N.long())
-                if self.stream_TD is not None:
-                    self.head_cache(ids_N.long(), self.stream_TD[:num])
+        """Make the passes ready; KV caches exist."""
+        self.passes.warm_up(self.runner)
 
     def begin_step(
         self, request_ids: list[str], bounds: Any, positions_T: Tensor, slot_mappings: Any, drafts: dict[str, list[int]], is_decode: bool
     ) -> None:
         """Remember the step that the target has just computed, and the drafts (by request) that it verifies."""
-        slots_T = None
-        if self.head is not None and self.head.has_attention:
-            slots_T = slot_mappings[self._names[0]]
+        name = self.passes.cache_name
+        slots_T = None if name is None else slot_mappings[name]
         num_tokens = int(bounds[-1])
         self._step = _Step(
             num_tokens=num_tokens, positions_T=positions_T, slots_T=slots_T, request_ids=list(request_ids), num_rows=num_tokens, is_decode=is_decode,
@@ -187,14 +123,8 @@ class Drafter:
         if step is None:
             return drafts
         if step.slots_T is not None:
-            assert self.head is not None
-            assert self.stream_TD is not None
             num = step.num_tokens
-            if self._native is not None:
-                self._native.fill(self.stream_TD[:num], step.positions_T[:num], step.slots_T[:num])
-            else:
-                keys, values = self.head_cache(step.positions_T[:num], self.stream_TD[:num])
-                self.head.write_cache(keys, values, step.slots_T[:num])
+            self.passes.fill(step.positions_T[:num], step.slots_T[:num])
         if any(step.num_drafts):
             self._learn_acceptance(step, sampled_token_ids)
             self.totals.count_verified([(drafted, len(ids) - 1) for drafted, ids in zip(step.num_drafts, sampled_token_ids, strict=True) if ids])
@@ -281,59 +211,26 @@ class Drafter:
     ) -> None:
         """Run draft passes until every sequence has stopped; fills `drafts`."""
         runner, batch, device = self.runner, self.runner.input_batch, self.runner.device
-        attention = self._attention
-        assert attention is not None
         last = num_tokens_no_spec[rows].astype(np.int64) - 1
         ids_N = torch.from_numpy(token_ids_cpu[rows, last].astype(np.int32)).to(device)
         positions_N = torch.from_numpy(last).to(device)
-        max_position = int(last.max())
-        attention.begin(None if len(rows) == batch.num_reqs else rows)
         sampling = draws.Draws.from_batch(batch.sampling_metadata, rows, batch.num_reqs, self._get_generators(rows))
-        probs_BKV: Tensor | None = None
-        live = list(range(len(rows)))
-        joints = [1.0] * len(rows)
         samples = [False] * len(rows) if sampling is None else (sampling.temperature_N > 0).tolist()
-        confidences: list[list[float]] = [[] for _ in rows]
-        total, num_drafted = 0.0, 0
-        restore = self._state.begin_draft(self._level, len(rows)) if self._level else None
-        for position in range(max(lengths)):
-            metadata, slots = attention.build(positions_N, max_position)
-            if self._native is not None:
-                logits_NV = self._native.run(ids_N, positions_N, metadata[self._names[0]])
-            else:
-                with set_forward_context(metadata, self.vllm_config, num_tokens=len(live), slot_mapping=slots):
-                    logits_NV = self.draft(ids_N, positions_N)
-            if self._native is None or not self._native.num_outputs:
-                logits_NV = self.target.compute_logits(logits_NV)
-            tokens_N, confidence_N, probs_NV = draws.draw(logits_NV, sampling)
-            self._num_passes += 1
-            if probs_NV is not None:
-                if probs_BKV is None:
-                    probs_BKV = torch.zeros(len(rows), max(lengths), logits_NV.shape[-1], device=device)
-                probs_BKV[live, position] = probs_NV
-            for number, token, value in zip(live, tokens_N.tolist(), confidence_N.tolist(), strict=True):
-                drafts[rows[number]].append(token)
-                confidences[number].append(value)
-                expected = self._acceptance[samples[number]].get(value) if limits.is_adaptive else value
-                joints[number] *= expected
-                total += expected
-                num_drafted += 1
-            kept = [i for i, number in enumerate(live) if joints[number] >= limits.min_confidence and position + 1 < lengths[number]]
-            if not kept or sum(joints[live[i]] for i in kept) < limits.min_sum:
-                break
-            if len(kept) < len(live):
-                index_N = torch.tensor(kept, device=device)
-                tokens_N, positions_N = tokens_N[index_N], positions_N[index_N]
-                attention.keep(index_N)
-                sampling = sampling.keep(kept) if sampling else None
-                live = [live[i] for i in kept]
-            ids_N, positions_N, max_position = tokens_N.int(), positions_N + 1, max_position + 1
-        if restore is not None:
-            restore()
-        if probs_BKV is not None:
-            keep_draft_probs(runner, probs_BKV, [batch.req_ids[row] for row in rows])
-        self._unverified = {batch.req_ids[row]: (samples[i], confidences[i]) for i, row in enumerate(rows)}
-        self.controller.learn_confidence(batch.num_reqs, total / num_drafted)
+
+        def expect(is_sampled: bool, confidence: float) -> float:
+            return self._acceptance[is_sampled].get(confidence) if limits.is_adaptive else confidence
+
+        drafted = self.passes.run(
+            ids_N, positions_N, max_position=int(last.max()), rows=None if len(rows) == batch.num_reqs else rows, lengths=lengths, limits=limits,
+            sampling=sampling, expect=expect,
+        )  # fmt: skip
+        self._num_passes = drafted.num_passes
+        for row, tokens in zip(rows, drafted.tokens, strict=True):
+            drafts[row].extend(tokens)
+        if drafted.probs_NKV is not None:
+            keep_draft_probs(runner, drafted.probs_NKV, [batch.req_ids[row] for row in rows])
+        self._unverified = {batch.req_ids[row]: (samples[i], drafted.confidences[i]) for i, row in enumerate(rows)}
+        self.controller.learn_confidence(batch.num_reqs, sum(drafted.expected) / len(drafted.expected))
 
     def _get_generators(self, rows: list[int]) -> dict[int, torch.Generator]:
         """Return the generators of the rows whose requests have a seed, by number."""

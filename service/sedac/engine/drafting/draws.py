@@ -7,13 +7,14 @@ N drafting sequences, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sedac.engine.backends import native
+from sedac.engine.backends.base import pick
 from sedac.engine.drafting.parts import apply_top_k_top_p
 
 _SEED_SALT = 0x5EDAC
@@ -57,19 +58,16 @@ class Draws:
         )
 
 
-def draw(logits_NV: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def draw(logits_NV: Tensor, draws: Draws | None, *, pick: Callable[[Tensor], tuple[Tensor, Tensor]] = pick) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return tokens (N,), confidences (N,) in 0..1 and, where any sequence samples, what they were drawn from (N, V), fp32.
 
-    A token's confidence is its own probability in the draft's distribution at temperature 1.
+    A token's confidence is its own probability in the draft's distribution at temperature 1. `pick` serves where all are greedy: it
+    returns the most likely tokens and their probabilities, as a backend's does.
     """
-    if draws is None and logits_NV.device.type == "cpu" and native.load():
-        tokens_N, confidence_N = torch.ops.sedac.draft_pick(logits_NV)
-        return tokens_N, confidence_N, None
+    if draws is None:
+        return *pick(logits_NV), None
     logits_NV = logits_NV.float()
     greedy_N = logits_NV.argmax(-1)
-    if draws is None:
-        best_N = logits_NV.gather(1, greedy_N[:, None])[:, 0]
-        return greedy_N, (best_N - logits_NV.logsumexp(-1)).exp(), None
     samples_N = draws.temperature_N > 0
     scaled_NV = logits_NV / torch.where(samples_N, draws.temperature_N, 1.0)[:, None]
     probs_NV = apply_top_k_top_p(scaled_NV, draws.top_k_N, draws.top_p_N).softmax(-1)

@@ -84,11 +84,6 @@ class Arm:
         self.exit_rates = [0.0] * max(1, len(layout.checkpoint_layers))
         self._last_counts = counts_C2.tolist()
 
-    def register(self) -> None:
-        """Tell the native kernels where everything lies."""
-        for i, buffer in enumerate(self.probes):
-            torch.ops.sedac.add_checkpoint(i, self.number, buffer.tensors, buffer.rank, self.knobs_CK[i], self.counts_C2[i])
-
     def configure(self, policy: Policy, loaded: Loaded, *, is_new: bool = False) -> None:
         """Take a policy that was validated, and its probe set; what was learned of other probes, or before `is_new`, is forgotten."""
         if loaded.sha256 != self._probe_set:
@@ -114,10 +109,6 @@ class Arm:
     def rule(self) -> tuple[int, int, float]:
         """The policy's rule (1: accumulate), scope (1: batch) and decay, as the kernels take them."""
         return _RULES[self.policy.rule], _SCOPES[self.policy.scope], self.policy.decay
-
-    def set_rule(self) -> None:
-        """Tell the native kernels this arm's rule."""
-        torch.ops.sedac.set_rule(self.number, *self.rule)
 
     def clear(self) -> None:
         """Decide about nothing from now on; the probes stay where they are."""

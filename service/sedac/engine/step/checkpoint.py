@@ -31,20 +31,28 @@ def _checkpoint_fake(stream_TD: Tensor, level_T: Tensor, layer: int, layer_name:
 direct_register_custom_op("sedac_checkpoint", _checkpoint, mutates_args=["level_T"], fake_impl=_checkpoint_fake)
 
 
+class Checkpoint:
+    """What a decoder layer with a checkpoint keeps, as `layer.sedac`."""
+
+    def __init__(self, layer: int, name: str, state: State) -> None:
+        """`name` of the decoder layer in the model."""
+        self.layer, self.name, self.state = layer, name, state
+        self.index = state.index_of_layer[layer]
+        self.is_recorded = state.recorder is not None
+        """whether the state itself must see the stream"""
+
+
 @functools.cache
 def _with_checkpoint(base: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
+        checkpoint: Checkpoint = self.sedac
         if torch.compiler.is_compiling():
             # The sum, not its parts: handing `residual` itself to an opaque operator would make the compiler round it to
             # bf16 where plain vLLM keeps it in fp32 between two fused kernels, and idle would no longer equal plain.
-            stream_TD = hidden_TD.float() + residual_TD.float()
-            if self.sedac_native:
-                torch.ops.sedac.checkpoint(stream_TD, self.sedac_level_T, self.sedac_index)
-            else:
-                torch.ops.vllm.sedac_checkpoint(stream_TD, self.sedac_level_T, self.sedac_layer, self.sedac_name)
-        elif self.sedac_state.is_watching(self.sedac_layer):
-            self.sedac_state.observe(self.sedac_layer, hidden_TD, residual_TD)
+            checkpoint.state.backend.trace_observe(hidden_TD.float() + residual_TD.float(), self.sedac_level_T, checkpoint)
+        elif checkpoint.state.is_watching():
+            checkpoint.state.observe(checkpoint.layer, hidden_TD, residual_TD)
         return hidden_TD, residual_TD
 
     return type(f"Checkpointed{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
@@ -53,9 +61,7 @@ def _with_checkpoint(base: Any) -> type[nn.Module]:
 def attach(layer: Any, index: int, name: str, state: State) -> None:
     """Put a checkpoint behind the decoder layer `index`, called `name` in the model."""
     _STATES[name] = state
-    layer.sedac_layer, layer.sedac_name = index, name
-    layer.sedac_state, layer.sedac_index = state, state.index_of_layer[index]
-    layer.sedac_native = state.native and state.recorder is None
+    layer.sedac = Checkpoint(index, name, state)
     layer.register_buffer("sedac_level_T", state.level_T, persistent=False)
     base: Any = type(layer)
     layer.__class__ = _with_checkpoint(base)

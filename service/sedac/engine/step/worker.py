@@ -6,7 +6,6 @@ so a policy changes between two passes, never within one.
 
 from __future__ import annotations
 
-import functools
 import logging
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from sedac.engine.backends import mlp
 from sedac.engine.drafting.drafter import Drafter
 from sedac.engine.step.record import NO_TOKEN, Recorder
 from sedac.engine.step.requests import Requests
@@ -63,9 +61,9 @@ class SedacWorker(runner.BaseWorker):
         self.sedac_state = model.sedac_state
         self._sedac_requests = Requests(self.sedac_state)
         self._sedac_in_step = False
-        for module in model.modules():
-            if hasattr(module, "sedac_handlers"):
-                mlp.finish(module)
+        backend = self.sedac_state.backend
+        for gated in backend.mlps:
+            backend.finish_mlp(gated.module)
         drafter = getattr(self.model_runner, "drafter", None)
         self.sedac_drafter = drafter if isinstance(drafter, Drafter) else None
         if self.sedac_drafter is not None:
@@ -79,7 +77,7 @@ class SedacWorker(runner.BaseWorker):
             layout.probe_set,
             layout.max_rank,
             ", ".join(layout.levels),
-            "native" if self.sedac_state.native else "plain torch" if self.sedac_state.device_forms is None else "Triton",
+            backend.label,
             ", recording" if self.sedac_state.recorder else "",
         )
         runner.wrap_forward(self.model_runner, self._sedac_forward)
@@ -89,24 +87,19 @@ class SedacWorker(runner.BaseWorker):
         result = super().compile_or_warm_up_model()
         if self.sedac_drafter is not None:
             self.sedac_drafter.warm_up()
-        gated = [m for m in self.model_runner.get_model().modules() if hasattr(m, "sedac_handlers") and not m.sedac_native]
-        if gated and is_compiled(self.vllm_config):
-            mlp.warm_up(gated[-1], self.sedac_state.layout.hidden_size, self.model_config.dtype)
+        if is_compiled(self.vllm_config):
+            self.sedac_state.backend.warm_up(self.sedac_state.layout.hidden_size, self.model_config.dtype)
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Run one step, remembering what each new request asked for."""
-        waiting = self.sedac_state.device_forms and self.sedac_state.device_forms.waiting
         for new in scheduler_output.scheduled_new_reqs:
-            if waiting and self._sedac_requests.has(new.req_id):
+            if self._sedac_requests.has(new.req_id):
                 self.sedac_state.settle()  # the one before it under this id has finished, but was not counted
             extra = new.sampling_params.extra_args if new.sampling_params else None
             self._sedac_requests.add(new.req_id, extra or {}, may_draft=sampling.can_verify(new.sampling_params))
-        if waiting:
-            finished = tuple(scheduler_output.finished_req_ids)
-            waiting.then(lambda _: self._sedac_requests.finish(finished))
-        else:
-            self._sedac_requests.finish(scheduler_output.finished_req_ids)
+        if scheduler_output.finished_req_ids:
+            self.sedac_state.backend.then(self._sedac_finish, scheduler_output.finished_req_ids)
         if self.sedac_drafter is not None:
             self.sedac_drafter.forget(scheduler_output.finished_req_ids)
             self._sedac_drafts = scheduler_output.scheduled_spec_decode_tokens
@@ -124,6 +117,9 @@ class SedacWorker(runner.BaseWorker):
             setattr(result, speculation.DRAFTS, drafts if drafts is not None and any(drafts.draft_token_ids) else None)
         return result
 
+    def _sedac_finish(self, request_ids: set[str], saved_T: np.ndarray[Any, Any] | None) -> None:
+        self._sedac_requests.finish(request_ids)
+
     def _sedac_forward(self, forward: Any, **inputs: Any) -> Any:
         """Wrap the model's forward pass in a step; dummy and profile runs pass through."""
         if not self._sedac_in_step:
@@ -135,11 +131,8 @@ class SedacWorker(runner.BaseWorker):
         try:
             hidden = forward(**inputs)
         finally:
-            saved_T = state.end_step()
-        if state.device_forms is not None:
-            state.device_forms.waiting.then(functools.partial(self._sedac_requests.count_step, tuple(request_ids), bounds.copy()))
-        else:
-            self._sedac_requests.count_step(request_ids, bounds, saved_T)
+            state.end_step()
+        state.backend.then(self._sedac_requests.count_step, request_ids, bounds)
         if self.sedac_drafter is not None:
             is_decode = bool((starts >= batch.num_prompt).all())
             self.sedac_drafter.begin_step(request_ids, bounds, inputs["positions"], runner.get_slot_mapping(), self._sedac_drafts, is_decode)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from sedac.engine.backends import mlp
+from sedac.engine.backends import choice
+from sedac.engine.backends.dense import why_not_dense
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.drafting import tap
 from sedac.engine.step import checkpoint
@@ -119,10 +119,8 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         table,
         max_num_tokens=_max_num_tokens(vllm_config),
         device=device,
-        allow_native=vllm_config.model_config.dtype in (torch.float32, torch.bfloat16),
+        make_backend=choice.choose_backend(device, vllm_config.model_config.dtype, min_weight_bytes=static.min_weight_mib << 20),
     )
-    if state.device_forms is not None:
-        state.device_forms.min_weight_bytes = static.min_weight_mib << 20
     if static.record:
         state.recorder = Recorder(static.record_top_k, keeps_final=static.record_final)
         for i, layer in enumerate(layers):
@@ -136,7 +134,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
     scores_activation = probe_set is not None and probe_set.manifest.score == "activation"
     for i in range(first, num_layers):
         neurons = probe_set.neurons[i] if levels and probe_set else None
-        mlp.attach(layers[i].mlp, f"{list_name}.{i}.mlp", i, state, neurons, scores_activation=scores_activation, lora=lora)
+        state.backend.attach_mlp(layers[i].mlp, f"{list_name}.{i}.mlp", i, neurons, scores_activation=scores_activation, lora=lora)
     return state
 
 
@@ -177,7 +175,7 @@ def _refuse_levels(list_name: str, layers: nn.ModuleList, lora: bool) -> None:
     if lora:
         raise UnsupportedModel(f"the probe set's reduced levels and LoRA can't be combined (adapters change the neurons); {remedy}")
     for i, layer in enumerate(layers):
-        if reason := mlp.why_not_dense(layer.mlp):
+        if reason := why_not_dense(layer.mlp):
             raise UnsupportedModel(f"{list_name}.{i}.mlp {reason} and can't take the probe set's reduced levels; {remedy}")
 
 

@@ -16,10 +16,14 @@ with named():
     from vllm.config import VllmConfig
     from vllm.config.compilation import CompilationMode
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.utils.torch_utils import direct_register_custom_op
 
 __all__ = [
+    "Attention",
+    "RMSNorm",
     "UnquantizedLinearMethod",
     "VllmConfig",
     "direct_register_custom_op",

@@ -10,13 +10,17 @@ T rows (at most 16), D hidden size, F neurons, K the neurons of a block, V level
 import triton
 import triton.language as tl
 
-KIND_SKIP, KIND_WIDTH, KIND_CONTEXTUAL = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-NUM_LEVELS = tl.constexpr(16)
+from sedac.engine.backends import kinds
+from sedac.policy.model import MAX_LEVELS
+
+KIND_FULL, KIND_SKIP = tl.constexpr(kinds.KIND_FULL), tl.constexpr(kinds.KIND_SKIP)
+KIND_WIDTH, KIND_CONTEXTUAL = tl.constexpr(kinds.KIND_WIDTH), tl.constexpr(kinds.KIND_CONTEXTUAL)
+NUM_LEVELS = tl.constexpr(MAX_LEVELS)
 
 
 @triton.jit
 def activate(x, activation: tl.constexpr):
-    """Apply an activation of levels.ACTIVATIONS: 0 silu, 1 gelu, 2 gelu (tanh); fp32.
+    """Apply an activation of neurons.ACTIVATIONS: 0 silu, 1 gelu, 2 gelu (tanh); fp32.
 
     silu is x * sigmoid(x), with the bits of torch.compile's (torch/_decomp/decompositions.py and _inductor/codegen/triton.py, 2.11 and 2.13).
     """

@@ -7,9 +7,12 @@ Forms (see forms.py): 0 few, 1 middle, 2 many. L layers, V levels, T tokens.
 import triton
 import triton.language as tl
 
-KIND_FULL, KIND_SKIP = tl.constexpr(0), tl.constexpr(1)
+from sedac.engine.backends import kinds
+from sedac.policy.model import MAX_LEVELS
+
+KIND_FULL, KIND_SKIP, KIND_WIDTH = tl.constexpr(kinds.KIND_FULL), tl.constexpr(kinds.KIND_SKIP), tl.constexpr(kinds.KIND_WIDTH)
 DECIDES = tl.constexpr(1)
-NUM_LEVELS = tl.constexpr(16)
+NUM_LEVELS = tl.constexpr(MAX_LEVELS)
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def write_flags(dense_ptr, repair_ptr, kind_ptr, present_V, whole, L, BLOCK_L: t
     full_L = tl.max((has_LV & (kind_LV == KIND_FULL)).to(tl.int32), axis=1)
     left_L = tl.max((has_LV & (kind_LV != KIND_SKIP)).to(tl.int32), axis=1)
     reduced_L = tl.max((has_LV & (kind_LV > KIND_SKIP)).to(tl.int32), axis=1)
-    shorter_L = tl.max((has_LV & ((kind_LV == 1) | (kind_LV == 2))).to(tl.int32), axis=1)  # rows whose blocks end early
+    shorter_L = tl.max((has_LV & ((kind_LV == KIND_SKIP) | (kind_LV == KIND_WIDTH))).to(tl.int32), axis=1)  # rows whose blocks end early
     many_L = tl.maximum((shorter_L == 0).to(tl.int32), whole) * left_L
     tl.store(dense_ptr + l_L, full_L.to(tl.int8), mask=is_layer_L)
     tl.store(dense_ptr + L + l_L, left_L.to(tl.int8), mask=is_layer_L)

@@ -1,7 +1,7 @@
 """The gated MLP of a model on a GPU: one opaque operator per MLP that a CUDA graph captures with every form's launches.
 
-`attach` swaps the MLP's class when the model is built, `finish` reads its weights once they are loaded; engine/backends/mlp.py calls both
-where the state decides on the device. Under tensor parallelism the sum over ranks comes after the operator, outside all IF nodes.
+The MLP's class is swapped when the model is built, its weights are read once they are loaded. Under tensor parallelism the sum over
+ranks comes after the operator, outside all IF nodes.
 T tokens, D hidden size, F neurons of this rank, V levels.
 """
 
@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sedac.engine.backends.base import GatedMlp
+from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.guard import is_capturing
 from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
-from sedac.engine.backends.levels import ACTIVATIONS, KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, find_activation, sort_neurons
-from sedac.engine.step.state import State
+from sedac.engine.backends.dense import why_not_dense
+from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_WIDTH
+from sedac.engine.backends.neurons import ACTIVATIONS, find_activation, sort_neurons
 from sedac.engine.vllm.parts import (
     direct_register_custom_op,
     get_tensor_model_parallel_rank,
@@ -28,21 +31,12 @@ from sedac.engine.vllm.parts import (
 from sedac.errors import UnsupportedModel
 from sedac.probe.levels import Neurons
 
-_MLPS: dict[str, Any] = {}
+_MLPS: dict[str, CudaMlp] = {}
 """by module name; operators can carry names, not objects"""
 
 
 def _device_mlp(x_TD: Tensor, level_T: Tensor, mlp_name: str) -> Tensor:
-    mlp = _MLPS[mlp_name]
-    state: State = mlp.sedac_state
-    if not is_capturing() and not state.is_active:
-        if mlp.sedac_device is None:  # its weights are not loaded yet
-            out_TD: Tensor = mlp.sedac_base(x_TD)
-            return out_TD
-        if state.num_tokens == 0:
-            mlp.sedac_device.compute(x_TD, always=True)  # a warm-up: what a capture will launch must have been built before it
-        return mlp.sedac_device.compute_plain(x_TD)
-    return mlp.sedac_device.compute(x_TD)
+    return _MLPS[mlp_name].compute(x_TD)
 
 
 def _device_mlp_fake(x_TD: Tensor, level_T: Tensor, mlp_name: str) -> Tensor:
@@ -56,67 +50,79 @@ direct_register_custom_op("sedac_device_mlp", _device_mlp, fake_impl=_device_mlp
 @functools.cache
 def _gated(base: Any) -> type[nn.Module]:
     def forward(self: Any, x_TD: Tensor) -> Tensor:
-        out_TD: Tensor = torch.ops.vllm.sedac_device_mlp(x_TD, self.sedac_level_T, self.sedac_name)
-        return tensor_model_parallel_all_reduce(out_TD) if self.sedac_sums else out_TD
+        out_TD: Tensor = torch.ops.vllm.sedac_device_mlp(x_TD, self.sedac_level_T, self.sedac.name)
+        return tensor_model_parallel_all_reduce(out_TD) if self.sedac.sums else out_TD
 
     return type(f"Gated{base.__name__}", (base,), {"forward": forward, "__module__": base.__module__})
 
 
-def attach(mlp: Any, name: str, layer: int, state: State, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
-    """Gate the MLP of decoder layer `layer`, called `name` in the model; `neurons` where the probe set has reduced levels.
+class CudaMlp(GatedMlp):
+    """One MLP; see the module's docstring."""
 
-    Raises:
-        UnsupportedModel: ranks add up their parts in a place that an IF node would hold.
-    """
-    base: Any = type(mlp)
-    mlp.sedac_sums = False
-    if get_tensor_model_parallel_world_size() > 1:
-        down = getattr(mlp, "down_proj", None)
-        if down is None or not getattr(down, "reduce_results", False):
-            raise UnsupportedModel(
-                f"{name} ({base.__name__}) adds up its ranks' parts inside; SEDAC on CUDA needs a down_proj that does: use tensor_parallel_size 1"
-            )
-        down.reduce_results, mlp.sedac_sums = False, True
-    _MLPS[name] = mlp
-    mlp.sedac_name, mlp.sedac_layer, mlp.sedac_state = name, layer, state
-    mlp.register_buffer("sedac_level_T", state.level_T, persistent=False)
-    mlp.sedac_native, mlp.sedac_handlers, mlp.sedac_lora, mlp.sedac_device = False, {}, lora, None
-    mlp.sedac_source, mlp.sedac_scores_activation = neurons, scores_activation
-    mlp.sedac_has_own_kernel, mlp.sedac_has_parts = _has_own_kernel(mlp), has_parts(base)
-    mlp.sedac_base = functools.partial(base.forward, mlp)
-    mlp.__class__ = _gated(base)
+    backend: CudaBackend
 
+    def __init__(
+        self, backend: CudaBackend, module: Any, name: str, layer: int, source: Neurons | None, *, scores_activation: bool, lora: bool
+    ) -> None:
+        """Gate the MLP.
 
-def finish(mlp: Any, problem: str) -> None:
-    """After the weights are loaded: say where they lie, and lay down's columns out by neuron; `problem`: why its weights can't be read."""
-    state: State = mlp.sedac_state
-    device_forms, layer = state.device_forms, mlp.sedac_layer
-    assert device_forms is not None
-    source: Neurons | None = mlp.sedac_source
-    kind_V, parameter_V = state.table.kind_LV[layer].clone(), state.table.parameter_LV[layer].clone()
-    activation = find_activation(getattr(mlp, "act_fn", None))
-    parts = neurons = None
-    if not problem and not mlp.sedac_lora and activation is not None and mlp.sedac_has_parts:
-        parts = Parts(
-            weights=(mlp.gate_up_proj.weight.data, mlp.down_proj.weight.data),
-            gate_up=functools.partial(_multiply, mlp, "gate_up_proj"), down=functools.partial(_multiply, mlp, "down_proj"),
-            activation=ACTIVATIONS[activation], own_activation=mlp.act_fn if mlp.sedac_has_own_kernel else None,
+        Raises:
+            UnsupportedModel: ranks add up their parts in a place that an IF node would hold.
+        """
+        super().__init__(backend, module, name, layer)
+        base: Any = type(module)
+        self.sums = False
+        """whether the ranks' parts are added up behind the operator"""
+        if get_tensor_model_parallel_world_size() > 1:
+            down = getattr(module, "down_proj", None)
+            if down is None or not getattr(down, "reduce_results", False):
+                raise UnsupportedModel(
+                    f"{name} ({base.__name__}) adds up its ranks' parts inside; SEDAC on CUDA needs a down_proj that does: use tensor_parallel_size 1"
+                )
+            down.reduce_results, self.sums = False, True
+        self.device: DeviceMlp | None = None
+        """after `finish`"""
+        self._source, self._scores_activation, self._lora = source, scores_activation, lora
+        self._has_own_kernel, self._has_parts = _has_own_kernel(module), has_parts(base)
+        _MLPS[name] = self
+        self.gate(_gated)
+
+    def compute(self, x_TD: Tensor) -> Tensor:
+        """Compute every row at its level, without the sum over ranks."""
+        device = self.device
+        if not is_capturing() and not self.backend.is_active:
+            if device is None:  # its weights are not loaded yet
+                return self.base(x_TD)
+            if self.backend.num_tokens == 0:
+                device.compute(x_TD, always=True)  # a warm-up: what a capture will launch must have been built before it
+            return device.compute_plain(x_TD)
+        assert device is not None
+        return device.compute(x_TD)
+
+    def finish(self) -> None:
+        """Say where the loaded weights lie, and lay down's columns out by neuron."""
+        module, source, problem = self.module, self._source, why_not_dense(self.module)
+        activation = find_activation(getattr(module, "act_fn", None))
+        parts = neurons = None
+        counts: dict[int, int] = {}
+        if not problem and not self._lora and activation is not None and self._has_parts:
+            parts = Parts(
+                weights=(module.gate_up_proj.weight.data, module.down_proj.weight.data),
+                gate_up=functools.partial(_multiply, module, "gate_up_proj"), down=functools.partial(_multiply, module, "down_proj"),
+                activation=ACTIVATIONS[activation], own_activation=module.act_fn if self._has_own_kernel else None,
+            )  # fmt: skip
+        if source is not None:
+            if parts is None:
+                reason = problem or "computes more than down(act(gate) * up)"
+                raise UnsupportedModel(f"{self.name} {reason} and can't take the probe set's reduced levels; offer hard exits only: SEDAC_LEVELS=0")
+            neurons, counts = _make_neurons(source, parts.weights[1], scores_activation=self._scores_activation)
+        kind_V, parameter_V = self.kind_V, self.parameter_V = self.backend.table.make_row(self.layer, counts, has_neurons=neurons is not None)
+        width_V = torch.where(kind_V == KIND_WIDTH, parameter_V, torch.where(kind_V == KIND_CONTEXTUAL, math.inf, 0.0))
+        self.device = DeviceMlp(
+            backend=self.backend, layer=self.layer, kind_V=kind_V, parameter_V=parameter_V,
+            falling_V=width_V.argsort(descending=True, stable=True).int(), base=self.base, parts=parts, neurons=neurons,
         )  # fmt: skip
-    if source is None:
-        kind_V[kind_V > KIND_SKIP] = KIND_FULL
-    else:
-        if parts is None:
-            reason = problem or "computes more than down(act(gate) * up)"
-            raise UnsupportedModel(f"{mlp.sedac_name} {reason} and can't take the probe set's reduced levels; offer hard exits only: SEDAC_LEVELS=0")
-        neurons, counts = _make_neurons(source, parts.weights[1], scores_activation=mlp.sedac_scores_activation)
-        for i in (kind_V == KIND_WIDTH).nonzero().flatten().tolist() if counts else ():
-            parameter_V[i] = counts[int(parameter_V[i])]
-    width_V = torch.where(kind_V == KIND_WIDTH, parameter_V, torch.where(kind_V == KIND_CONTEXTUAL, math.inf, 0.0))
-    mlp.sedac_device = DeviceMlp(
-        device=device_forms, layer=layer, kind_V=kind_V, parameter_V=parameter_V, falling_V=width_V.argsort(descending=True, stable=True).int(),
-        base=mlp.sedac_base, parts=parts, neurons=neurons,
-    )  # fmt: skip
-    mlp.sedac_source = None
+        self._source = None
 
 
 def _make_neurons(source: Neurons, down_DF: Tensor, *, scores_activation: bool) -> tuple[DeviceNeurons, dict[int, int]]:

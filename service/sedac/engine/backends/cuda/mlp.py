@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sedac.engine.backends.cuda import forms
-from sedac.engine.backends.cuda.device import DeviceForms, next_power
+from sedac.engine.backends.cuda.backend import CudaBackend, next_power
 from sedac.engine.backends.cuda.few import down_kernel, gate_up_kernel
 from sedac.engine.backends.cuda.guard import is_capturing, run_if
 from sedac.engine.backends.cuda.many import grouped_down_kernel, grouped_gate_up_kernel
@@ -56,7 +56,7 @@ class Parts:
     down: Callable[[Tensor], Tensor]
     """(T, F) -> (T, D), without the sum over ranks"""
     activation: int
-    """of levels.ACTIVATIONS"""
+    """of neurons.ACTIVATIONS"""
     own_activation: Callable[[Tensor], Tensor] | None = None
     """(T, 2F) -> (T, F): vLLM's own kernel, where it uses that; None: it leaves the activation to the compiler, whose bits are ours too"""
 
@@ -65,7 +65,7 @@ class Parts:
 class DeviceMlp:
     """One MLP; see the module's docstring. All tensors keep their addresses."""
 
-    device: DeviceForms
+    backend: CudaBackend
     layer: int
     kind_V: Tensor
     """uint8, as this module computes levels"""
@@ -87,7 +87,7 @@ class DeviceMlp:
         size = sum(w.numel() * w.element_size() for w in self.parts.weights) if self.parts else 0
         wanted = forms.choose(
             num_tokens, has_neurons=self.neurons is not None, is_dense=self.parts is not None, weight_bytes=size,
-            min_weight_bytes=self.device.min_weight_bytes,
+            min_weight_bytes=self.backend.min_weight_bytes,
         )  # fmt: skip
         return wanted if self.form is None else self.form
 
@@ -106,7 +106,7 @@ class DeviceMlp:
         num_rows = x_TD.shape[0]
         outside = not is_capturing() and num_rows > MAX_HOST_ROWS
         form = forms.MIDDLE if outside else self.choose_form(num_rows)
-        dense, always = self.device.dense_GL[form, self.layer], always or outside
+        dense, always = self.backend.dense_GL[form, self.layer], always or outside
         out_TD = run_if(dense, lambda: self._run_dense(x_TD, form, always=always), always=always)
         if out_TD is None:
             out_TD = torch.empty_like(x_TD)
@@ -121,7 +121,7 @@ class DeviceMlp:
 
     @property
     def _levels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.device.buffers.level_T, self.device.live, self.kind_V, self.parameter_V
+        return self.backend.buffers.level_T, self.backend.live, self.kind_V, self.parameter_V
 
     def _run_dense(self, x_TD: Tensor, form: int, *, always: bool) -> Tensor:
         """Run the module's own products over all rows, reduced ones masked between them."""
@@ -130,11 +130,11 @@ class DeviceMlp:
         h_TF = self._activate(self.parts, self.parts.gate_up(x_TD))
         out_TD = self.parts.down(h_TF)
         if (neurons := self.neurons) is not None and neurons.repaired:
-            run_if(self.device.repair_GL[form, self.layer], lambda: self._repair(h_TF, neurons, out_TD), always=always)
+            run_if(self.backend.repair_GL[form, self.layer], lambda: self._repair(h_TF, neurons, out_TD), always=always)
         return out_TD
 
     def _activate(self, parts: Parts, gate_up_TF: Tensor) -> Tensor:
-        (num_rows, width), neurons, b = gate_up_TF.shape, self.neurons, self.device.buffers
+        (num_rows, width), neurons, b = gate_up_TF.shape, self.neurons, self.backend.buffers
         size = width // 2
         h_TF = gate_up_TF.new_empty((num_rows, size)) if parts.own_activation is None else parts.own_activation(gate_up_TF)
         rank_F, scale_F = (neurons.rank_F, neurons.natural_scale_F) if neurons else (b.scale_T, b.scale_T)  # never read without neurons
@@ -151,7 +151,7 @@ class DeviceMlp:
         merge_kernel[grid](out_TD, repaired_TD, *self._levels, size, out_TD.stride(0), repaired_TD.stride(0), BLOCK_D=_ROW_BLOCK)
 
     def _finish(self, out_TD: Tensor, dense: Tensor, *, after_dense: bool, counts: bool) -> None:
-        (num_rows, size), b = out_TD.shape, self.device.buffers
+        (num_rows, size), b = out_TD.shape, self.backend.buffers
         grid = (num_rows, -(-size // _ROW_BLOCK))
         finish_kernel[grid](
             out_TD, *self._levels, b.saved_T, dense.view(torch.int8), b.active, size, out_TD.stride(0),
@@ -161,12 +161,12 @@ class DeviceMlp:
     def _run_few(self, x_TD: Tensor, dense: Tensor, out_TD: Tensor) -> None:
         assert self.parts is not None
         assert self.neurons is not None
-        (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.device.buffers
+        (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.backend.buffers
         gate_up_FD = self.parts.weights[0]
         size, flag, rows = gate_up_FD.shape[0] // 2, dense.view(torch.int8), max(forms.MAX_FEW, next_power(num_rows))
         h_TF, wanted_F = x_TD.new_empty((num_rows, size), dtype=torch.float32), x_TD.new_empty(size, dtype=torch.int32)
         gate_up_kernel[(-(-size // _FEW_K),)](
-            x_TD, gate_up_FD, neurons.order_F, neurons.scale_F, *self._levels, flag, h_TF, wanted_F, self.device.count_T,
+            x_TD, gate_up_FD, neurons.order_F, neurons.scale_F, *self._levels, flag, h_TF, wanted_F, self.backend.count_T,
             num_rows, hidden_size, size, x_TD.stride(0), gate_up_FD.stride(0),
             ACTIVATION=self.parts.activation, SCORES_ACTIVATION=neurons.scores_activation, BLOCK_T=rows, BLOCK_K=_FEW_K, BLOCK_D=_FEW_D,
             num_warps=4, num_stages=4,
@@ -174,13 +174,13 @@ class DeviceMlp:
         part = -(-size // (_PARTS * _DOWN_K)) * _DOWN_K
         parts_PTD = x_TD.new_empty((-(-size // part), num_rows, hidden_size), dtype=torch.float32)
         down_kernel[(-(-hidden_size // _DOWN_D), parts_PTD.shape[0])](
-            h_TF, neurons.down_FD, wanted_F, *self._levels, flag, parts_PTD, self.device.arrived, self.device.count_T, b.saved_T, out_TD,
+            h_TF, neurons.down_FD, wanted_F, *self._levels, flag, parts_PTD, self.backend.arrived, self.backend.count_T, b.saved_T, out_TD,
             num_rows, hidden_size, size, part, out_TD.stride(0), BLOCK_T=rows, BLOCK_K=_DOWN_K, BLOCK_D=_DOWN_D, num_warps=4, num_stages=7,
         )  # fmt: skip
 
     def _run_many(self, x_TD: Tensor, dense: Tensor, out_TD: Tensor) -> None:
         assert self.parts is not None
-        (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.device.buffers
+        (num_rows, hidden_size), neurons, b = x_TD.shape, self.neurons, self.backend.buffers
         gate_up_FD, down_DF = self.parts.weights
         size, flag = gate_up_FD.shape[0] // 2, dense.view(torch.int8)
         listed = next_power(num_rows) + _MANY_M
@@ -202,7 +202,7 @@ class DeviceMlp:
         part = -(-size // (max(1, _MANY_BLOCKS // columns) * _MANY_K)) * _MANY_K
         parts_PMD = x_TD.new_empty((-(-size // part), num_blocks * _MANY_M, hidden_size), dtype=torch.float32)
         grouped_down_kernel[(num_blocks, columns, parts_PMD.shape[0])](
-            h_MF, down_DF, down_FD, order_F, *common, parts_PMD, self.device.arrived, out_TD,
+            h_MF, down_DF, down_FD, order_F, *common, parts_PMD, self.backend.arrived, out_TD,
             hidden_size, size, part, parts_PMD.shape[1], down_DF.stride(0), out_TD.stride(0),
             HAS_NEURONS=neurons is not None, BLOCK_M=_MANY_M, BLOCK_N=_MANY_D, BLOCK_K=_MANY_K, num_warps=4, num_stages=4,
         )  # fmt: skip

@@ -6,7 +6,7 @@ T rows, D hidden size, F neurons, V levels.
 import triton
 import triton.language as tl
 
-from sedac.engine.backends.cuda.few import KIND_CONTEXTUAL, KIND_SKIP, KIND_WIDTH, activate, read_levels
+from sedac.engine.backends.cuda.few import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, activate, read_levels
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def activation_kernel(
     kind, parameter, limit = read_levels(level_ptr, live_ptr, kind_ptr, parameter_ptr, t, F)
     is_live = t < tl.load(live_ptr)
     if MASKS_ONLY:
-        if (kind == 0) | (is_live == 0):
+        if (kind == KIND_FULL) | (is_live == 0):
             return
     f_F = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_F = f_F < F
@@ -103,7 +103,7 @@ def compact_kernel(
     live_T = t_T < tl.minimum(tl.load(live_ptr), T)
     level_T = tl.load(level_ptr + t_T, mask=live_T, other=1).to(tl.int32)
     kind_T, _, limit_T = read_levels(level_ptr, live_ptr, kind_ptr, parameter_ptr, t_T, F)
-    full_T = (live_T & (kind_T == 0)).to(tl.int32)
+    full_T = (live_T & (kind_T == KIND_FULL)).to(tl.int32)
     num_full = tl.sum(full_T, axis=0)
     begin = tl.cdiv(num_full, BLOCK_M) * BLOCK_M
     at_T = tl.arange(0, BLOCK_T)

@@ -15,7 +15,7 @@ namespace sedac {
 constexpr int64_t kMaxLevels = 16;
 constexpr uint8_t kLevelFull = 0, kLevelSkip = 1;
 
-// How a level reduces one layer's MLP; the order is that of engine/backends/levels.py.
+// How a level reduces one layer's MLP; the numbers are those of engine/backends/kinds, and a test holds both equal.
 enum Kind : uint8_t { kFull = 0, kSkip = 1, kWidth = 2, kContextual = 3 };
 
 // Bits of `role_T`.

@@ -1,28 +1,32 @@
-"""What SEDAC keeps on the GPU beside the token buffers, and the launches at the start of a step and at its checkpoints.
+"""The backend on a GPU: Triton kernels that decide and compute there, inside vLLM's CUDA graphs too, and never ask the host.
 
-Made by the `State` of a model on a GPU. Every buffer is allocated once, so that graphs captured over it stay right: a new policy
-or probe is copied into place on the forward's stream and the next replay reads it.
+Every buffer is allocated once, so that graphs captured over it stay right: a new policy or probe is copied into place on the forward's
+stream and the next replay reads it. What a pass leaves is counted a step later (results.py).
 T tokens of the step, C checkpoints, L layers, D hidden size.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from sedac.engine.backends.base import Action, Backend, Left
 from sedac.engine.backends.cuda import forms
 from sedac.engine.backends.cuda.decide import checkpoint_kernel
 from sedac.engine.backends.cuda.flags import begin_kernel, end_kernel
 from sedac.engine.backends.cuda.forms import NUM_FORMS
 from sedac.engine.backends.cuda.results import Waiting
 from sedac.engine.backends.cuda.transfer import Outgoing, Returned
+from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
-    from sedac.engine.backends.levels import LevelTable
     from sedac.engine.step.arms import Arm
-    from sedac.engine.step.tokens import TokenBuffers, Tokens
+    from sedac.engine.step.tokens import Array, Tokens
 
 _CHUNKS = (16, 256, 1024)  # few, so that few kernels are built
 _END_CHUNK = 256
@@ -42,21 +46,26 @@ def _choose_chunk(num_tokens: int) -> int:
     return next((chunk for chunk in _CHUNKS if num_tokens <= chunk), _CHUNKS[-1])
 
 
-class DeviceForms:
-    """Flags, rules and scratch of one model on the GPU; see the module's docstring."""
+class CudaBackend(Backend):
+    """Flags, rules and scratch of one model on the GPU, and the launches at the ends of a pass and at its checkpoints."""
 
-    def __init__(self, buffers: TokenBuffers, table: LevelTable, arms: tuple[Arm, Arm], counts_AC2: Tensor, device: torch.device) -> None:
-        """`counts_AC2` holds the arms' counts, one behind the other."""
+    label: ClassVar[str] = "Triton"
+    kinds: ClassVar[frozenset[str]] = frozenset(("full", "skip", "width", "contextual"))
+    observes_idle: ClassVar[bool] = True
+
+    def __init__(self, *arguments: Any, min_weight_bytes: int | None = None) -> None:
+        """`min_weight_bytes`: an MLP of less is not reduced at few rows; None: forms.MIN_WEIGHT_BYTES."""
+        super().__init__(*arguments)
+        buffers, arms, device = self.buffers, self.arms, self.buffers.level_T.device
 
         def make(dtype: torch.dtype, *shape: int, fill: float = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
 
-        self.buffers, self.table, self.arms, self._counts_AC2, self.device = buffers, table, arms, counts_AC2, device
-        max_num_tokens, num_layers = buffers.level_T.shape[0], table.kind_LV.shape[0]
+        self.device = device
+        max_num_tokens, num_layers = buffers.level_T.shape[0], self.table.kind_LV.shape[0]
         self.max_rank = max((b.down_RD.shape[0] for arm in arms for b in arm.probes), default=0)
         self.waiting = Waiting()
-        self.min_weight_bytes = forms.MIN_WEIGHT_BYTES
-        """an MLP of less is not reduced at few rows"""
+        self.min_weight_bytes = forms.MIN_WEIGHT_BYTES if min_weight_bytes is None else min_weight_bytes
         self.live = make(torch.int32, 1)
         """tokens of the step; rows past it are padding of the graph"""
         self.dense_GL = make(torch.bool, NUM_FORMS, num_layers, fill=1)
@@ -76,24 +85,35 @@ class DeviceForms:
         self.arrived = make(torch.int32, _MAX_BLOCKS)
         self._outgoing = Outgoing(max_num_tokens, device)
         self._returned = Returned(len(arms), buffers.risk_CT.shape[0], max_num_tokens, device)
-        self.begin(0, is_active=False)  # builds the kernels now, not in the first step
+        self.launch_begin(0, is_active=False)  # builds the kernels now, not in the first step
         self._launch_end(0)
 
-    def set_rule(self, arm: int, rule: int, scope: int, decay: float) -> None:
-        """Put an arm's rule into force for the launches that follow on this stream."""
-        self.rules_A3[arm].copy_(torch.tensor([rule, scope, decay], dtype=torch.float32))
+    def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
+        """Gate an MLP; see `Backend`."""
+        from sedac.engine.backends.cuda.gated import CudaMlp  # needs vLLM, which the rest does not (benchmarks/cuda on a bare machine)
 
-    def take(self, tokens: Tokens, num_tokens: int, *, is_new: bool) -> None:
-        """Begin an active step of these tokens: one copy and one launch; not new: they are the very ones of the last active step."""
-        if is_new:
-            self._outgoing.send(tokens, num_tokens)
-        self._launch_begin(num_tokens, num_sent=num_tokens, is_active=True)
+        self.mlps.append(CudaMlp(self, module, name, layer, neurons, scores_activation=scores_activation, lora=lora))
 
-    def begin(self, num_tokens: int, *, is_active: bool) -> None:
-        """Say how many tokens the step has, whose levels and roles lie in the buffers; not active: all layers run dense."""
-        self._launch_begin(num_tokens, num_sent=0, is_active=is_active)
+    def set_arms(self, arms: Sequence[Arm]) -> None:
+        """Put the arms' rules into force for the launches that follow on this stream."""
+        for arm in arms:
+            self.rules_A3[arm.number].copy_(torch.tensor(arm.rule, dtype=torch.float32))
 
-    def _launch_begin(self, num_tokens: int, *, num_sent: int, is_active: bool) -> None:
+    def begin(self, num_tokens: int, tokens: Tokens | None, *, is_new: bool) -> None:
+        """Start a pass, after the pass before the last has been counted: one copy and one launch where it is active."""
+        self._settle(keep=1)
+        self.num_tokens, self.is_active = num_tokens, tokens is not None
+        if tokens is not None:
+            if is_new:
+                self._outgoing.send(tokens, num_tokens)
+            self.launch_begin(num_tokens, num_sent=num_tokens, is_active=True)
+
+    def launch_begin(self, num_tokens: int, *, num_sent: int = 0, is_active: bool) -> None:
+        """Say how many tokens the step has; not active: all layers run dense.
+
+        Scales, floors, roles and goals of the first `num_sent` come from what was last sent, levels and roles of the others lie in the
+        buffers.
+        """
         b, size, num_layers, sent = self.buffers, self.buffers.level_T.shape[0], self.table.kind_LV.shape[0], self._outgoing
         begin_kernel[(1,)](
             b.level_T, b.role_T, b.goal_T, b.scale_T, sent.scales, sent.bytes, self.table.kind_LV, b.active, self.live, self.whole,
@@ -102,14 +122,17 @@ class DeviceForms:
             num_warps=4,
         )  # fmt: skip
 
-    def end(self, tokens: Tokens | None, num_tokens: int, *, is_active: bool) -> None:
-        """Finish a pass: send what it left to the host (see `Returned`), and put the buffers back to rest; one launch and one copy."""
-        if not is_active:
+    def end(self, tokens: Tokens | None) -> Array | None:
+        """Finish a pass, which may still run: send what it left to the host and put the buffers back to rest; one launch and one copy."""
+        if self.is_active:
+            num_tokens = self.num_tokens
+            self._launch_end(num_tokens)
+            fetched = self._returned.fetch(num_tokens)
+            self.waiting.add(tokens, lambda: self._returned.read(fetched, num_tokens), is_copying=self.device.type == "cuda")
+        else:
             self.waiting.add(tokens)
-            return
-        self._launch_end(num_tokens)
-        fetched = self._returned.fetch(num_tokens)
-        self.waiting.add(tokens, lambda: self._returned.read(fetched, num_tokens), is_copying=self.device.type == "cuda")
+        self.is_active, self.num_tokens = False, 0
+        return None
 
     def _launch_end(self, num_tokens: int) -> None:
         b, num_layers, left = self.buffers, self.table.kind_LV.shape[0], self._returned
@@ -120,6 +143,35 @@ class DeviceForms:
             NUM_COUNTS=left.num_counts, BLOCK_COUNTS=next_power(left.num_counts), CHUNK=_END_CHUNK, BLOCK_L=next_power(num_layers),
             num_warps=4,
         )  # fmt: skip
+
+    def then(self, action: Action, *arguments: Any) -> None:
+        """Call `action` when the last pass is counted; at once, with None, where none waits."""
+        self.waiting.then(functools.partial(action, *map(copy.copy, arguments)))
+
+    def settle(self) -> None:
+        """Count all passes; waits for the device."""
+        self._settle(keep=0)
+
+    def _settle(self, *, keep: int) -> None:
+        for step in self.waiting.take(keep):
+            left = None
+            if step.unpack is not None:
+                saved_T, done_T, risk_CT, counts_AC2 = step.read()
+                left = Left(saved_T, done_T, risk_CT, counts_AC2.tolist())
+            self._count(step.tokens, left)
+            for action in step.then:
+                action(left.saved_T if left else None)
+
+    def begin_draft(self, level: int, num_tokens: int) -> Callable[[], None]:
+        """Let the next passes run at a level, without decisions; see `Backend`."""
+        end = super().begin_draft(level, num_tokens)
+        self.launch_begin(num_tokens, is_active=True)
+
+        def end_on_device() -> None:
+            end()
+            self.launch_begin(0, is_active=False)
+
+        return end_on_device
 
     def _choose_splits(self, num_rows: int, hidden_size: int, num_blocks: int) -> int:
         """Return into how many parts D is cut, so that a few tokens fill the device too; by sizes alone, as a graph needs it."""

@@ -1,0 +1,229 @@
+"""What the engine asks of whatever computes: one `Backend` per model, chosen once (choice.py), and one object per gated MLP.
+
+All calls come on the thread that runs the model. While it is built: `attach_mlp`, and `finish_mlp` once weights are loaded, by the
+model's class and the worker. In every forward pass: `begin`, then `observe` at each checkpoint and the MLPs' own `compute`, then `end`, by the
+`State` and the modules. Between two passes: `set_arms`, `settle`, `then`, and the drafter's. Backends know buffers and levels; policies,
+requests and counters are the `State`'s.
+T tokens of the step, C checkpoints, A arms, D hidden size, N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sedac.engine.backends.levels import LevelTable
+from sedac.errors import UnsupportedModel
+from sedac.probe.levels import Neurons
+
+if TYPE_CHECKING:
+    from sedac.engine.step.arms import Arm
+    from sedac.engine.step.checkpoint import Checkpoint
+    from sedac.engine.step.tokens import Array, TokenBuffers, Tokens
+
+
+class Left(NamedTuple):
+    """What a pass left in which something was reduced or decided."""
+
+    saved_T: Array
+    """float32: MLPs saved per token"""
+    done_T: Array
+    """uint8: 1 where a decision was final"""
+    risk_CT: Array
+    """float32, NaN where not evaluated"""
+    counts_AC2: list[Any] | None = None
+    """each arm's totals (evaluated, exited) after the pass; None: as its buffers say now"""
+
+
+Count = Callable[["Tokens | None", Left | None], None]
+"""takes a pass's tokens (None: nothing could be reduced) and what it left (None: nothing was)"""
+Action = Callable[..., None]
+"""takes its arguments, and behind them the MLPs saved per token (T,) of a pass, None: none"""
+
+
+class GatedMlp(ABC):
+    """What a backend keeps of one MLP, held by the module as `mlp.sedac`; `module` is (T, D) -> (T, D), row by row."""
+
+    kind_V: Tensor
+    """uint8, after `finish`: kind of each level as this MLP computes it"""
+    parameter_V: Tensor
+    """fp32, after `finish`; written in place it takes effect at the next pass"""
+    needs_warm_up = True
+    """whether vLLM's own code computes it, some of which is compiled by size when it first runs"""
+
+    def __init__(self, backend: Backend, module: Any, name: str, layer: int) -> None:
+        self.backend, self.module, self.name, self.layer = backend, module, name, layer
+        base: Any = type(module)
+        self.base: Callable[[Tensor], Tensor] = functools.partial(base.forward, module)
+        """the module as vLLM has it"""
+
+    def gate(self, make_class: Callable[[Any], type[nn.Module]]) -> None:
+        """Put the module under this object: it keeps its weights and names and gets the class that `make_class` makes of its own."""
+        # A buffer, not a field here: traced code reads it, and the compiler must know it as one of the model's.
+        self.module.register_buffer("sedac_level_T", self.backend.buffers.level_T, persistent=False)
+        self.module.sedac = self
+        self.module.__class__ = make_class(type(self.module))
+
+    @abstractmethod
+    def compute(self, x_TD: Tensor) -> Tensor:
+        """Return (T, D), every row at its level; in an idle pass what vLLM gives."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Take the loaded weights.
+
+        Raises:
+            UnsupportedModel: they can't be read as reduced levels need it.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftLayer:
+    """One decoder layer of a draft, part by part."""
+
+    layer: Any
+    """holds the norms before the parts"""
+    attention: Any
+    """None: left out"""
+    mlp: Any
+    """None: left out"""
+    is_head: bool
+    """whether it is the draft's own"""
+
+
+class DraftPass(Protocol):
+    """A draft's layers as one operation."""
+
+    num_outputs: int
+    """logits per row; 0: `run` gives states, and the model's own lm_head must follow"""
+
+    def run(self, ids_N: Tensor, positions_N: Tensor, metadata: Any) -> Tensor:
+        """Return logits (N, V), or normed states (N, D), of one new token per sequence; `metadata`: of attention, as vLLM builds it."""
+
+    def fill(self, stream_TD: Tensor, positions_T: Tensor, slots_T: Tensor) -> None:
+        """Write the head's keys and values of tokens whose stream the target has computed."""
+
+
+class Backend(ABC):
+    """One model's computing; see the module's docstring for who calls what, and when."""
+
+    label: ClassVar[str]
+    """of its kernels, in the log"""
+    kinds: ClassVar[frozenset[str]]
+    """names of the kinds of levels that it computes"""
+    observes_idle: ClassVar[bool] = False
+    """whether checkpoints run between two steps too, where passes warm up or are captured"""
+
+    def __init__(self, buffers: TokenBuffers, table: LevelTable, arms: Sequence[Arm], counts_AC2: Tensor, count: Count) -> None:
+        """`counts_AC2` (int64) holds the arms' counts, one behind the other; `count` is called once for each pass, in their order.
+
+        Raises:
+            UnsupportedModel: the table has a level of a kind that this backend lacks.
+        """
+        for name, kind in table.kind_names.items():
+            if kind not in self.kinds:
+                raise UnsupportedModel(
+                    f"level {name!r} is of the kind {kind!r}, which the {self.label} kernels lack (they have {', '.join(sorted(self.kinds))}); "
+                    "attach a probe set without it, or offer hard exits only: SEDAC_LEVELS=0"
+                )
+        self.buffers, self.table, self.arms = buffers, table, tuple(arms)
+        self._counts_AC2, self._count = counts_AC2, count
+        self.is_active = False
+        """whether any token of the running pass is or may get reduced"""
+        self.num_tokens = 0
+        """of the running step; 0 between steps"""
+        self.mlps: list[GatedMlp] = []
+
+    @abstractmethod
+    def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
+        """Gate the MLP of decoder layer `layer`, called `name` in the model; `neurons` where the probe set has reduced levels.
+
+        Raises:
+            UnsupportedModel: this module can't be gated.
+        """
+
+    def finish_mlp(self, module: Any) -> None:
+        """Take the loaded weights of a gated MLP; see `GatedMlp.finish`."""
+        module.sedac.finish()
+
+    def warm_up(self, hidden_size: int, dtype: torch.dtype) -> None:
+        """Run an MLP as vLLM has it on one and on two rows, so that what vLLM compiles inside it by size is ready before requests come."""
+        mlps = [mlp for mlp in self.mlps if mlp.needs_warm_up]
+        with torch.inference_mode():
+            for rows in (1, 2) if mlps else ():
+                mlps[-1].base(torch.zeros(rows, hidden_size, dtype=dtype, device=self.buffers.level_T.device))
+
+    @abstractmethod
+    def set_arms(self, arms: Sequence[Arm]) -> None:
+        """Let these arms decide from the next pass on, by the rules that they have now."""
+
+    @abstractmethod
+    def begin(self, num_tokens: int, tokens: Tokens | None, *, is_new: bool) -> None:
+        """Start a pass over `num_tokens` tokens; None: idle, all of them in full. Not new: they are the very ones of the last active pass."""
+
+    @abstractmethod
+    def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
+        """Run checkpoint `index` on the residual stream (T, D), fp32, bf16 or fp16, whole or in two parts; nothing in an idle pass."""
+
+    def trace_observe(self, stream_TD: Tensor, level_T: Tensor, checkpoint: Checkpoint) -> None:
+        """Put a checkpoint into the graph that is being traced, on the stream (T, D), fp32; `level_T` is what it writes."""
+        torch.ops.vllm.sedac_checkpoint(stream_TD, level_T, checkpoint.layer, checkpoint.name)
+
+    @abstractmethod
+    def end(self, tokens: Tokens | None) -> Array | None:
+        """Finish the pass over `tokens` (None: nothing could be reduced) and clear what belongs to it alone.
+
+        Returns the MLPs saved per token (T,); None: none, or not known before `count` is called.
+        """
+
+    @abstractmethod
+    def then(self, action: Action, *arguments: Any) -> None:
+        """Call `action` with these once the last pass is counted, at once where it is; arguments that must wait are copied."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Count what all passes have left, and do what waits for it."""
+
+    def begin_draft(self, level: int, num_tokens: int) -> Callable[[], None]:
+        """Let the next passes run the MLPs of their first rows at a level, without decisions; call what it returns when they are over."""
+        buffers = self.buffers
+        roles_T = buffers.role_T[:num_tokens].clone()
+        buffers.role_T[:num_tokens], buffers.level_T[:num_tokens] = 0, level
+        buffers.active.fill_(1)
+        self.is_active = True
+
+        def end() -> None:
+            buffers.role_T[:num_tokens] = roles_T
+            buffers.level_T[:num_tokens], buffers.saved_T[:num_tokens] = 0, 0
+            buffers.active.zero_()
+            self.is_active = False
+
+        return end
+
+    def make_draft_pass(self, layers: Sequence[DraftLayer], inner: Any, norm: nn.Module, target: Any, *, gated: bool) -> DraftPass:
+        """Make one operation of a draft's layers, once KV caches exist: `inner` holds the embedding, `norm` ends it, `target` has the lm_head.
+
+        `gated`: MLPs of the target run at the level that `begin_draft` gave, not in full.
+
+        Raises:
+            ValueError: this backend, or a part, does not allow it; says which. Drafts then run as vLLM's modules.
+        """
+        raise ValueError(f"the {self.label} kernels have none")
+
+    def pick(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the most likely tokens (N,), int64, and their probabilities (N,), fp32."""
+        return pick(logits_NV)
+
+
+def pick(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick the most likely tokens in plain torch; see `Backend.pick`."""
+    logits_NV = logits_NV.float()
+    tokens_N = logits_NV.argmax(-1)
+    best_N = logits_NV.gather(1, tokens_N[:, None])[:, 0]
+    return tokens_N, (best_N - logits_NV.logsumexp(-1)).exp()

@@ -1,0 +1,110 @@
+"""The backend on the CPU: the operators `sedac::*` of kernels/*.cpp, which `python -m sedac.engine.backends.build` has built.
+
+They are loaded once per worker and know one model, the last whose backend was made.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sedac.engine.backends.base import DraftLayer, DraftPass
+from sedac.engine.backends.build import find_library
+from sedac.engine.backends.torch import TorchBackend
+from sedac.probe.levels import Neurons
+
+if TYPE_CHECKING:
+    from sedac.engine.step.arms import Arm
+    from sedac.engine.step.checkpoint import Checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def load() -> bool:
+    """Load the operators; False, with a warning, where they were not built or don't fit this torch."""
+    library = find_library()
+    if library is None:
+        _log.warning("SEDAC's native kernels are not built, slower torch forms run: python -m sedac.engine.backends.build")
+        return False
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        _log.warning("SEDAC's native kernels don't load (%s), slower torch forms run: python -m sedac.engine.backends.build --force", error)
+        return False
+    torch.library.register_fake("sedac::gate_up", _gate_up_fake)
+    torch.library.register_fake("sedac::down", _down_fake)
+    torch.library.register_fake("sedac::checkpoint", _checkpoint_fake)
+    return True
+
+
+def _gate_up_fake(x: Tensor, level: Tensor, index: int, num_outputs: int, compact: bool) -> Tensor:
+    return x.new_empty((x.shape[0], num_outputs))
+
+
+def _down_fake(h: Tensor, level: Tensor, index: int, hidden: int) -> Tensor:
+    return h.new_empty((h.shape[0], hidden))
+
+
+def _checkpoint_fake(stream: Tensor, level: Tensor, index: int) -> None:
+    return None
+
+
+class CpuBackend(TorchBackend):
+    """C++ where it takes a module, plain torch elsewhere; the model is fp32 or bf16."""
+
+    label: ClassVar[str] = "native"
+    kinds: ClassVar[frozenset[str]] = frozenset(("full", "skip", "width", "contextual"))
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        assert load(), "chosen without kernels"
+        torch.ops.sedac.set_buffers([*self.buffers.tensors, self.table.ladder_VV, self.table.share_V])
+        for arm in self.arms:
+            for i, probe in enumerate(arm.probes):
+                torch.ops.sedac.add_checkpoint(i, arm.number, probe.tensors, probe.rank, arm.knobs_CK[i], arm.counts_C2[i])
+        self.set_arms(self.arms)
+
+    def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
+        """Gate an MLP; see `Backend`."""
+        from sedac.engine.backends.cpu_mlp import CpuMlp  # needs vLLM
+
+        self.mlps.append(CpuMlp(self, module, name, layer, neurons, scores_activation=scores_activation, lora=lora))
+
+    def set_arms(self, arms: Sequence[Arm]) -> None:
+        """Let these arms decide from the next pass on."""
+        for arm in arms:
+            torch.ops.sedac.set_rule(arm.number, *arm.rule)
+
+    def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
+        """Run checkpoint `index` for all arms."""
+        if self.is_active:
+            torch.ops.sedac.checkpoint_parts(hidden_TD, residual_TD, self.buffers.level_T, index)
+
+    def trace_observe(self, stream_TD: Tensor, level_T: Tensor, checkpoint: Checkpoint) -> None:
+        """Put the checkpoint's operator into the graph, unless the `State` must see the stream."""
+        if checkpoint.is_recorded:
+            super().trace_observe(stream_TD, level_T, checkpoint)
+        else:
+            torch.ops.sedac.checkpoint(stream_TD, level_T, checkpoint.index)
+
+    def make_draft_pass(self, layers: Sequence[DraftLayer], inner: Any, norm: nn.Module, target: Any, *, gated: bool) -> DraftPass:
+        """Make a draft pass of kernels/draft.cpp; see `Backend`."""
+        from sedac.engine.backends.cpu_draft import CpuDraftPass  # needs vLLM
+
+        return CpuDraftPass(layers, inner, norm, target, gated=gated)
+
+    def pick(self, logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+        """Pick the most likely tokens; see `Backend`."""
+        return pick(logits_NV)
+
+
+def pick(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick the most likely tokens in one pass over each row of logits (N, V), fp32 or bf16; see `Backend.pick`."""
+    tokens_N, confidence_N = torch.ops.sedac.draft_pick(logits_NV)
+    return tokens_N, confidence_N
