@@ -83,7 +83,9 @@ def test_everything_accepted(demo_model, demo_probes, drafts, prompts):
     assert drafting["num_verified_steps"] == 16 * -(-(_TOKENS - 1) // 5)
 
 
-@pytest.mark.parametrize(("num_prompts", "max_tokens"), [(16, 32), pytest.param(_NUM_PROMPTS, _TOKENS, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("num_prompts", "max_tokens"), [(8, 16), *(pytest.param(*size, marks=pytest.mark.thorough) for size in ((16, 32), (_NUM_PROMPTS, _TOKENS)))]
+)
 def test_bfloat16_differs_no_more_than_plain_vllm_between_batch_sizes(demo_model, demo_probes, drafts, prompts, num_prompts, max_tokens):
     prompts = prompts[:num_prompts]
     run = {"do": "answer", "prompts": prompts, "knobs": _KNOBS | {"max_tokens": max_tokens}}
