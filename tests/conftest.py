@@ -24,8 +24,6 @@ GROUPS = {
     "tests/e2e/test_audit.py": "served",
     "tests/e2e/test_guard.py": "served",
     "tests/e2e/test_serve.py": "served",
-    "tests/e2e/test_drafting.py": "drafting",
-    "tests/e2e/test_drafting_knobs.py": "drafting",
 }
 """files that share what they start (a fixture of the package), by the group that one process runs; any other file is its own group"""
 

@@ -22,8 +22,6 @@ import pytest
 from openai import OpenAI
 from sedac.client.client import ControlClient
 from sedac.contract import wire
-from sedac.probe.draft import save_draft
-from sedac.probe.draft_manifest import REDUCED, DraftManifest
 
 from tests.forked import MEMORY
 
@@ -45,8 +43,6 @@ class Served:
     port: int
     control_address: str
     log: Path
-    first_metrics: str = ""
-    """what /metrics said before the first request"""
 
     @property
     def url(self) -> str:
@@ -97,8 +93,6 @@ def start(directory: Path, *arguments: str, **environment: str) -> Served:
     while True:
         try:
             urllib.request.urlopen(f"{served.url}/health", timeout=5).close()
-            with urllib.request.urlopen(f"{served.url}/metrics", timeout=30) as answer:
-                served.first_metrics = answer.read().decode()
             return served
         except OSError:
             if process.poll() is not None or time.monotonic() > deadline:
@@ -137,24 +131,3 @@ def _keep_policy(client: ControlClient) -> Iterator[ControlClient]:
     yield client
     if client.get_policy().revision != before.revision:
         client.wait_until_synced(client.update_policy(wire.policy_from_proto(before)).revision, 60)
-
-
-DRAFT = DraftManifest(name="halves", kind=REDUCED, model="sedac-demo", hidden_size=256, num_layers=12, depth=12, level="contextual-50", max_tokens=3)
-"""of its own it drafts 3 tokens, in an engine that has room for 4"""
-
-
-@pytest.fixture(scope="package")
-def drafting(tmp_path_factory) -> Iterator[Served]:
-    """A server with a draft of its own, whose lengths are fixed until a policy says otherwise."""
-    directory = tmp_path_factory.mktemp("drafting")
-    save_draft(directory / "draft", DRAFT, None)
-    variables = {"SEDAC_DRAFT_DIR": str(directory / "draft"), "SEDAC_DRAFT_TOKENS": "4", "SEDAC_DRAFT_ADAPTIVE": "0"}
-    running = start(directory, "--dtype", "float32", **variables)
-    yield running
-    assert stop(running) == 0, running.log.read_text()[-4000:]
-
-
-@pytest.fixture
-def drafting_control(drafting) -> Iterator[ControlClient]:
-    with ControlClient(drafting.control_address, author="e2e", timeout_seconds=60) as client:
-        yield from _keep_policy(client)

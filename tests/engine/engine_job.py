@@ -81,14 +81,6 @@ def _make_extra(llm, tier, rollout):
     return canary | {"sedac_tier": tier or drafting_steps.find_default_tier(llm, rollout)}
 
 
-def answer_text(llm, prompt, max_tokens):
-    """The greedy continuation of a text."""
-    from vllm import SamplingParams
-
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    return llm.generate(prompt, params, use_tqdm=False)[0].outputs[0].text
-
-
 def score(llm, prompts):
     """Log-probability of every prompt token but the first, per prompt."""
     from vllm import SamplingParams

@@ -52,7 +52,8 @@ def _make_probes(directory: Path, hidden_size: int = 128) -> Path:
     [
         ("Qwen2", {}, True),
         ("Qwen3", {"head_dim": 64}, True),
-        ("Llama", {}, False),
+        ("Llama", {}, True),
+        pytest.param("Llama", {}, False, marks=pytest.mark.thorough),
         ("Mistral", {"sliding_window": None, "head_dim": 64}, True),
         ("Gemma2", {"head_dim": 64, "query_pre_attn_scalar": 64}, True),
     ],

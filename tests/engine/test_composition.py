@@ -66,7 +66,7 @@ def mixed(demo_model, demo_probes, prompts, plain) -> list[list[int]]:
     return tokens
 
 
-@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("method", ["ngram", *(pytest.param(method, marks=pytest.mark.thorough) for method in ("suffix", "draft_model"))])
 def test_speculation_changes_no_token(demo_model, demo_probes, prompts, plain, mixed, method):
     config = dict(_METHODS[method])
     if method == "suffix" and importlib.util.find_spec("arctic_inference") is None:
@@ -243,6 +243,7 @@ def test_reduced_levels_and_lora_are_refused(demo_model, levelled_probes):
         run_engine(demo_model, [], sedac={"probe_set": str(levelled_probes)}, enable_lora=True, max_lora_rank=8, **_EAGER)
 
 
+@pytest.mark.thorough
 def test_tensor_parallel_ranks_decide_alike(demo_model, demo_probes, levelled_probes, prompts):
     tiers = [{"name": "skipping"}, {"name": "some", "level": "some"}, {"name": "half", "level": "half", "floor": "some"}]
     names = ["exact", *(t["name"] for t in tiers)]

@@ -38,7 +38,7 @@ def _stress(demo_model, demo_probes, draft, crowd, *first, before=()):
     return run_engine(demo_model, steps, sedac=sedac, before=before, speculative_config=DRAFTER, **_LLM, **_SMALL)[-5:]
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("native", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_no_slot_of_another_request_is_written(demo_model, demo_probes, drafts, crowd, native):
     """36 requests join, leave and are preempted in 14 blocks; every write is checked against the scheduler's blocks and in the caches' memory."""
     run = {"do": "answer", "prompts": crowd[0], "knobs": crowd[1]}
@@ -82,7 +82,7 @@ def test_draft_and_model_share_one_cache(demo_model, demo_probes, drafts):
     assert separate == {"bytes": 2 * plain["bytes"], "num_caches": 2 * num_layers}
 
 
-@pytest.mark.parametrize(("kind", "native"), [("adapter", True), ("adapter", False), ("exit-head", True)])
+@pytest.mark.parametrize(("kind", "native"), [("adapter", True), ("adapter", False), pytest.param("exit-head", True, marks=pytest.mark.thorough)])
 def test_drafts_are_what_plain_torch_proposes(demo_model, demo_probes, drafts, heldout_prompts, kind, native):
     """Chunked prompts, cached prefixes and rejected drafts leave in the head's cache what a pass over the whole text computes."""
     run = {"do": "answer", "prompts": heldout_prompts[:12], "knobs": {"max_tokens": 24, "detokenize": False}}

@@ -340,10 +340,11 @@ def test_guesses_are_the_heads_own(target):
 
 
 @pytest.mark.engine
-def test_the_command_makes_a_draft_and_makes_it_once(tmp_path):
+@pytest.mark.parametrize(("num_samples", "length"), [(4, 48), pytest.param(8, 80, marks=pytest.mark.thorough)])
+def test_the_command_makes_a_draft_and_makes_it_once(tmp_path, num_samples, length):
     work, out = tmp_path / "work", tmp_path / "draft"
-    command = ["-m", "sedac_probes.cli", "distill", "--work", str(work), "--samples", "8", "--heldout-samples", "6", "--max-length"]
-    command += ["80", "--epochs", "1", "--no-measure", "--out", str(out)]
+    command = ["-m", "sedac_probes.cli", "distill", "--work", str(work), "--samples", str(num_samples), "--heldout-samples", "6"]
+    command += ["--max-length", str(length), "--epochs", "1", "--no-measure", "--out", str(out)]
     adapter = run_python(*command, "--layers", "3", "--record", "8", timeout=600)
     assert adapter.returncode == 0, adapter.stderr
     exit_head = run_python(*command, "--kind", "exit-head", "--layers", "8", "--pick", "adapter-3", timeout=600)
