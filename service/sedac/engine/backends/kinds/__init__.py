@@ -1,8 +1,9 @@
 """The kinds of levels, registered in `KINDS`: a kind's place there is its number, which the kernels of all backends know it by.
 
-A new kind is a file here, with its plain torch form, a line in `KINDS`, and in every other backend that shall have it a file of its own
-and its name in that backend's `kinds`. A backend without it refuses the level by name when the model is built (base.py). Numbers of
-kinds stay: kernels/state.h repeats them for C++, and tests hold both against this list.
+A new kind is a file here, with its plain torch form, and a line in `KINDS`. A backend that shall have it computes it in its own kernels
+(kernels/mlp.cpp, cuda/mlp.py) and names it in its `kinds`; one without refuses the level by name when the model is built (base.py). What a
+probe set may hold is said in probe/manifest.py and probe/verify.py. Numbers of kinds stay: kernels/state.h repeats them for C++, and tests
+hold both against this list.
 """
 
 from __future__ import annotations
