@@ -27,7 +27,7 @@ from sedac.contract.v1 import (
 )
 from sedac.control.base.database import Database
 from sedac.control.base.schema import APPLICATION_ID, STEPS
-from sedac.control.policy.store import Store
+from sedac.control.revisions.store import Store
 from sedac.errors import ConfigError
 from sedac.policy.model import Checkpoint, Policy
 

@@ -14,7 +14,8 @@ from sedac.engine.backends.levels import LevelTable
 from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
 from sedac.errors import UnsupportedModel
-from sedac.policy.model import MAX_LEVELS, Layout
+from sedac.policy.layout import Layout
+from sedac.policy.model import MAX_LEVELS
 from sedac.probe.levels import Level
 
 CPU = torch.device("cpu")
