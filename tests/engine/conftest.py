@@ -57,6 +57,50 @@ def demo_probes() -> Path:
 
 
 @pytest.fixture(scope="session")
+def short_model() -> Path:
+    """The demo model's first three layers, which are compiled in a quarter of the time."""
+    return make_once("short-model", _make_short_model)
+
+
+SHORT_LAYERS = 3
+
+
+def _make_short_model(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(DEMO / "model", directory)
+    weights = load_file(directory / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if not k.startswith("model.layers.") or int(k.split(".")[2]) < SHORT_LAYERS}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"num_hidden_layers": SHORT_LAYERS, "layer_types": config["layer_types"][:SHORT_LAYERS]}
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def short_probes(short_model: Path, heldout_prompts: list[list[int]]) -> Path:
+    """Two of the demo's probes for the short model, with the quantiles of what they say there."""
+    return make_once("short-probes", functools.partial(_make_short_probes, short_model, heldout_prompts[:16]))
+
+
+def _make_short_probes(model: Path, prompts: list[list[int]], directory: Path) -> None:
+    from sedac.probe import artifact
+    from sedac.probe.manifest import Manifest, ProbeRecord
+    from transformers import AutoModelForCausalLM
+
+    demo = artifact.load(DEMO / "probe-set")
+    probes = dict(zip((0, 1), demo.probes.values(), strict=False))
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        streams = [reference(torch.tensor([prompt]), output_hidden_states=True).hidden_states for prompt in prompts]
+        risks = {layer: torch.cat([probe(seen[layer + 1][0]) for seen in streams]) for layer, probe in probes.items()}
+    metrics = {layer: {f"risk_q{q}": risk.quantile(q).item() for q in (0.2, 0.4)} for layer, risk in risks.items()}
+    records = tuple(ProbeRecord(layer=layer, threshold=metrics[layer]["risk_q0.2"], metrics=metrics[layer]) for layer in probes)
+    kept = {name: getattr(demo.manifest, name) for name in ("model", "hidden_size", "rank", "target")}
+    artifact.save(directory, Manifest(name="short", num_layers=SHORT_LAYERS, probes=records, **kept), probes)
+
+
+@pytest.fixture(scope="session")
 def heldout_prompts() -> list[list[int]]:
     """64 prompts of 24 to 80 tokens from files that neither the model nor the probes were trained on."""
     return read_heldout_prompts(64)
@@ -70,6 +114,12 @@ def read_heldout_prompts(num_prompts: int) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     texts = corpus.cut_prompts(corpus.read_stdlib("heldout"), num_prompts=num_prompts, num_chars=400)
     return [tokenizer(text)["input_ids"][: 24 + i % 57] for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="session")
+def short_drafts(short_model: Path) -> dict[str, Path]:
+    """Drafts for the short model, by name."""
+    return find_drafts(make_once("short-drafts", functools.partial(make_drafts, short_model)))
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,6 @@ def _run(demo_model, demo_probes, draft: Path, steps, **llm):
     [
         ("adapter", True, True),
         ("reduced", True, True),
-        ("adapter", False, True),
         *(pytest.param(kind, True, native, marks=pytest.mark.thorough) for kind, native in (("exit-head", True), ("reduced", False))),
         *(pytest.param(kind, False, native, marks=pytest.mark.thorough) for kind in ("adapter", "exit-head", "reduced") for native in (True, False)),
     ],

@@ -11,10 +11,9 @@ pytestmark = pytest.mark.engine
 
 _CASES = [
     (True, 8, 16),
-    (False, 8, 16),
     *(pytest.param(eager, *size, marks=pytest.mark.thorough) for eager in (True, False) for size in ((16, 32), (64, 64))),
 ]
-"""whether uncompiled, prompts, tokens"""
+"""whether uncompiled, prompts, tokens; compiled and small: test_compiled.py"""
 
 
 @pytest.mark.parametrize(("eager", "num_prompts", "max_tokens"), _CASES)

@@ -120,7 +120,7 @@ def _policy(demo_probes, quantile="risk_q0.4", **knobs):
     return thresholds, {"enabled": True, "checkpoints": [{"layer": n, "threshold": t} for n, t in thresholds.items()], **knobs}
 
 
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("eager", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["eager", "compiled"])
 def test_levels_equal_the_reference(demo_model, demo_probes, heldout_prompts, level_set, eager):
     prompts = [p[:40] for p in heldout_prompts[:4]]
     steps = make_level_steps(demo_probes, prompts)
