@@ -14,11 +14,10 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+from testing.shared import FOLDER
+
 MAX_WORKERS = 4
 """more at once would each hold an engine, and memory for it"""
-
-FOLDER = "PYTEST_SHARED_FOLDER"
-"""names, in the environment of every process of a session, a folder that they share and that is gone in the end; see shared.py"""
 
 GROUPS = {
     "tests/e2e/test_audit.py": "served",

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from tests.forked import run_python
+from testing.forked import run_python
 
 pytestmark = pytest.mark.engine
 

@@ -13,8 +13,8 @@ from sedac.engine.vllm.refusals import leave_graphs, refuse_graphs
 from sedac.errors import ConfigError, UnsupportedModel
 from vllm.config.compilation import CUDAGraphMode
 
+from testing.forked import run_python
 from tests.cuda.test_interpreted import REPOSITORY, make_environment
-from tests.forked import run_python
 
 
 def make_config(mode: CUDAGraphMode, *, num_experts_ranks: int = 1) -> SimpleNamespace:

@@ -23,7 +23,7 @@ from openai import OpenAI
 from sedac.client.client import ControlClient
 from sedac.contract import wire
 
-from tests.forked import MEMORY
+from testing.forked import MEMORY
 
 READY_SECONDS = 600
 _DISTINGUISHING = ("checkpoint", "result", "tier", "arm", "limit", "reason")

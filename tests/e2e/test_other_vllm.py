@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
+from testing.other_vllm import lose, make_environment, pretend_version
 from tests.e2e.conftest import find_free_port
-from tests.other_vllm import lose, make_environment, pretend_version
 
 pytestmark = pytest.mark.e2e
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from tests.forked import run_python
-from tests.other_vllm import lose, pretend_version
+from testing.forked import run_python
+from testing.other_vllm import lose, pretend_version
 
 pytestmark = pytest.mark.e2e
 

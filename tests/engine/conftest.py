@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.forked import run_python
-from tests.shared import make_once
+from testing.forked import run_python
+from testing.shared import make_once
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "probes" / "sedac_demo"

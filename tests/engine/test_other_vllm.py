@@ -16,8 +16,8 @@ from sedac import versions
 from sedac.agent.plugin import AgentPlugin
 from sedac.errors import UnsupportedModel
 
-from tests.forked import run_python
-from tests.other_vllm import make_environment, pretend_version
+from testing.forked import run_python
+from testing.other_vllm import make_environment, pretend_version
 
 pytestmark = pytest.mark.engine
 

@@ -22,7 +22,7 @@ from sedac_probes.certification.family import TIER, Member, make_family, make_la
 from sedac_probes.certification.session import Settings
 from sedac_probes.corpus import Document
 
-from tests.forked import run_python
+from testing.forked import run_python
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo"
 MANIFEST = read_manifest(DEMO / "probe-set")

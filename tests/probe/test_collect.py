@@ -17,8 +17,8 @@ from sedac_probes import corpus
 from sedac_probes.collecting.collection import read_statistics
 from sedac_probes.commands.options import read_documents
 
+from testing.forked import run_python
 from tests.engine.conftest import run_engine
-from tests.forked import run_python
 
 pytestmark = pytest.mark.engine
 

@@ -23,7 +23,7 @@ from sedac_probes.drafts.windows import Agreement
 from transformers.cache_utils import DynamicCache
 from typer.testing import CliRunner
 
-from tests.forked import run_python
+from testing.forked import run_python
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo"
 LAYERS = 4

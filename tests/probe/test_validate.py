@@ -17,7 +17,7 @@ from sedac_probes.training.choosers import ORACLE, RANDOM, compare_choosers
 from sedac_probes.training.damage import make_batch
 from sedac_probes.training.validate import estimate_speedup
 
-from tests.forked import run_python
+from testing.forked import run_python
 
 LENGTH, SAMPLES = 96, 4
 

@@ -24,7 +24,6 @@ from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
     from sedac.engine.step.arms import Arm
-    from sedac.engine.step.checkpoint import Checkpoint
     from sedac.engine.step.tokens import Array, TokenBuffers, Tokens
 
 
@@ -45,6 +44,19 @@ Count = Callable[["Tokens | None", Left | None], None]
 """takes a pass's tokens (None: nothing could be reduced) and what it left (None: nothing was)"""
 Action = Callable[..., None]
 """takes its arguments, and behind them the MLPs saved per token (T,) of a pass, None: none"""
+
+
+class Checkpoint(Protocol):
+    """What a decoder layer with a checkpoint says of it."""
+
+    layer: int
+    """of the decoder, 0-based"""
+    name: str
+    """of the decoder layer in the model"""
+    index: int
+    """among the checkpoints, 0-based"""
+    is_recorded: bool
+    """whether the state itself must see the stream"""
 
 
 class GatedMlp(ABC):

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sedac.engine.backends.base import DraftLayer, DraftPass
+from sedac.engine.backends.base import Checkpoint, DraftLayer, DraftPass
 from sedac.engine.backends.build import find_library
 from sedac.engine.backends.torch import TorchBackend
 from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
     from sedac.engine.step.arms import Arm
-    from sedac.engine.step.checkpoint import Checkpoint
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sedac.engine.backends.base import GatedMlp
-from sedac.engine.backends.cuda.backend import CudaBackend
+from sedac.engine.backends.cuda.device import DeviceBackend
 from sedac.engine.backends.cuda.guard import is_capturing
 from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.backends.dense import why_not_dense
@@ -59,10 +59,10 @@ def _gated(base: Any) -> type[nn.Module]:
 class CudaMlp(GatedMlp):
     """One MLP; see the module's docstring."""
 
-    backend: CudaBackend
+    backend: DeviceBackend
 
     def __init__(
-        self, backend: CudaBackend, module: Any, name: str, layer: int, source: Neurons | None, *, scores_activation: bool, lora: bool
+        self, backend: DeviceBackend, module: Any, name: str, layer: int, source: Neurons | None, *, scores_activation: bool, lora: bool
     ) -> None:
         """Gate the MLP.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sedac.engine.backends.cuda import forms
-from sedac.engine.backends.cuda.backend import CudaBackend, next_power
+from sedac.engine.backends.cuda.device import DeviceBackend, next_power
 from sedac.engine.backends.cuda.few import down_kernel, gate_up_kernel
 from sedac.engine.backends.cuda.guard import is_capturing, run_if
 from sedac.engine.backends.cuda.many import grouped_down_kernel, grouped_gate_up_kernel
@@ -65,7 +65,7 @@ class Parts:
 class DeviceMlp:
     """One MLP; see the module's docstring. All tensors keep their addresses."""
 
-    backend: CudaBackend
+    backend: DeviceBackend
     layer: int
     kind_V: Tensor
     """uint8, as this module computes levels"""

@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.conftest import FOLDER
+FOLDER = "PYTEST_SHARED_FOLDER"
+"""Names, in the environment of every process of a session, a folder that they share and that is gone in the end."""
 
 
 def get_folder() -> Path:

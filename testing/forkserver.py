@@ -1,4 +1,4 @@
-"""What the fork server of tests/forked.py has imported before it forks: the slow part of every process that starts an engine."""
+"""What the fork server of testing/forked.py has imported before it forks: the slow part of every process that starts an engine."""
 
 from __future__ import annotations
 

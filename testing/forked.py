@@ -24,7 +24,7 @@ MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(
 
 _STARTING = threading.Lock()
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.forkserver"])
+_CONTEXT.set_forkserver_preload(["testing.forkserver"])
 
 
 def _start_server() -> None:
