@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, list_pages, read
 
 _METRIC = re.compile(r'\b(?:Counter|Gauge|Histogram|Summary)\(\s*"((?:sedac|grpc)_\w+)"')
 
@@ -33,6 +33,16 @@ def test_the_reference_has_every_metric_that_the_source_declares():
     assert len(declared) > 40
     page = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     assert not {name for name in declared if not re.search(rf"^\| `{name}(_total)?` \|", page, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", list_pages())
+def test_files_that_a_page_names_exist(page):
+    roots = (ROOT, ROOT / "service" / "sedac", ROOT / "tests", ROOT / "probes")
+    named = {
+        path for span in re.findall(r"`([^`\n]+)`", read(page)) for path in re.findall(r"[\w./-]+/[\w.-]+\.(?:py|cpp|cu|h|proto|yml|toml|md)\b", span)
+    }
+    named = {path for path in named if not path.startswith(("build/", "/", "vllm/"))}
+    assert [path for path in sorted(named) if not any((root / path).exists() for root in roots)] == []
 
 
 def test_the_picture_is_up_to_date(tmp_path):
