@@ -38,7 +38,7 @@ $(KERNELS): $(STAMP) $(wildcard service/sedac/engine/backends/kernels/*)
 	@touch $@
 
 .PHONY: serve
-serve: $(KERNELS) ## serve the demo model on 127.0.0.1:8000, control service beside it (ARGS='MODEL --max-model-len 2048 ...')
+serve: $(KERNELS) ## serve the demo model on port 8000, control service beside it (ARGS='MODEL --max-model-len 2048 ...')
 	$(BIN)/sedac serve $(ARGS)
 
 .PHONY: test

@@ -153,7 +153,7 @@ def test_policies_stored_by_version_0_1_are_read_and_keep_their_etags():
 
 
 def test_the_demo_models_certificate_holds():
-    message = json_format.Parse((ROOT / "probes" / "demo" / "policy.json").read_text(), control_pb2.Policy())
+    message = json_format.Parse((ROOT / "probes" / "sedac_demo" / "policy.json").read_text(), control_pb2.Policy())
     policy = wire.policy_from_proto(message)
     assert get_knobs_digest(policy, policy.certificate.tier) == policy.certificate.knobs_sha256
     validate(policy)

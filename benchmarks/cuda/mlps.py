@@ -112,8 +112,8 @@ class Mlps:
                 neurons = None
                 kind_V[kind_V > KIND_SKIP] = KIND_FULL
             parts = Parts(
-                weights=(gate_up, down), gate_up=functools.partial(functional.linear, weight=gate_up),
-                down=functools.partial(functional.linear, weight=down), activation=0, own_activation=activate_in_two if kind == "own" else None,
+                weights=(gate_up, down), gate_up=functools.partial(multiply, weight=gate_up),
+                down=functools.partial(multiply, weight=down), activation=0, own_activation=activate_in_two if kind == "own" else None,
             )  # fmt: skip
             width_V = torch.where(kind_V == KIND_WIDTH, parameter_V, torch.where(kind_V == KIND_CONTEXTUAL, math.inf, 0.0))
             self.mlps.append(
@@ -180,13 +180,24 @@ class Mlps:
         return float(((distance_T - slack_T).clamp(min=0) / norm_T).max())
 
 
+def multiply(x_TD: Tensor, weight: Tensor) -> Tensor:
+    """Return x (T, D) times the transposed weight, by the vendor's library.
+
+    In fp32 on a CPU: oneDNN's bf16 product on AMX reads past the end of a row whose length is no multiple of 32, so that NaN in the row
+    after it, which stands for padding here, comes through.
+    """
+    if x_TD.device.type == "cpu":
+        return functional.linear(x_TD.float(), weight.float()).to(x_TD.dtype)
+    return functional.linear(x_TD, weight)
+
+
 def run_dense(x_TD: Tensor, *, gate_up: Tensor, down: Tensor) -> Tensor:
     """The MLP as a model without SEDAC has it: two matrix products of the vendor's library, one launch for the activation between."""
-    product_TF = functional.linear(x_TD, gate_up)
+    product_TF = multiply(x_TD, gate_up)
     num_rows, size, block = product_TF.shape[0], product_TF.shape[1] // 2, 1024
     h_TF = product_TF.new_empty((num_rows, size))
     silu_kernel[(num_rows, -(-size // block))](product_TF, h_TF, size, product_TF.stride(0), BLOCK_F=block)
-    return functional.linear(h_TF, down)
+    return multiply(h_TF, down)
 
 
 def activate_in_two(product_TF: Tensor) -> Tensor:

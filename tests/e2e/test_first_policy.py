@@ -13,7 +13,7 @@ from sedac.errors import RevisionNotFound
 from tests.e2e.conftest import start, stop
 
 pytestmark = [pytest.mark.e2e, pytest.mark.thorough]
-FILE = Path(__file__).resolve().parents[2] / "probes" / "demo" / "policy.json"
+FILE = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo" / "policy.json"
 WAIT_SECONDS = 120
 
 

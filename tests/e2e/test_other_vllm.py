@@ -19,7 +19,7 @@ from tests.e2e.conftest import find_free_port
 
 pytestmark = pytest.mark.e2e
 
-MODEL = Path(__file__).resolve().parents[2] / "probes" / "demo" / "model"
+MODEL = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo" / "model"
 _LOST = "vllm.model_executor.models.registry:_TEXT_GENERATION_MODELS"
 _READY_SECONDS = 600
 _SAID = "SEDAC is installed and stands aside, vLLM serves without it"

@@ -296,11 +296,12 @@ def _quantise(directory: Path) -> Path:
 
 def test_quantised_model_exits_and_refuses_levels(demo_probes, levelled_probes, prompts, plain, tmp_path):
     model = _quantise(tmp_path / "w8a8")
+    eager = _EAGER | ({"dtype": "bfloat16"} if torch.cpu._is_amx_tile_supported() else {})  # vLLM's int8 product for AMX takes no fp32
     run = {"do": "generate", "prompts": prompts, "max_tokens": _TOKENS}
-    expected = _tokens(run_engine(model, [run], **_EAGER)[0])
+    expected = _tokens(run_engine(model, [run], **eager)[0])
     assert expected != plain, "the quantisation must show"
     steps = [_policy(demo_probes), run | {"tiers": _TIERS}, run | {"batch": 8}, run, {"do": "stats"}]
-    _, mixed, alone, together, stats = run_engine(model, steps, sedac=_sedac(demo_probes), **_EAGER)
+    _, mixed, alone, together, stats = run_engine(model, steps, sedac=_sedac(demo_probes), **eager)
     assert _tokens(mixed)[::2] == expected[::2], "exact requests equal plain vLLM on the same quantised model"
     assert _tokens(mixed)[1::2] == _tokens(together)[1::2]
     assert _tokens(alone) == _tokens(together)
@@ -308,4 +309,4 @@ def test_quantised_model_exits_and_refuses_levels(demo_probes, levelled_probes, 
     assert all(c["num_exited"] > 0 for c in stats["checkpoints"])
     refusal = r"UnsupportedModel: model\.layers\.0\.mlp is quantised \(CompressedTensorsLinearMethod\).*SEDAC_LEVELS=0"
     with pytest.raises(EngineFailed, match=refusal):
-        run_engine(model, [], sedac={"probe_set": str(levelled_probes)}, **_EAGER)
+        run_engine(model, [], sedac={"probe_set": str(levelled_probes)}, **eager)
