@@ -130,7 +130,7 @@ def test_every_variable_of_the_decision_reaches_the_policy(monkeypatch):
     )
 
 
-DEMO = Path(__file__).resolve().parents[1] / "probes" / "demo"
+DEMO = Path(__file__).resolve().parents[1] / "probes" / "sedac_demo"
 
 
 def _write_policy(directory: Path, **changes: object) -> Path:
