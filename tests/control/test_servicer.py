@@ -218,15 +218,21 @@ def test_authors_may_have_any_name(server):
 
 def test_masked_updates_of_different_fields_lose_nothing(client):
     client.update_policy(FIRST)
-    for phase in ("all", "decode"):
-        knobs = [(Policy(phase=phase), ["phase"]), (Policy(scope="batch" if phase == "all" else "token"), ["scope"])]
-        threads = [threading.Thread(target=client.update_policy, args=(policy,), kwargs={"fields": fields}) for policy, fields in knobs]
+    for round_number in range(1, 21):
+        wanted = {"sensitivity": float(round_number % 10), "decay": round_number / 100, "allow_overrides": bool(round_number % 2)}
+        barrier = threading.Barrier(len(wanted))
+
+        def write(name, value, barrier=barrier):
+            barrier.wait()
+            client.update_policy(dataclasses.replace(FIRST, **{name: value}), fields=[name])
+
+        threads = [threading.Thread(target=write, args=knob) for knob in wanted.items()]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(10)
-        made = client.get_policy()
-        assert (made.phase == control_pb2.PHASE_ALL) == (made.scope == control_pb2.SCOPE_BATCH) == (phase == "all")
+        made = wire.policy_from_proto(client.get_policy())
+        assert {name: getattr(made, name) for name in wanted} == wanted
 
 
 def test_a_change_whose_caller_gives_up_is_announced_or_not_made(client, server, make_engine):
