@@ -38,7 +38,8 @@ EXACT_ANSWERS = 4
 PAST_GRAPHS = 320
 """tokens of a pass that no CUDA graph holds"""
 DEMO_SHARE, START_SHARE, EXACT_SHARE = 0.5, 0.7, 0.8
-"""of the time, until which the demo's engines are waited for before all others, every engine must have started, and answers are compared"""
+"""Shares of the time: until the first, the demo's engines are waited for before all others; until the second, every engine must have started;
+until the third, answers are compared."""
 END_SECONDS = 8.0
 """kept for ending the processes"""
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 PLUGIN = "[vllm.general_plugins]\nsedac = sedac.engine.vllm.plugin:register\n"
 _MAX_ERRORS = 3
-"""in a row: a GPU's error leaves a process that can do nothing more"""
+"""How many errors in a row end a process: a GPU's error leaves one that can do nothing more."""
 _LOG_LINES, _LINE_CHARS = 4, 240
 _STACK_SECONDS = 1.0
 TERM_SECONDS, _KILL_SECONDS = 3.0, 1.0

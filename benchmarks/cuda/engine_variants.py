@@ -11,7 +11,7 @@ from typing import Any
 
 BATCHES = (1, 16, 128)
 DEPTHS = (0.25, 0.5, 0.75)
-"""where the 7B-shaped model's checkpoints are"""
+"""The shares of the layers after which the 7B-shaped model has its checkpoints."""
 ALWAYS, NEVER = 1e30, 1e-30
 """thresholds that every token's risk is below, or none's"""
 TIER = "measured"

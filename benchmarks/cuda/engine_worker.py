@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 MAX_ROWS = 64
-"""of a pass, from which a layer's threshold is taken"""
+"""A layer's threshold is taken from at most so many rows of a pass."""
 
 
 class _Recording:

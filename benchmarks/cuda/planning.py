@@ -13,9 +13,9 @@ TELLING_TOKENS = (1, 16, 256)
 PREPARATION: tuple[Row, ...] = ({"part": "card"}, {"part": "nodes"})
 """before any other row: what the card is and reaches, and whether it can run what is captured"""
 CAPTURED_ROWS = {"few": (1, 2, 5, 16), "middle": (1, 16, 17, 33, 64, 127), "many": (128, 200, 256)}
-"""of the graphs that are checked: the bounds of each form and something between them"""
+"""The numbers of rows of the graphs that are checked: the bounds of each form and something between them."""
 CAPTURED_FORMS = {"levels": FORMS, "plain": ("middle", "many"), "other": ("middle",), "own": ("few", "middle"), "repaired": FORMS}
-"""that each kind of MLP (mlps.MLPS) is captured in"""
+"""The forms that each kind of MLP (mlps.MLPS) is captured in."""
 
 
 def plan_kernels(shapes: Sequence[str], tokens: Sequence[int] = TOKENS, *, dtype: str = "bfloat16", **more: Any) -> list[Row]:

@@ -25,9 +25,9 @@ import table
 
 CHILD = (sys.executable, str(Path(__file__).with_name("child.py")))
 START_SECONDS = 180.0
-"""that a child may take to import torch and to reach the device"""
+"""A child may take so many seconds to import torch and to reach the device."""
 PREPARATION_SECONDS = 150.0
-"""that a row may take which the others rest on: a compiler may run"""
+"""A row which the others rest on may take so many seconds, since a compiler may run."""
 GRACE_SECONDS = 15.0
 """that the last row may run past the end of the whole"""
 MAX_HANGS = 2
