@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 from openai import OpenAI
 
-READY_SECONDS = 240
-_DISTINGUISHING = ("checkpoint", "result", "tier", "arm", "limit", "reason")
+READY_SECONDS = 600
+_DISTINGUISHING = ("checkpoint", "result", "tier", "side", "limit", "reason")
 
 
 def find_free_port() -> int:

@@ -24,7 +24,7 @@ class Workers:
         self.policies = [Policy(), Policy()]
         self.stats = Stats()
         self.reports: dict[str, dict] = {}
-        self.canaries: list[dict | None] = [None, None]
+        self.candidates: list[dict | None] = [None, None]
         self.probe_sets: dict[str, dict] = {}
         """by digest: what `sedac_preloaded` answers"""
         self.preloads: list[tuple[str, str]] = []
@@ -42,17 +42,17 @@ class Workers:
     def _sedac_describe(self, worker):
         return asdict(self.layout)
 
-    def _sedac_apply(self, worker, policy, revision, canary=None):
-        rollout = self.canaries[worker]["rollout"] if self.canaries[worker] else 0
+    def _sedac_apply(self, worker, policy, revision, candidate=None):
+        rollout = self.candidates[worker]["rollout"] if self.candidates[worker] else 0
         try:
             read = Policy.from_dict(policy)
-            for each in (read, Policy.from_dict(canary["policy"])) if canary else (read,):
+            for each in (read, Policy.from_dict(candidate["policy"])) if candidate else (read,):
                 loaded = any(state["state"] == "ready" for state in self.probe_sets.values())
                 validate(replace(each, certificate=None, probe_set="" if loaded else each.probe_set), self.layout)
         except PolicyInvalid as error:
             return {"revision": self.revisions[worker], "rollout": rollout, "violations": [[v.field, v.description] for v in error.violations]}
-        self.policies[worker], self.revisions[worker], self.canaries[worker] = read, revision, canary
-        return {"revision": revision, "rollout": canary["rollout"] if canary else 0, "violations": []}
+        self.policies[worker], self.revisions[worker], self.candidates[worker] = read, revision, candidate
+        return {"revision": revision, "rollout": candidate["rollout"] if candidate else 0, "violations": []}
 
     def _sedac_preload(self, worker, directory, sha256):
         if worker == 0:

@@ -29,6 +29,7 @@ GROUPS = {
 LONGEST = ("served",)
 """groups and files that run before all others, else one process would still run when the others have nothing left"""
 
+pytest.register_assert_rewrite("tests.cuda.interpreted.cases", "tests.engine.level_steps")
 hypothesis.settings.register_profile("sedac", deadline=None)
 hypothesis.settings.load_profile("sedac")
 

@@ -119,14 +119,14 @@ def _sum(values) -> Moments:
 def test_the_limit_of_a_ratio_is_wrong_no_more_often_than_it_says_and_sees_a_difference():
     rng, wrong, seen = np.random.default_rng(3), 0, []
     for _ in range(500):
-        stable, canary = rng.lognormal(-4, 0.6, (2, 2000))
+        stable, candidate = rng.lognormal(-4, 0.6, (2, 2000))
         looks = range(50, 2001, 50)
-        wrong += any(get_ratio_limit(_sum(canary[:n]), _sum(stable[:n]), 0.95) > 1 for n in looks)
-        seen.append(next((n for n in looks if get_ratio_limit(_sum(canary[:n] * 1.3), _sum(stable[:n]), 0.95) > 1), 2001))
+        wrong += any(get_ratio_limit(_sum(candidate[:n]), _sum(stable[:n]), 0.95) > 1 for n in looks)
+        seen.append(next((n for n in looks if get_ratio_limit(_sum(candidate[:n] * 1.3), _sum(stable[:n]), 0.95) > 1), 2001))
     print(f"limit over the true ratio in {wrong} of 500 runs of 40 looks at 0.95; 1.3 against 1 seen after {np.median(seen):.0f} requests (median)")
     assert wrong <= _get_most(500, 0.05)
     assert np.median(seen) < 2001
-    assert get_ratio_limit(Moments(), _sum(stable), 0.95) == get_ratio_limit(_sum(canary), Moments(5, 0.0, 0.0), 0.95) == 0
+    assert get_ratio_limit(Moments(), _sum(stable), 0.95) == get_ratio_limit(_sum(candidate), Moments(5, 0.0, 0.0), 0.95) == 0
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,6 @@ def _list_imports(path: Path) -> Iterator[str]:
 
 
 def test_tests_import_no_other_tests():
-    """What they share is in testing/, or beside them in a module that is no test; the tests of the engine share their conftest."""
-    apart = [ROOT / "tests" / folder for folder in ("engine", "cuda", "e2e", "probe")]
-    paths = [path for path in (ROOT / "tests").rglob("*.py") if not any(path.is_relative_to(folder) for folder in apart)]
-    found = [(path, name) for path in paths for name in _list_imports(path) if name.startswith("tests.")]
+    """What they share is in testing/, or beside them in a module that is no test."""
+    found = [(path, name) for path in (ROOT / "tests").rglob("*.py") for name in _list_imports(path) if name.startswith("tests.")]
     assert [(path, name) for path, name in found if name.rpartition(".")[2].startswith(("test_", "conftest"))] == []

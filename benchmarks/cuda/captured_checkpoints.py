@@ -19,8 +19,8 @@ from mlps import CheckFailed
 from replay import Replay, poison_scratch
 from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, Tokens
-from sedac.policy.model import Canary, Checkpoint, Policy, Rule, Scope
+from sedac.engine.step.tokens import DECIDES, OBSERVED, OF_CANDIDATE, Tokens
+from sedac.policy.model import Candidate, Checkpoint, Policy, Rule, Scope
 from torch import Tensor
 
 LAYERS = (0, 1)
@@ -42,7 +42,7 @@ class Scene:
     rule: Rule = "first"
     scope: Scope = "token"
     candidate: tuple[float, float] | None = None
-    """thresholds of a roll-out's candidate, for tokens of its arm"""
+    """thresholds of a roll-out's candidate, for tokens of its side"""
     is_padded: bool = False
 
 
@@ -54,7 +54,7 @@ SCENES = (
     Scene(name="some watched, some promised", thresholds=(None, None), roles=(DECIDES, OBSERVED, 0)),
     Scene(name="whole batch or none", thresholds=(None, ALWAYS_SURE), scope="batch", is_padded=True),
     Scene(name="accumulated", thresholds=(None, None), rule="accumulate"),
-    Scene(name="a candidate beside", thresholds=(None, NEVER_SURE), roles=(DECIDES, DECIDES | CANARY_ARM), candidate=(NEVER_SURE, ALWAYS_SURE)),
+    Scene(name="a candidate beside", thresholds=(None, NEVER_SURE), roles=(DECIDES, DECIDES | OF_CANDIDATE), candidate=(NEVER_SURE, ALWAYS_SURE)),
     Scene(name="all at the second", thresholds=(NEVER_SURE, ALWAYS_SURE)),
 )
 
@@ -115,21 +115,21 @@ def check_scene(ours: State, plain: State, scene: Scene, streams: list[Tensor], 
     )  # fmt: skip
     for target in TARGETS:
         policy = make_policy(scene, thresholds, target)
-        canary = scene.candidate and Canary(rollout=7, share=0.5, policy=make_policy(scene, scene.candidate, target))
-        wanted, counted, num_ties = run_plain(plain, policy, canary, tokens, streams, target)
+        candidate = scene.candidate and Candidate(rollout=7, share=0.5, policy=make_policy(scene, scene.candidate, target))
+        wanted, counted, num_ties = run_plain(plain, policy, candidate, tokens, streams, target)
         if not num_ties:
             break
     else:
         raise CheckFailed(f"{where}: confidences lie on every target tried; draw others")
-    ours.apply(policy, 1, canary)
+    ours.apply(policy, 1, candidate)
     seen: list[dict[str, Tensor]] = []
     for _ in range(num_replays):
-        before = [arm.counts_C2.clone() for arm in (ours.stable, ours.canary)]
+        before = [side.counts_C2.clone() for side in (ours.stable, ours.candidate)]
         poison_scratch(ours)
         ours.begin_step(live, tokens)
         replay.run_poisoned()
         seen.append(_read(ours, live))
-        changed = [(arm.counts_C2 - b).cpu() for arm, b in zip((ours.stable, ours.canary), before, strict=True)]
+        changed = [(side.counts_C2 - b).cpu() for side, b in zip((ours.stable, ours.candidate), before, strict=True)]
         ours.end_step()
         if not all(torch.equal(a, b) for a, b in zip(changed, counted, strict=True)):
             raise CheckFailed(f"{where}: counts {[c.tolist() for c in changed]}, in plain torch {[c.tolist() for c in counted]}")
@@ -142,12 +142,12 @@ def check_scene(ours: State, plain: State, scene: Scene, streams: list[Tensor], 
 
 
 def run_plain(
-    plain: State, policy: Policy, canary: Canary | None, tokens: Tokens, streams: list[Tensor], target: float
+    plain: State, policy: Policy, candidate: Candidate | None, tokens: Tokens, streams: list[Tensor], target: float
 ) -> tuple[dict[str, Tensor], list[Tensor], int]:
-    """Run a step in plain torch; return what it leaves, what each arm counts, and how many confidences lie on the target."""
+    """Run a step in plain torch; return what it leaves, what each side counts, and how many confidences lie on the target."""
     live, num_ties = len(tokens.role_T), 0
-    plain.apply(policy, 1, canary)
-    before = [arm.counts_C2.clone() for arm in (plain.stable, plain.canary)]
+    plain.apply(policy, 1, candidate)
+    before = [side.counts_C2.clone() for side in (plain.stable, plain.candidate)]
     plain.begin_step(live, tokens)
     for i, layer in enumerate(LAYERS):
         if plain.is_active:
@@ -155,7 +155,7 @@ def run_plain(
         num_ties += int(((plain.buffers.confidence_T[:live] - target).abs() < TIE).sum()) if policy.rule == "accumulate" else 0
     wanted = _read(plain, live)
     plain.end_step()
-    return wanted, [arm.counts_C2 - b for arm, b in zip((plain.stable, plain.canary), before, strict=True)], num_ties
+    return wanted, [side.counts_C2 - b for side, b in zip((plain.stable, plain.candidate), before, strict=True)], num_ties
 
 
 def make_policy(scene: Scene, thresholds: Sequence[float], target: float) -> Policy:

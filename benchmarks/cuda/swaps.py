@@ -39,7 +39,7 @@ def run_swaps(num_swaps: int, device: torch.device, *, captures: bool) -> dict[s
     state = make_state(shape, LAYERS, device, rank=8, threshold=1e9)
     backend = state.backend
     assert isinstance(backend, CudaBackend)
-    watched = [*state.buffers.tensors, *state.stable.probes[0].tensors, *state.stable.probes[1].tensors, state.stable.knobs_CK, backend.rules_A3]
+    watched = [*state.buffers.tensors, *state.stable.probes[0].tensors, *state.stable.probes[1].tensors, state.stable.knobs_CK, backend.rules_S3]
     addresses = [tensor.data_ptr() for tensor in watched]
     stream_TD = torch.randn(num_tokens, shape.hidden_size, device=device)
     residual_TD = torch.zeros_like(stream_TD)

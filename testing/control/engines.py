@@ -64,7 +64,7 @@ class FakeEngine:
         self._outbox.put(message)
 
     def answer(self, push: control_pb2.PolicyPush) -> None:
-        answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=push.policy.revision, rollout=push.canary.rollout)
+        answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=push.policy.revision, rollout=push.candidate.rollout)
         if self.refuse:
             answer.error.code, answer.error.message, answer.revision = 3, self.refuse, push.policy.revision - 1
         self.send(control_pb2.EngineMessage(answer=answer))

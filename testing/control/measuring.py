@@ -1,4 +1,4 @@
-"""An engine on the discovery stream that takes candidates too and reports evidence of both arms, as it is told to measure it."""
+"""An engine on the discovery stream that takes candidates too and reports evidence of both sides, as it is told to measure it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sedac.contract.v1 import control_pb2, evidence_pb2
 
 from testing.control.engines import FakeEngine
 
-STABLE, CANDIDATE = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
+STABLE, CANDIDATE = evidence_pb2.SIDE_STABLE, evidence_pb2.SIDE_CANDIDATE
 
 
 @dataclass
 class Measured:
-    """What every request of an arm is measured to have."""
+    """What every request of a side is measured to have."""
 
     mismatch: int = 10
     """thousandths"""
@@ -30,14 +30,14 @@ class Measured:
 
 
 class MeasuringEngine(FakeEngine):
-    """Reports every 20 ms; its counts grow while an arm's policy stays in force."""
+    """Reports every 20 ms; its counts grow while a side's policy stays in force."""
 
     def __init__(self, address: str, engine_id: str = "e1", *, stable: Measured | None = None, candidate: Measured | None = None, **more) -> None:
-        self.arms = {STABLE: stable or Measured(), CANDIDATE: candidate or Measured()}
+        self.sides = {STABLE: stable or Measured(), CANDIDATE: candidate or Measured()}
         self.in_force: dict[int, int] = {}
-        """revision of the stable arm, number of the roll-out"""
+        """revision of the stable side, number of the roll-out"""
         self.counts: dict[int, int] = {}
-        """requests finished, by arm"""
+        """requests finished, by side"""
         self.poison: Callable[[evidence_pb2.Evidence], None] = lambda evidence: None
         self.silent = False
         self.refuse_candidate = ""
@@ -47,34 +47,34 @@ class MeasuringEngine(FakeEngine):
         self._reporter.start()
 
     def answer(self, push: control_pb2.PolicyPush) -> None:
-        if push.HasField("canary") and self.refuse_candidate:
+        if push.HasField("candidate") and self.refuse_candidate:
             answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=self.in_force.get(STABLE, 0))
             answer.error.code, answer.error.message = 3, self.refuse_candidate
             self.send(control_pb2.EngineMessage(answer=answer))
             return
         with self._lock:
-            for arm, number in ((STABLE, push.policy.revision), (CANDIDATE, push.canary.rollout)):
-                if self.in_force.get(arm) != number:
-                    self.in_force[arm], self.counts[arm] = number, 0
-        answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=push.policy.revision, rollout=push.canary.rollout)
+            for side, number in ((STABLE, push.policy.revision), (CANDIDATE, push.candidate.rollout)):
+                if self.in_force.get(side) != number:
+                    self.in_force[side], self.counts[side] = number, 0
+        answer = control_pb2.PolicyAnswer(nonce=push.nonce, revision=push.policy.revision, rollout=push.candidate.rollout)
         self.send(control_pb2.EngineMessage(answer=answer))
 
     def _report(self) -> None:
         while not self._over.wait(0.02):
             if not self.silent:
                 with self._lock:
-                    evidence = [self._measure(arm) for arm, number in self.in_force.items() if number]
+                    evidence = [self._measure(side) for side, number in self.in_force.items() if number]
                 self.send(control_pb2.EngineMessage(report=control_pb2.EngineReport(evidence=evidence)))
 
-    def _measure(self, arm: int) -> evidence_pb2.Evidence:
-        measured = self.arms[arm]
-        self.counts[arm] += measured.rate
-        count, seconds = self.counts[arm], measured.token_seconds
-        evidence = evidence_pb2.Evidence(arm=arm, tier="balanced", num_requests=count)
-        if arm == STABLE:
-            evidence.revision = self.in_force[arm]
+    def _measure(self, side: int) -> evidence_pb2.Evidence:
+        measured = self.sides[side]
+        self.counts[side] += measured.rate
+        count, seconds = self.counts[side], measured.token_seconds
+        evidence = evidence_pb2.Evidence(side=side, tier="balanced", num_requests=count)
+        if side == STABLE:
+            evidence.revision = self.in_force[side]
         else:
-            evidence.rollout = self.in_force[arm]
+            evidence.rollout = self.in_force[side]
         evidence.num_errors = count // measured.error_every if measured.error_every else 0
         evidence.token_seconds.count, evidence.token_seconds.sum = count, count * seconds
         evidence.token_seconds.sum_squares = count * seconds**2 * 1.01
@@ -82,7 +82,7 @@ class MeasuringEngine(FakeEngine):
         if count:
             evidence.mismatch_counts[measured.mismatch] = count
             evidence.nll_difference_counts[measured.nll_difference] = count
-        if arm == CANDIDATE:
+        if side == CANDIDATE:
             self.poison(evidence)
         return evidence
 

@@ -115,7 +115,7 @@ def test_what_the_workers_count_reaches_the_service(settings):  # noqa: F811
             await _until(arrived)
         report = control_pb2.EngineReport()
         report.CopyFrom(engines[0].report)
-        assert {(e.arm, e.tier) for e in report.evidence} == {(evidence_pb2.ARM_STABLE, "exact"), (evidence_pb2.ARM_STABLE, "balanced")}
+        assert {(e.side, e.tier) for e in report.evidence} == {(evidence_pb2.SIDE_STABLE, "exact"), (evidence_pb2.SIDE_STABLE, "balanced")}
         del report.evidence[:]
         assert report == wire.stats_to_report(replace(stats, active_revision=report.active_revision))
         assert wire.drafting_from_proto(report.drafting) == stats.drafting

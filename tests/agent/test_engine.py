@@ -11,7 +11,7 @@ from sedac.agent.engine import AttachedEngine, EngineDisagreement, PartlyRefused
 from sedac.contract import wire
 from sedac.contract.stats import CheckpointStats, Stats, TierStats
 from sedac.errors import ArtifactError, PolicyInvalid
-from sedac.policy.model import Canary, Checkpoint, Policy
+from sedac.policy.model import Candidate, Checkpoint, Policy
 
 from testing.figures import make_controller, make_drafting
 from testing.workers import LAYOUT, Workers
@@ -44,11 +44,11 @@ def test_every_rank_gets_the_policy_and_the_candidate():
     async def scenario() -> None:
         assert await engine.describe() == LAYOUT
         assert (engine.num_workers, engine.num_ranks) == (6, 3)
-        await engine.apply(POLICY, 4, Canary(rollout=2, policy=POLICY, share=0.5))
+        await engine.apply(POLICY, 4, Candidate(rollout=2, policy=POLICY, share=0.5))
         assert [rank.revisions for rank in client.ranks] == [[4, 4]] * 3
-        assert all(canary["rollout"] == 2 for rank in client.ranks for canary in rank.canaries)
+        assert all(candidate["rollout"] == 2 for rank in client.ranks for candidate in rank.candidates)
         await engine.apply(POLICY, 5)
-        assert all(rank.canaries == [None, None] for rank in client.ranks)
+        assert all(rank.candidates == [None, None] for rank in client.ranks)
         client.ranks[2].reports["cmpl-1"] = {"tier": "balanced"}
         assert await engine.find_report("cmpl-1") == {"tier": "balanced"}
 
@@ -84,7 +84,7 @@ def test_a_rank_that_confirms_something_else_is_told(confirmed, monkeypatch):
     client = Ranks(2)
     monkeypatch.setattr(client.ranks[1], "_sedac_apply", lambda *args: {**confirmed, "violations": []})
     with pytest.raises(EngineDisagreement, match="revision 4 with roll-out 1 was sent; restart the engine"):
-        asyncio.run(AttachedEngine(client=client).apply(POLICY, 4, Canary(rollout=1, policy=POLICY, share=0.5)))
+        asyncio.run(AttachedEngine(client=client).apply(POLICY, 4, Candidate(rollout=1, policy=POLICY, share=0.5)))
 
 
 @pytest.mark.parametrize("state", ["failed", "unknown", "strange"])

@@ -1,4 +1,4 @@
-"""What the service pushes, on a real stream from a service that says what a test wants: arms, refusals by field, joining, a last good policy."""
+"""What the service pushes, on a real stream from a service that says what a test wants: sides, refusals by field, joining, a last good policy."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Service(control_pb2_grpc.DiscoveryServicer, probe_sets_pb2_grpc.ProbeSetsS
         """Push and return the answer."""
         message = control_pb2.PolicyPush(nonce=f"n{revision}", policy=wire.policy_to_proto(policy, revision=revision))
         if rollout:
-            message.canary.CopyFrom(control_pb2.Canary(rollout=rollout, policy=wire.policy_to_proto(candidate), share=share))
+            message.candidate.CopyFrom(control_pb2.Candidate(rollout=rollout, policy=wire.policy_to_proto(candidate), share=share))
         for name in sets:
             made = self.sets[name]
             message.probe_sets.add(name=name, sha256=made.sha256, size_bytes=len(made.weights))
@@ -144,8 +144,8 @@ _NEWER = b"\xa0\x06\x07"
         (lambda push: push.policy, "100"),
         (lambda push: push.policy.speculation, "speculation.100"),
         (lambda push: push.policy.checkpoints[1], "checkpoints[1].100"),
-        (lambda push: push.canary, "canary.100"),
-        (lambda push: push.canary.policy.audit, "canary.policy.audit.100"),
+        (lambda push: push.candidate, "candidate.100"),
+        (lambda push: push.candidate.policy.audit, "candidate.policy.audit.100"),
     ],
 )
 def test_a_knob_of_a_newer_contract_is_refused_by_its_number(find, path):
@@ -153,7 +153,7 @@ def test_a_knob_of_a_newer_contract_is_refused_by_its_number(find, path):
         async with _following("older") as (agent, service):
             await service.push(FIRST, 3)
             push = control_pb2.PolicyPush(nonce="n4", policy=wire.policy_to_proto(FIRST, revision=4))
-            push.canary.CopyFrom(control_pb2.Canary(rollout=1, policy=wire.policy_to_proto(OTHER), share=0.5))
+            push.candidate.CopyFrom(control_pb2.Candidate(rollout=1, policy=wire.policy_to_proto(OTHER), share=0.5))
             find(push).MergeFromString(_NEWER)
             answer = await service.push_raw(push)
             assert (answer.revision, answer.rollout) == (3, 0), "the last good policy stays"
@@ -177,18 +177,18 @@ def test_what_a_newer_service_says_beside_the_policies_is_ignored():
 
 def test_a_candidate_comes_stays_grows_and_goes():
     async def scenario() -> None:
-        async with _following("arms") as (agent, service):
+        async with _following("sides") as (agent, service):
             answer = await service.push(FIRST, 3, rollout=2)
             assert (answer.revision, answer.rollout, answer.HasField("error")) == (3, 2, False)
             terms = agent.get_terms()
-            assert (terms.policy, terms.canary.rollout, terms.canary.policy, terms.canary.share) == (FIRST, 2, OTHER, 0.5)
-            assert [canary["rollout"] for canary in agent.engine.client.canaries] == [2, 2]
+            assert (terms.policy, terms.candidate.rollout, terms.candidate.policy, terms.candidate.share) == (FIRST, 2, OTHER, 0.5)
+            assert [candidate["rollout"] for candidate in agent.engine.client.candidates] == [2, 2]
             book = agent.find_book(2)
             assert set(book.pages) == {"exact", "mine"}
-            assert agent.describe()["canary"]["rollout"] == 2
-            assert get_metric("sedac_rollout", "arms") == 2
+            assert agent.describe()["candidate"]["rollout"] == 2
+            assert get_metric("sedac_rollout", "sides") == 2
             await service.push(FIRST, 3, rollout=2, share=0.9)
-            assert agent.get_terms().canary.share == 0.9
+            assert agent.get_terms().candidate.share == 0.9
             assert agent.find_book(2) is book, "the same candidate keeps its evidence"
             await _until(lambda: service.reports and len(service.reports[-1].evidence) == 4)
             assert {(e.revision, e.rollout, e.tier) for e in service.reports[-1].evidence} == {
@@ -198,15 +198,15 @@ def test_a_candidate_comes_stays_grows_and_goes():
                 (0, 2, "mine"),
             }
             answer = await service.push(OTHER, 4)
-            assert (answer.revision, answer.rollout, agent.get_terms().canary, agent.find_book(2)) == (4, 0, None, None)
-            assert get_metric("sedac_rollout", "arms") == 0
+            assert (answer.revision, answer.rollout, agent.get_terms().candidate, agent.find_book(2)) == (4, 0, None, None)
+            assert get_metric("sedac_rollout", "sides") == 0
 
     asyncio.run(scenario())
 
 
 def test_while_a_candidate_is_on_its_way_no_request_gets_it():
     async def scenario() -> None:
-        async with _following("between-arms") as (agent, service):
+        async with _following("between-sides") as (agent, service):
             await service.push(FIRST, 3, rollout=2)
             workers = agent.engine.client
             for rollout, share, candidate, meanwhile in ((2, 0.9, OTHER, 0.5), (2, 0.9, FIRST, None), (3, 0.9, OTHER, None), (0, 0, OTHER, None)):
@@ -217,7 +217,7 @@ def test_while_a_candidate_is_on_its_way_no_request_gets_it():
                 assert agent.get_terms().policy.enabled, "the policy in force stays as it is"
                 workers.gate.set()
                 await pushing
-                assert (agent.get_terms().canary.share if rollout else agent.get_terms().canary) == (share if rollout else None)
+                assert (agent.get_terms().candidate.share if rollout else agent.get_terms().candidate) == (share if rollout else None)
 
     asyncio.run(scenario())
 
@@ -233,12 +233,12 @@ _ABSENT = replace(FIRST, checkpoints=(Checkpoint(layer=3, threshold=1.0),))
         (_ABSENT, {}, "checkpoints[0].layer"),
         (replace(FIRST, probe_set="elsewhere"), {}, "probe_set"),
         (certify(FIRST), {}, "certificate.weights_sha256"),
-        (FIRST, {"rollout": 2, "candidate": _BAD}, "canary.policy.checkpoints[0].threshold"),
-        (FIRST, {"rollout": 2, "candidate": _ABSENT}, "canary.policy.checkpoints[0].layer"),
-        (FIRST, {"rollout": 2, "candidate": replace(FIRST, probe_set="elsewhere")}, "canary.policy.probe_set"),
-        (FIRST, {"rollout": 2, "share": math.nan}, "canary.share"),
-        (FIRST, {"rollout": 2, "share": 1.5}, "canary.share"),
-        (FIRST, {"rollout": -2}, "canary.rollout"),
+        (FIRST, {"rollout": 2, "candidate": _BAD}, "candidate.policy.checkpoints[0].threshold"),
+        (FIRST, {"rollout": 2, "candidate": _ABSENT}, "candidate.policy.checkpoints[0].layer"),
+        (FIRST, {"rollout": 2, "candidate": replace(FIRST, probe_set="elsewhere")}, "candidate.policy.probe_set"),
+        (FIRST, {"rollout": 2, "share": math.nan}, "candidate.share"),
+        (FIRST, {"rollout": 2, "share": 1.5}, "candidate.share"),
+        (FIRST, {"rollout": -2}, "candidate.rollout"),
         (replace(FIRST, checkpoints=(Checkpoint(layer=2, threshold=1.0),) * 20_000), {}, "policy"),
     ],
 )
@@ -250,9 +250,9 @@ def test_a_push_that_can_not_be_is_refused_by_field_and_the_last_good_one_stays(
             assert (answer.revision, answer.rollout, answer.error.code) == (3, 1, 3)
             assert field in _fields(answer)
             assert agent.describe()["state"] == "NACKED"
-            assert (agent.policy, agent.canary.rollout, agent.engine.client.revisions) == (FIRST, 1, [3, 3])
+            assert (agent.policy, agent.candidate.rollout, agent.engine.client.revisions) == (FIRST, 1, [3, 3])
             assert agent.get_terms().policy.enabled
-            assert agent.get_terms().canary.rollout == 1, "what was held back while it was looked at is given again"
+            assert agent.get_terms().candidate.rollout == 1, "what was held back while it was looked at is given again"
             assert not (await service.push(OTHER, 5)).HasField("error")
 
     asyncio.run(scenario())
@@ -264,10 +264,10 @@ def test_workers_that_fail_are_a_refusal_and_the_last_good_policy_is_put_back():
             await service.push(FIRST, 3)
             workers, apply = agent.engine.client, Workers._sedac_apply
 
-            def apply_in_one_worker(worker, policy, revision, canary=None):
+            def apply_in_one_worker(worker, policy, revision, candidate=None):
                 if revision == 4 and worker == 1:
                     raise Exception("Call to collective_rpc method failed")  # as vLLM raises it
-                return apply(workers, worker, policy, revision, canary)
+                return apply(workers, worker, policy, revision, candidate)
 
             workers._sedac_apply = apply_in_one_worker
             answer = await service.push(OTHER, 4)
@@ -315,7 +315,7 @@ def test_a_probe_set_that_does_not_arrive_fit_or_load_is_refused(tmp_path):
             right, service.sets["fresh"] = service.sets["fresh"], replace(service.sets["fresh"], weights=b"x" * 4000)
             assert "sha256" in _fields(await service.push(naming, 5, sets=["fresh"]))["probe_set"]
             answer = await service.push(FIRST, 6, rollout=1, candidate=replace(OTHER, probe_set="large"), sets=["large"])
-            assert "its rank 8 is over 4" in _fields(answer)["canary.policy.probe_set"]
+            assert "its rank 8 is over 4" in _fields(answer)["candidate.policy.probe_set"]
             service.sets["fresh"] = right
             agent.engine.client.probe_sets[right.sha256] = {"state": "failed", "problem": "no room for it"}
             assert "no room for it" in _fields(await service.push(naming, 7, sets=["fresh"]))["probe_set"]

@@ -109,39 +109,39 @@ def test_speculation_is_told_from_vllms_counters():
 AUDITED = Policy(enabled=True, tiers=(Tier(name="mine"),), default_tier="mine", audit=Audit(share=1.0, confidence=0.9))
 
 
-def _get_mismatch(model: str, limit: str, arm: str = "stable") -> float:
-    return get_metric("sedac_audit_mismatch", model, tier="mine", arm=arm, limit=limit)
+def _get_mismatch(model: str, limit: str, side: str = "stable") -> float:
+    return get_metric("sedac_audit_mismatch", model, tier="mine", side=side, limit=limit)
 
 
-def test_what_audits_found_is_shown_per_tier_and_arm_and_nothing_is_no_zero():
+def test_what_audits_found_is_shown_per_tier_and_side_and_nothing_is_no_zero():
     metrics = EngineMetrics(model_name="audited", layout=LAYOUT).evidence
-    stable, canary = open_book(None, AUDITED, revision=3), open_book(None, AUDITED, rollout=2)
-    metrics.set_books([stable, canary])
+    stable, candidate = open_book(None, AUDITED, revision=3), open_book(None, AUDITED, rollout=2)
+    metrics.set_books([stable, candidate])
     assert get_metric("sedac_rollout", "audited") == 2
-    for arm in ("stable", "canary"):
-        assert get_metric("sedac_audited_answers_total", "audited", tier="mine", arm=arm) == 0, "there before anything is counted"
-        assert all(math.isnan(_get_mismatch("audited", limit, arm)) for limit in ("lower", "mean", "upper"))
+    for side in ("stable", "candidate"):
+        assert get_metric("sedac_audited_answers_total", "audited", tier="mine", side=side) == 0, "there before anything is counted"
+        assert all(math.isnan(_get_mismatch("audited", limit, side)) for limit in ("lower", "mean", "upper"))
     page = stable.get_page("mine")
     for num_mismatches in (0, 10) * 50:
         loss = Loss(num_tokens=100, num_mismatches=num_mismatches, nll_difference=0.25)
         page.add_loss(loss)
         metrics.add_result(page, loss)
     metrics.add_result(page, "dropped")
-    metrics.add_latency(canary.get_page("mine"), 0.5, None)
+    metrics.add_latency(candidate.get_page("mine"), 0.5, None)
     metrics.show()
     lower, mean, upper = (_get_mismatch("audited", limit) for limit in ("lower", "mean", "upper"))
     assert 0.001 < lower < mean < upper < 0.3
     assert mean == 0.05
-    assert get_metric("sedac_audit_nll_difference", "audited", tier="mine", arm="stable", limit="mean") == 0.25
-    assert get_metric("sedac_audited_answers_total", "audited", tier="mine", arm="stable") == 100
+    assert get_metric("sedac_audit_nll_difference", "audited", tier="mine", side="stable", limit="mean") == 0.25
+    assert get_metric("sedac_audited_answers_total", "audited", tier="mine", side="stable") == 100
     assert get_metric("sedac_audit_failures_total", "audited", reason="dropped") == 1
     assert get_metric("sedac_audit_failures_total", "audited", reason="failed") == 0
-    assert math.isnan(_get_mismatch("audited", "mean", "canary"))
-    assert get_metric("sedac_request_first_token_seconds_sum", "audited", arm="canary") == 0.5
-    assert get_metric("sedac_request_token_seconds_count", "audited", arm="canary") == 0
+    assert math.isnan(_get_mismatch("audited", "mean", "candidate"))
+    assert get_metric("sedac_request_first_token_seconds_sum", "audited", side="candidate") == 0.5
+    assert get_metric("sedac_request_token_seconds_count", "audited", side="candidate") == 0
     metrics.set_books([open_book(stable, AUDITED, revision=4)])
     assert math.isnan(_get_mismatch("audited", "mean")), "what was found under another policy says nothing of this one"
-    assert get_metric("sedac_audited_answers_total", "audited", tier="mine", arm="stable") == 100
+    assert get_metric("sedac_audited_answers_total", "audited", tier="mine", side="stable") == 100
     assert get_metric("sedac_rollout", "audited") == 0
 
 
@@ -152,7 +152,7 @@ def test_a_sampled_answer_shows_its_nll_difference_alone():
     metrics.set_books([book])
     assert math.isnan(_get_mismatch("sampled", "mean"))
     assert math.isnan(_get_mismatch("sampled", "lower"))
-    assert get_metric("sedac_audit_nll_difference", "sampled", tier="mine", arm="stable", limit="mean") == 0.1
+    assert get_metric("sedac_audit_nll_difference", "sampled", tier="mine", side="stable", limit="mean") == 0.1
 
 
 def test_tiers_beyond_the_labels_are_counted_together():
@@ -166,5 +166,5 @@ def test_tiers_beyond_the_labels_are_counted_together():
     page.add_loss(loss)
     metrics.add_result(page, loss)
     metrics.show()
-    assert get_metric("sedac_audited_answers_total", "many-audits", tier="_other", arm="stable") == 1
-    assert get_metric("sedac_audit_mismatch", "many-audits", tier="t3-1", arm="stable", limit="mean") is None
+    assert get_metric("sedac_audited_answers_total", "many-audits", tier="_other", side="stable") == 1
+    assert get_metric("sedac_audit_mismatch", "many-audits", tier="t3-1", side="stable", limit="mean") is None

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from sedac.agent import promise
 from sedac.agent.promise import Terms
 from sedac.policy.model import (
-    ARM_KEY,
     AUDIT_KEY,
     CERTIFICATE_KEY,
     LEVEL_KEY,
@@ -23,7 +22,7 @@ from sedac.policy.model import (
     SPECULATION_KEY,
     TIER_KEY,
     Audit,
-    Canary,
+    Candidate,
     Policy,
     Tier,
 )
@@ -188,12 +187,12 @@ CANDIDATE = Policy(enabled=True, tiers=(Tier(name="balanced"), Tier(name="new"))
 
 
 def _make_terms(share: float, policy: Policy = CANDIDATE, **changes) -> Terms:
-    return replace(TERMS, canary=Canary(rollout=7, policy=policy, share=share), **changes)
+    return replace(TERMS, candidate=Candidate(rollout=7, policy=policy, share=share), **changes)
 
 
-def test_a_canary_request_is_promised_by_the_candidate_and_shares_no_kv_with_the_other_arm():
+def test_a_candidate_request_is_promised_by_the_candidate_and_shares_no_kv_with_the_policy_in_force():
     request = _stamp(_make_request("mine"), _make_terms(1.0))
-    assert request.sampling_params.extra_args == {TIER_KEY: "new", ARM_KEY: "canary", ROLLOUT_KEY: 7}
+    assert request.sampling_params.extra_args == {TIER_KEY: "new", ROLLOUT_KEY: 7}
     assert request.cache_salt == "sedac-bounded:new+rollout=7:mine"
     stable = _stamp(_make_request("mine"), _make_terms(0.0))
     assert stable.sampling_params.extra_args == {TIER_KEY: "balanced"}
@@ -207,31 +206,31 @@ def test_a_canary_request_is_promised_by_the_candidate_and_shares_no_kv_with_the
 
 def test_a_candidate_that_is_off_promises_exactness():
     request = _stamp(_make_request("mine"), _make_terms(1.0, replace(CANDIDATE, enabled=False)))
-    assert request.sampling_params.extra_args == {TIER_KEY: "exact", ARM_KEY: "canary", ROLLOUT_KEY: 7}
+    assert request.sampling_params.extra_args == {TIER_KEY: "exact", ROLLOUT_KEY: 7}
     assert request.cache_salt == "mine"
 
 
 def test_a_tier_that_only_the_policy_in_force_has_is_served_by_that():
-    assert ARM_KEY not in _stamp(_make_request(**{TIER_KEY: "conservative"}), _make_terms(1.0)).sampling_params.extra_args
+    assert ROLLOUT_KEY not in _stamp(_make_request(**{TIER_KEY: "conservative"}), _make_terms(1.0)).sampling_params.extra_args
     with pytest.raises(VLLMValidationError, match="tiers: 'exact', 'balanced', 'new'"):
         _stamp(_make_request(**{TIER_KEY: "turbo"}), _make_terms(1.0))
 
 
 @given(st.text(max_size=8) | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False), st.floats(0, 1), st.floats(0, 1))
-def test_a_key_keeps_its_arm_while_the_share_grows(key, one, other):
-    def is_canary(share: float, request_id: str) -> bool:
+def test_a_key_keeps_its_policy_while_the_share_grows(key, one, other):
+    def is_candidate(share: float, request_id: str) -> bool:
         extra = _stamp(_make_request(request_id=request_id, **{REQUEST_KEY: key}), _make_terms(share)).sampling_params.extra_args
         assert REQUEST_KEY not in extra, "who it is for is nobody's business further on"
-        return ARM_KEY in extra
+        return ROLLOUT_KEY in extra
 
     small, large = sorted((one, other))
-    assert is_canary(small, "cmpl-1") == is_canary(small, "cmpl-2")
-    assert is_canary(large, "cmpl-1") or not is_canary(small, "cmpl-1")
+    assert is_candidate(small, "cmpl-1") == is_candidate(small, "cmpl-2")
+    assert is_candidate(large, "cmpl-1") or not is_candidate(small, "cmpl-1")
 
 
-def test_the_share_of_requests_without_a_key_is_the_canarys():
-    arms = [ARM_KEY in _stamp(_make_request(request_id=f"cmpl-{i}"), _make_terms(0.25)).sampling_params.extra_args for i in range(2000)]
-    assert 400 < sum(arms) < 600
+def test_the_share_of_requests_without_a_key_is_the_candidates():
+    sides = [ROLLOUT_KEY in _stamp(_make_request(request_id=f"cmpl-{i}"), _make_terms(0.25)).sampling_params.extra_args for i in range(2000)]
+    assert 400 < sum(sides) < 600
 
 
 @pytest.mark.parametrize("key", [True, [1], "x" * 1025])
@@ -242,8 +241,8 @@ def test_keys_must_be_short_texts_or_numbers(key, terms):
 
 
 @pytest.mark.parametrize("extra", [{}, {TIER_KEY: "exact"}])
-def test_no_request_chooses_its_arm_or_its_audit(extra):
-    forged = {ARM_KEY: "canary", ROLLOUT_KEY: 7, AUDIT_KEY: "kept"}
+def test_no_request_chooses_its_policy_or_its_audit(extra):
+    forged = {ROLLOUT_KEY: 7, AUDIT_KEY: "kept"}
     for terms in (TERMS, _make_terms(0.0)):
         assert not forged.keys() & _stamp(_make_request(**forged, **extra), terms).sampling_params.extra_args.keys()
 
@@ -258,8 +257,8 @@ def test_the_drawn_share_of_bounded_requests_keeps_its_log_probabilities():
     asked = _make_request()
     asked.sampling_params.logprobs = 3
     assert (_stamp(asked, AUDITED, 0.0).sampling_params.logprobs, asked.sampling_params.extra_args[AUDIT_KEY]) == (3, "asked")
-    canary = _stamp(_make_request(), replace(_make_terms(1.0), can_audit=True), 0.99)
-    assert AUDIT_KEY in canary.sampling_params.extra_args, "the share is the arm's own"
+    candidate = _stamp(_make_request(), replace(_make_terms(1.0), can_audit=True), 0.99)
+    assert AUDIT_KEY in candidate.sampling_params.extra_args, "the share is the candidate's own"
 
 
 def test_exact_and_foreign_requests_are_not_audited():

@@ -35,25 +35,25 @@ def _read(push: control_pb2.PolicyPush) -> Orders | None:
 @given(any_policies, any_policies, _int64, _int64, st.floats())
 def test_any_policy_is_read_valid_or_refused(policy, candidate, revision, rollout, share):
     push = control_pb2.PolicyPush(policy=wire.policy_to_proto(policy, revision=revision))
-    push.canary.CopyFrom(control_pb2.Canary(rollout=rollout, policy=wire.policy_to_proto(candidate), share=share))
+    push.candidate.CopyFrom(control_pb2.Candidate(rollout=rollout, policy=wire.policy_to_proto(candidate), share=share))
     orders = _read(push)
     if orders is not None:
         validate(orders.policy)
         assert orders.revision > 0
-        assert orders.canary is not None
-        validate(orders.canary.policy)
-        assert orders.canary.rollout > 0
-        assert 0 <= orders.canary.share <= 1
+        assert orders.candidate is not None
+        validate(orders.candidate.policy)
+        assert orders.candidate.rollout > 0
+        assert 0 <= orders.candidate.share <= 1
 
 
 @given(valid_policies(), valid_policies(), st.integers(1, 2**63 - 1), st.integers(1, 2**63 - 1), st.floats(0, 1))
 def test_every_valid_push_is_read_as_it_was_meant(policy, candidate, revision, rollout, share):
     push = control_pb2.PolicyPush(policy=wire.policy_to_proto(policy, revision=revision))
-    push.canary.CopyFrom(control_pb2.Canary(rollout=rollout, policy=wire.policy_to_proto(candidate), share=share))
+    push.candidate.CopyFrom(control_pb2.Candidate(rollout=rollout, policy=wire.policy_to_proto(candidate), share=share))
     orders = read_push(control_pb2.PolicyPush.FromString(push.SerializeToString()))
     assert (orders.policy, orders.revision) == (policy, revision)
-    assert orders.canary is not None
-    assert (orders.canary.policy, orders.canary.rollout, orders.canary.share) == (candidate, rollout, share)
+    assert orders.candidate is not None
+    assert (orders.candidate.policy, orders.candidate.rollout, orders.candidate.share) == (candidate, rollout, share)
 
 
 @given(st.binary(max_size=300))

@@ -136,4 +136,4 @@ def test_a_book_is_kept_for_the_same_policy_and_opened_for_another():
     for other in (open_book(book, POLICY, revision=4), open_book(book, Policy(), revision=3), open_book(book, POLICY, rollout=3)):
         assert other is not book
     assert set(book.pages) == {"exact", "mine"}
-    assert (open_book(None, POLICY, rollout=3).arm, book.arm) == ("canary", "stable")
+    assert (open_book(None, POLICY, rollout=3).side, book.side) == ("candidate", "stable")

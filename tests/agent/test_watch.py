@@ -14,7 +14,7 @@ from sedac.agent.evidence import Book, open_book
 from sedac.agent.promise import Terms
 from sedac.agent.scoring import Answer, Loss
 from sedac.agent.watch import Watch
-from sedac.policy.model import TIER_KEY, Audit, Canary, Policy, Tier
+from sedac.policy.model import TIER_KEY, Audit, Candidate, Policy, Tier
 from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -41,7 +41,7 @@ class Seen:
         self.processor = OutputProcessor(None, log_stats=log_stats)
         self.watch = Watch(
             find_book=self.books.get,
-            on_latency=lambda page, first, each: self.latencies.append((page.arm, first, each)),
+            on_latency=lambda page, first, each: self.latencies.append((page.side, first, each)),
             on_answer=lambda page, answer: self.answers.append(answer),
             is_own=own.__contains__,
         )
@@ -150,11 +150,11 @@ def test_every_choice_of_a_request_counts_for_itself():
     assert seen.page.num_requests == 2
 
 
-def test_arms_have_books_of_their_own_and_requests_keep_the_page_of_their_arrival():
+def test_sides_have_books_of_their_own_and_requests_keep_the_page_of_their_arrival():
     seen = Seen()
     candidate = Policy(enabled=True)
     seen.books[7] = open_book(None, candidate, rollout=7)
-    terms = Terms(policy=POLICY, levels=(), canary=Canary(rollout=7, policy=candidate, share=1.0), can_audit=True)
+    terms = Terms(policy=POLICY, levels=(), candidate=Candidate(rollout=7, policy=candidate, share=1.0), can_audit=True)
     seen.add(make_request("r1", terms))
     seen.add(make_request("r2"))
     before = seen.page
@@ -163,7 +163,7 @@ def test_arms_have_books_of_their_own_and_requests_keep_the_page_of_their_arriva
         seen.step(name, [3], at=1.0, reason=FinishReason.STOP)
     assert seen.books[7].get_page("balanced").num_requests == 1
     assert (before.num_requests, seen.page.num_requests) == (1, 0)
-    seen.add(make_request("r3", Terms(policy=POLICY, levels=(), canary=Canary(rollout=8, policy=candidate, share=1.0))))
+    seen.add(make_request("r3", Terms(policy=POLICY, levels=(), candidate=Candidate(rollout=8, policy=candidate, share=1.0))))
     seen.step("r3", [3], at=1.0, reason=FinishReason.STOP)
     assert sum(page.num_requests for book in seen.books.values() for page in book.pages.values()) == 1, "the roll-out was over by then"
 

@@ -112,10 +112,10 @@ def test_watch_shows_every_change_until_it_is_over(server, client, make_engine):
     assert "ABORTED" in done.output
 
 
-def _make_evidence(number: int, arm: evidence_pb2.Arm, *, mismatch: int, revision: int = 0, rollout: int = 0) -> evidence_pb2.Evidence:
+def _make_evidence(number: int, side: evidence_pb2.Side, *, mismatch: int, revision: int = 0, rollout: int = 0) -> evidence_pb2.Evidence:
     moments = evidence_pb2.Moments(count=number, sum=0.02 * number, sum_squares=0.0004 * number)
     return evidence_pb2.Evidence(
-        arm=arm,
+        side=side,
         revision=revision,
         rollout=rollout,
         tier="balanced",
@@ -128,7 +128,7 @@ def _make_evidence(number: int, arm: evidence_pb2.Arm, *, mismatch: int, revisio
     )
 
 
-def test_status_shows_the_arms_with_confidence_limits_and_what_the_guard_did(ctl, client, make_engine):
+def test_status_shows_the_sides_with_confidence_limits_and_what_the_guard_did(ctl, client, make_engine):
     engine = make_engine(initial=FIRST)
     engine.pushes.get(timeout=10)
     made = client.update_policy(CANDIDATE, comment="good")
@@ -136,24 +136,24 @@ def test_status_shows_the_arms_with_confidence_limits_and_what_the_guard_did(ctl
     client.wait_until_synced(made.revision, 10)
     client.start_rollout(CANDIDATE, shares=[0.25], interval_seconds=3600)
     client.wait_until_synced(made.revision, 10, rollout=1)
-    arms = [
-        _make_evidence(40, evidence_pb2.ARM_STABLE, mismatch=10, revision=made.revision),
-        _make_evidence(20, evidence_pb2.ARM_CANARY, mismatch=20, rollout=1),
+    sides = [
+        _make_evidence(40, evidence_pb2.SIDE_STABLE, mismatch=10, revision=made.revision),
+        _make_evidence(20, evidence_pb2.SIDE_CANDIDATE, mismatch=20, rollout=1),
     ]
-    report = control_pb2.EngineReport(active_revision=made.revision, active_rollout=1, num_steps=1, evidence=arms)
+    report = control_pb2.EngineReport(active_revision=made.revision, active_rollout=1, num_steps=1, evidence=sides)
     engine.send(control_pb2.EngineMessage(report=report))
     _wait(lambda: len(client.get_status().evidence) == 2)
     shown = ctl("status").output
     assert "25.0% of the requests, step 1 of 1" in shown
-    rows = {line.split()[0]: line for line in shown.splitlines() if line.split()[:2] in (["stable", "balanced"], ["canary", "balanced"])}
+    rows = {line.split()[0]: line for line in shown.splitlines() if line.split()[:2] in (["stable", "balanced"], ["candidate", "balanced"])}
     assert " 40 " in rows["stable"]
-    assert " 20.0 ms" in rows["canary"]
-    found = {arm.arm: arm.mismatch for arm in client.get_status().evidence}
-    estimate = found[evidence_pb2.ARM_CANARY]
-    assert f"{estimate.lower:.4f} .. {estimate.mean:.4f} .. {estimate.upper:.4f}  (20)" in rows["canary"]
+    assert " 20.0 ms" in rows["candidate"]
+    found = {side.side: side.mismatch for side in client.get_status().evidence}
+    estimate = found[evidence_pb2.SIDE_CANDIDATE]
+    assert f"{estimate.lower:.4f} .. {estimate.mean:.4f} .. {estimate.upper:.4f}  (20)" in rows["candidate"]
     client.abort_rollout()
     report = control_pb2.EngineReport(
-        active_revision=made.revision, num_steps=2, evidence=[_make_evidence(4000, evidence_pb2.ARM_STABLE, mismatch=900, revision=made.revision)]
+        active_revision=made.revision, num_steps=2, evidence=[_make_evidence(4000, evidence_pb2.SIDE_STABLE, mismatch=900, revision=made.revision)]
     )
     engine.send(control_pb2.EngineMessage(report=report))
     _wait(lambda: client.get_status().HasField("guard"))

@@ -32,7 +32,7 @@ class JudgingEngine(MeasuringEngine):
 
     def answer(self, push) -> None:
         is_bad = push.policy.enabled and any(c.threshold >= 9 for c in push.policy.checkpoints)
-        self.arms[1] = dataclasses.replace(BAD) if is_bad else Measured(rate=50 if push.policy.enabled else 0)
+        self.sides[1] = dataclasses.replace(BAD) if is_bad else Measured(rate=50 if push.policy.enabled else 0)
         super().answer(push)
 
 
@@ -74,7 +74,7 @@ def test_a_bad_policy_goes_back_to_the_last_good_one(client, server, make_engine
     assert "the guard took revision 3 out of force" in caplog.text
     shown = wait_for(lambda: [e for e in client.get_status().evidence if e.tier == "balanced" and e.mismatch.num_requests], "evidence")[0]
     assert 0 <= shown.mismatch.lower < shown.mismatch.mean < shown.mismatch.upper <= 1
-    labels = {"arm": "stable", "tier": "balanced", "limit": "mean"}
+    labels = {"side": "stable", "tier": "balanced", "limit": "mean"}
     wait_for(lambda: server.server._metrics.registry.get_sample_value("sedac_control_audit_mismatch", labels) == 0.01, "the gauge")
 
 

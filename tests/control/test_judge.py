@@ -21,7 +21,7 @@ _moments = st.builds(
 _histograms = st.dictionaries(st.integers(0, 60) | st.integers(-2000, 2000), st.integers(1, 300) | _int64, max_size=3)
 _evidence = st.builds(
     evidence_pb2.Evidence,
-    arm=st.sampled_from([STABLE, CANDIDATE]),
+    side=st.sampled_from([STABLE, CANDIDATE]),
     tier=st.sampled_from(["balanced", "fast"]),
     num_requests=_int64,
     num_errors=st.just(0) | _int64,
@@ -31,9 +31,9 @@ _evidence = st.builds(
     nll_difference_counts=_histograms,
 )
 _sound_evidence = st.builds(
-    lambda arm, tier, n, mismatch, difference, more: evidence_pb2.Evidence(
+    lambda side, tier, n, mismatch, difference, more: evidence_pb2.Evidence(
         **{
-            "arm": arm,
+            "side": side,
             "tier": tier,
             "num_requests": n,
             "token_seconds": evidence_pb2.Moments(count=n, sum=n * 0.02, sum_squares=n * 0.0005),
@@ -60,7 +60,7 @@ _bounds = st.builds(
 
 
 def _judge_candidate(evidence: Evidence, bounds: Bounds, **more) -> Verdict:
-    return judge(evidence, bounds, bounds.get_limit_confidence(POLICY, together=True), arm=CANDIDATE, together=True, **more)
+    return judge(evidence, bounds, bounds.get_limit_confidence(POLICY, together=True), side=CANDIDATE, together=True, **more)
 
 
 def _sound(evidence: evidence_pb2.Evidence) -> bool:
@@ -85,7 +85,7 @@ def test_nothing_passes_without_enough_sound_evidence(reported, bounds, least, u
         return
     assert not unheard
     assert all(map(_sound, reported))
-    candidate = [e for e in reported if e.arm == CANDIDATE]
+    candidate = [e for e in reported if e.side == CANDIDATE]
     for bound, name in ((bounds.max_mismatch, "mismatch_counts"), (bounds.max_nll_difference, "nll_difference_counts")):
         if bound is not None:
             losses = [(k, n) for e in candidate for k, n in getattr(e, name).items()]
@@ -96,8 +96,8 @@ def test_nothing_passes_without_enough_sound_evidence(reported, bounds, least, u
     if bounds.max_error_share is not None:
         assert sum(e.num_errors for e in candidate) <= bounds.max_error_share * sum(e.num_requests for e in candidate) + 1e-9
     if bounds.max_latency_ratio is not None:
-        for arm in (STABLE, CANDIDATE):
-            assert sum(e.token_seconds.count for e in reported if e.arm == arm) >= least
+        for side in (STABLE, CANDIDATE):
+            assert sum(e.token_seconds.count for e in reported if e.side == side) >= least
 
 
 def _make(**more) -> evidence_pb2.Evidence:
@@ -120,7 +120,7 @@ def test_the_confidence_is_of_all_limits_together():
 
 
 def test_what_was_counted_before_the_step_is_no_sample_but_counts_for_the_limits():
-    good, bad = _make(arm=CANDIDATE), _make(arm=CANDIDATE, mismatch_counts={300: 200})
+    good, bad = _make(side=CANDIDATE), _make(side=CANDIDATE, mismatch_counts={300: 200})
     assert _judge(good).kind == "pass"
     later = _judge(good, baseline=Baseline(num_mismatch=150))
     assert (later.kind, "too few audited answers in this step for mismatch: 50" in later.reason) == ("none", True)
@@ -129,25 +129,25 @@ def test_what_was_counted_before_the_step_is_no_sample_but_counts_for_the_limits
 
 def test_one_bad_tier_is_a_breach_though_all_together_are_good():
     verdict = _judge(
-        _make(arm=CANDIDATE, num_requests=20000, mismatch_counts={1: 20000}), _make(arm=CANDIDATE, tier="fast", mismatch_counts={300: 200})
+        _make(side=CANDIDATE, num_requests=20000, mismatch_counts={1: 20000}), _make(side=CANDIDATE, tier="fast", mismatch_counts={300: 200})
     )
     assert (verdict.kind, verdict.reason.startswith("tier fast: mismatch is over")) == ("breach", True)
 
 
 def test_a_breach_counts_though_other_evidence_is_broken():
-    broken = _make(arm=CANDIDATE, token_seconds=evidence_pb2.Moments(count=1, sum=math.nan))
-    assert _judge(_make(arm=CANDIDATE, mismatch_counts={300: 200}), broken).kind == "breach"
-    assert _judge(_make(arm=CANDIDATE), broken).kind == "none"
+    broken = _make(side=CANDIDATE, token_seconds=evidence_pb2.Moments(count=1, sum=math.nan))
+    assert _judge(_make(side=CANDIDATE, mismatch_counts={300: 200}), broken).kind == "breach"
+    assert _judge(_make(side=CANDIDATE), broken).kind == "none"
 
 
 def test_a_mean_over_the_bound_that_proves_nothing_is_no_verdict():
-    verdict = _judge(_make(arm=CANDIDATE, mismatch_counts={0: 94, 1000: 6}))
+    verdict = _judge(_make(side=CANDIDATE, mismatch_counts={0: 94, 1000: 6}))
     assert (verdict.kind, "too close to tell" in verdict.reason) == ("none", True)
 
 
 def test_latency_is_held_against_the_policy_in_force_since_the_roll_out_began():
     slow = evidence_pb2.Moments(count=400, sum=400 * 0.1, sum_squares=400 * 0.0101)
-    stable, candidate = _make(arm=STABLE, num_requests=400, token_seconds=slow), _make(arm=CANDIDATE)
+    stable, candidate = _make(side=STABLE, num_requests=400, token_seconds=slow), _make(side=CANDIDATE)
     assert _judge(stable, candidate, max_latency_ratio=1.5).kind == "pass"
     assert _judge(candidate, max_latency_ratio=1.5).kind == "none", "nothing to compare with"
     since = Baseline(stable_token_seconds=(200, slow.sum - 200 * 0.005, slow.sum_squares - 200 * 0.00003))
@@ -155,15 +155,15 @@ def test_latency_is_held_against_the_policy_in_force_since_the_roll_out_began():
 
 
 def test_mostly_failed_audits_are_no_verdict():
-    assert "audits gave no result" in _judge(_make(arm=CANDIDATE, num_audit_failures=201)).reason
+    assert "audits gave no result" in _judge(_make(side=CANDIDATE, num_audit_failures=201)).reason
 
 
 def test_the_book_keeps_what_a_restarted_engine_lost_and_drops_what_is_not_in_force():
     book = EvidenceBook()
     book.expect(3, POLICY, 7, POLICY)
-    assert book.take("e1", [_make(revision=3), _make(arm=CANDIDATE, rollout=7)])
-    assert not book.take("e1", [_make(revision=3), _make(arm=CANDIDATE, rollout=7)]), "nothing new"
-    book.take("e1", [_make(revision=3, num_requests=5), _make(revision=2), _make(arm=CANDIDATE, rollout=6), _make(revision=3, tier="other")])
+    assert book.take("e1", [_make(revision=3), _make(side=CANDIDATE, rollout=7)])
+    assert not book.take("e1", [_make(revision=3), _make(side=CANDIDATE, rollout=7)]), "nothing new"
+    book.take("e1", [_make(revision=3, num_requests=5), _make(revision=2), _make(side=CANDIDATE, rollout=6), _make(revision=3, tier="other")])
     found = pool(book.list())
     assert {key: pooled.num_requests for key, pooled in found.tiers.items()} == {(STABLE, "balanced"): 205, (CANDIDATE, "balanced"): 200}
     book.expect(3, POLICY, 8, POLICY)

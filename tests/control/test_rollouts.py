@@ -77,14 +77,14 @@ def test_a_good_candidate_is_promoted_through_all_steps(stub, client, server, ma
     over = _wait(stub, PROMOTED, PAUSED, ABORTED)
     assert over.state == PROMOTED, over.reason
     assert (over.promoted_revision, over.step) == (2, 1)
-    assert {e.arm for e in over.evidence} == {1, 2}, "of both arms, at the last analysis"
+    assert {e.side for e in over.evidence} == {1, 2}, "of both sides, at the last analysis"
     policy = client.get_policy()
     assert (policy.revision, policy.author) == (2, "rollout")
     assert wire.policy_from_proto(policy) == CANDIDATE
     client.wait_until_synced(2, 10)
     pushes = _drain(engine)
-    assert [(p.policy.revision, p.canary.rollout, p.canary.share) for p in pushes] == [(1, 0, 0), (1, 1, 0.1), (1, 1, 0.5), (2, 0, 0)]
-    assert wire.policy_from_proto(pushes[1].canary.policy) == CANDIDATE
+    assert [(p.policy.revision, p.candidate.rollout, p.candidate.share) for p in pushes] == [(1, 0, 0), (1, 1, 0.1), (1, 1, 0.5), (2, 0, 0)]
+    assert wire.policy_from_proto(pushes[1].candidate.policy) == CANDIDATE
     with grpc.insecure_channel(server.address) as channel:
         entries = audit_log_pb2_grpc.AuditLogStub(channel).ListAuditEntries(audit_log_pb2.ListAuditEntriesRequest()).entries
     assert [(e.action, e.resource, e.principal) for e in entries][:4] == [
@@ -154,7 +154,7 @@ def test_too_few_requests_pause_and_more_of_them_go_on_after_a_resume(stub, make
     engine.counts[2] = 0
     _start(stub)
     assert "no request has finished" in _wait(stub, PAUSED).reason
-    engine.arms[2].rate = 5
+    engine.sides[2].rate = 5
     assert _change(stub, "Resume", comment="there is traffic now").state == PROGRESSING
     assert _wait(stub, PROMOTED, ABORTED).state == PROMOTED
 
@@ -205,7 +205,7 @@ def test_slow_evidence_keeps_nobody_from_switching_off(server, stub, client, mak
 def test_what_was_measured_is_kept_with_a_roll_out_of_one_step(stub, make_engine):
     make_engine()
     _start(stub, shares=[0.5])
-    assert {e.arm for e in _wait(stub, PROMOTED, PAUSED, ABORTED).evidence} == {1, 2}
+    assert {e.side for e in _wait(stub, PROMOTED, PAUSED, ABORTED).evidence} == {1, 2}
 
 
 def test_an_engine_that_says_nothing_pauses(server, stub, make_engine):
@@ -264,7 +264,7 @@ def test_a_new_revision_ends_it(stub, client, make_engine, how):
     assert over.reason.startswith("revision 2 by tester replaced revision 1")
     client.wait_until_synced(2, 10)
     last = _drain(engine)[-1]
-    assert (last.policy.revision, last.HasField("canary")) == (2, False), "one push, not two"
+    assert (last.policy.revision, last.HasField("candidate")) == (2, False), "one push, not two"
 
 
 def test_operators_pause_resume_promote_and_abort(stub, client, make_engine):
@@ -372,7 +372,7 @@ def test_a_roll_out_goes_on_after_a_restart_of_the_service(settings):
             over = _wait(stub, PROMOTED, ABORTED, PAUSED)
             assert over.state == PROMOTED, over.reason
             wait_for(lambda: again.pushes.qsize() >= 3, "the push of the promoted policy")
-            assert [(p.canary.rollout, p.canary.share) for p in _drain(again)] == [(1, 0.1), (1, 0.5), (0, 0)]
+            assert [(p.candidate.rollout, p.candidate.share) for p in _drain(again)] == [(1, 0.1), (1, 0.5), (0, 0)]
     finally:
         again.close()
         server.stop()
@@ -383,7 +383,7 @@ def test_a_restarted_engine_gets_the_candidate_and_what_it_measured_before_stays
     _start(stub, interval_seconds=3600)
 
     def count() -> int:
-        return sum(e.num_requests for e in client.get_status().evidence if e.arm == 2)
+        return sum(e.num_requests for e in client.get_status().evidence if e.side == 2)
 
     wait_for(lambda: count() >= 50, "evidence of the candidate")
     engine.close()

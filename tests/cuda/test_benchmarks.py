@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.cuda.test_interpreted import REPOSITORY, make_environment
+from tests.cuda.environment import REPOSITORY, make_environment
 
 BENCHMARKS = REPOSITORY / "benchmarks" / "cuda"
 ENDINGS = """

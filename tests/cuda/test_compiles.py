@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cuda.test_interpreted import REPOSITORY, make_environment
+from tests.cuda.environment import REPOSITORY, make_environment
 
 KERNELS = {
     "begin_kernel", "end_kernel", "checkpoint_kernel", "gate_up_kernel", "down_kernel", "activation_kernel", "finish_kernel", "merge_kernel",

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.cuda.test_interpreted import REPOSITORY, make_environment
+from tests.cuda.environment import REPOSITORY, make_environment
 
 pytestmark = [pytest.mark.engine, pytest.mark.thorough]
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.cuda.test_interpreted import REPOSITORY, make_environment
+from tests.cuda.environment import REPOSITORY, make_environment
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks" / "cuda"))
 import engine_process

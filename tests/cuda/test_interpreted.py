@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,13 +9,9 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.cuda.environment import REPOSITORY, make_environment
+
 FILES = sorted(path.name for path in (Path(__file__).parent / "interpreted").glob("test_*.py"))
-
-
-def make_environment(**more: str) -> dict[str, str]:
-    roots = [str(REPOSITORY / "service"), str(REPOSITORY / "probes"), str(REPOSITORY)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "OMP_NUM_THREADS": "1", **more}
 
 
 WIDE = ("test_decide.py", "test_mlp.py")

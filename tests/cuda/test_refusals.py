@@ -14,7 +14,7 @@ from sedac.errors import ConfigError, UnsupportedModel
 from vllm.config.compilation import CUDAGraphMode
 
 from testing.forked import run_python
-from tests.cuda.test_interpreted import REPOSITORY, make_environment
+from tests.cuda.environment import REPOSITORY, make_environment
 
 
 def make_config(mode: CUDAGraphMode, *, num_experts_ranks: int = 1) -> SimpleNamespace:

@@ -33,7 +33,7 @@ VALUES = {
     "sequences": ["1", "4"],
     "part": ["plain", "verify", "draft"],
     "limit": ["mean", "lower", "upper"],
-    "arm": ["stable", "canary"],
+    "side": ["stable", "candidate"],
 }
 
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt-get install prometheus)")

@@ -1,4 +1,4 @@
-"""Audits and arms on the running product: what is reported is what anybody can compute from the API, and no response shows it."""
+"""Audits and sides on the running product: what is reported is what anybody can compute from the API, and no response shows it."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def _read_status(served) -> dict[str, Any]:
     return status
 
 
-def _find_page(served, arm: str = "stable", tier: str = "balanced") -> dict[str, Any]:
-    return next(page for page in _read_status(served)["evidence"] if (page["arm"], page["tier"]) == (arm, tier))
+def _find_page(served, side: str = "stable", tier: str = "balanced") -> dict[str, Any]:
+    return next(page for page in _read_status(served)["evidence"] if (page["side"], page["tier"]) == (side, tier))
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -176,22 +176,22 @@ def _rolling_out(served, candidate: Policy, share: float) -> Iterator[rollouts_p
                 policy=wire.policy_to_proto(candidate), shares=[share], interval_seconds=3600, bounds=bounds, comment="e2e"
             )
         )
-        _until(lambda: (_read_status(served)["canary"] or {}).get("rollout") == started.number)
+        _until(lambda: (_read_status(served)["candidate"] or {}).get("rollout") == started.number)
         yield started
         rollouts.AbortRollout(rollouts_pb2.ChangeRolloutRequest(name=started.name))
-        _until(lambda: _read_status(served)["canary"] is None)
+        _until(lambda: _read_status(served)["candidate"] is None)
 
 
-def test_a_candidate_with_other_probes_is_fetched_and_serves_its_arm_alone(served, control, tmp_path):
+def test_a_candidate_with_other_probes_is_fetched_and_serves_its_side_alone(served, control, tmp_path):
     stable = _set_policy(control, served, 1e-9, 1.0)
     _make_reckless_set(tmp_path)
     control.upload_probe_set(tmp_path)
     with _rolling_out(served, replace(stable, probe_set="reckless"), 0.5):
         for i in range(12):
             _complete(served, PROMPTS[i], max_tokens=16, xargs={"sedac_key": f"user-{i}"})
-        _until(lambda: sum(_find_page(served, arm)["num_audited"] for arm in ("stable", "canary")) == 12)
+        _until(lambda: sum(_find_page(served, side)["num_audited"] for side in ("stable", "candidate")) == 12)
         assert _find_page(served, "stable")["mismatch"]["mean"] == 0, "the attached probes find every token risky"
-        assert _find_page(served, "canary")["mismatch"]["mean"] > 0, "the candidate's find none"
+        assert _find_page(served, "candidate")["mismatch"]["mean"] > 0, "the candidate's find none"
     made = control.update_policy(replace(stable, probe_set="reckless"))
     control.wait_until_synced(made.revision, 30)
     _complete(served, PROMPTS[0])
@@ -212,17 +212,17 @@ def test_a_roll_out_has_its_share_of_the_requests_and_keeps_its_keys(served, con
     with _rolling_out(served, skipping, 0.5) as rollout:
         for i in range(12):
             _complete(served, PROMPTS[i], max_tokens=16, xargs={"sedac_key": f"user-{i}"})
-        _until(lambda: sum(_find_page(served, arm)["num_audited"] for arm in ("stable", "canary")) == 12)
-        stable_page, canary_page = (_find_page(served, arm) for arm in ("stable", "canary"))
-        assert min(stable_page["num_requests"], canary_page["num_requests"]) >= 1
-        assert stable_page["mismatch"]["mean"] == 0, "the stable arm computes everything"
-        assert canary_page["mismatch"]["mean"] > 0, "the candidate skips"
-        before = canary_page["num_requests"]
-        seconds = served.read_metrics()["sedac_request_token_seconds_count{canary}"]
+        _until(lambda: sum(_find_page(served, side)["num_audited"] for side in ("stable", "candidate")) == 12)
+        stable_page, candidate_page = (_find_page(served, side) for side in ("stable", "candidate"))
+        assert min(stable_page["num_requests"], candidate_page["num_requests"]) >= 1
+        assert stable_page["mismatch"]["mean"] == 0, "the stable side computes everything"
+        assert candidate_page["mismatch"]["mean"] > 0, "the candidate skips"
+        before = candidate_page["num_requests"]
+        seconds = served.read_metrics()["sedac_request_token_seconds_count{candidate}"]
         for i in range(12):
             _complete(served, PROMPTS[12 + i], max_tokens=8, xargs={"sedac_key": f"user-{i}"})
-        _until(lambda: sum(_find_page(served, arm)["num_requests"] for arm in ("stable", "canary")) == 24)
-        assert _find_page(served, "canary")["num_requests"] == 2 * before, "a key keeps its arm"
+        _until(lambda: sum(_find_page(served, side)["num_requests"] for side in ("stable", "candidate")) == 24)
+        assert _find_page(served, "candidate")["num_requests"] == 2 * before, "a key keeps its side"
         metrics = served.read_metrics()
         assert metrics["sedac_rollout"] == rollout.number
-        assert metrics["sedac_request_token_seconds_count{canary}"] - seconds == before
+        assert metrics["sedac_request_token_seconds_count{candidate}"] - seconds == before

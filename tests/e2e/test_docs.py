@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from testing.served import Served, find_free_port, start, stop
 from tests.docs.cover import ENGINE, check_output, find_blocks
 from tests.docs.pages import ROOT
-from tests.e2e.conftest import Served, find_free_port, start, stop
 
 pytestmark = pytest.mark.e2e
 

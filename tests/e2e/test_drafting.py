@@ -16,7 +16,7 @@ from sedac.probe.draft import save_draft
 from sedac.probe.draft_manifest import REDUCED, DraftManifest
 from typer.testing import CliRunner
 
-from tests.e2e.conftest import Served, start, stop
+from testing.served import Served, start, stop
 
 pytestmark = pytest.mark.e2e
 

@@ -10,7 +10,7 @@ from sedac.client.client import ControlClient
 from sedac.contract import wire
 from sedac.errors import RevisionNotFound
 
-from tests.e2e.conftest import start, stop
+from testing.served import start, stop
 
 pytestmark = [pytest.mark.e2e, pytest.mark.thorough]
 FILE = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo" / "policy.json"

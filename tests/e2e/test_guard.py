@@ -71,8 +71,8 @@ def _set(control, policy: Policy) -> control_pb2.Policy:
     return made
 
 
-def _read_evidence(control, arm: evidence_pb2.Arm = evidence_pb2.ARM_STABLE) -> evidence_pb2.TierEvidence:
-    found = (e for e in control.get_status().evidence if (e.arm, e.tier) == (arm, "balanced"))
+def _read_evidence(control, side: evidence_pb2.Side = evidence_pb2.SIDE_STABLE) -> evidence_pb2.TierEvidence:
+    found = (e for e in control.get_status().evidence if (e.side, e.tier) == (side, "balanced"))
     return next(found, evidence_pb2.TierEvidence())
 
 

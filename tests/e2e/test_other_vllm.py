@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 
 from testing.other_vllm import lose, make_environment, pretend_version
-from tests.e2e.conftest import find_free_port
+from testing.served import find_free_port
 
 pytestmark = pytest.mark.e2e
 

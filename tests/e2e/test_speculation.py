@@ -9,7 +9,7 @@ import urllib.request
 
 import pytest
 
-from tests.e2e.conftest import start, stop
+from testing.served import start, stop
 
 pytestmark = pytest.mark.e2e
 

@@ -17,8 +17,8 @@ def _get_worker(llm):
 
 def find_default_tier(llm, rollout=None):
     """The tier of a request that names none: the default of the policy in force, or of the candidate where it is of that roll-out."""
-    policy, canary = getattr(llm, "policies", ({}, None))
-    own = canary["policy"] if canary and rollout == canary["rollout"] else policy
+    policy, candidate = getattr(llm, "policies", ({}, None))
+    own = candidate["policy"] if candidate and rollout == candidate["rollout"] else policy
     return own.get("default_tier", "balanced")
 
 

@@ -43,7 +43,7 @@ DEFAULTS = {
 def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, salt=None, adapters=None, temperature=0.0, seed=0, rollouts=None):
     """Continuations in groups of `batch`, each with its tier, the number of its roll-out and LoRA adapter (a directory).
 
-    Without a tier a request is stamped as the server does it, with the default tier of its arm's policy; `unstamped` has no tier at all.
+    Without a tier a request is stamped as the server does it, with the default tier of its side's policy; `unstamped` has no tier at all.
     """
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
@@ -77,8 +77,7 @@ def generate(llm, prompts, batch=0, max_tokens=16, logprobs=None, tiers=None, sa
 def _make_extra(llm, tier, rollout):
     if tier == "unstamped":
         return None
-    canary = {"sedac_arm": "canary", "sedac_rollout": rollout} if rollout else {}
-    return canary | {"sedac_tier": tier or drafting_steps.find_default_tier(llm, rollout)}
+    return ({"sedac_rollout": rollout} if rollout else {}) | {"sedac_tier": tier or drafting_steps.find_default_tier(llm, rollout)}
 
 
 def score(llm, prompts):
@@ -117,11 +116,11 @@ def read_kv(llm, prompt):
     return layers
 
 
-def apply(llm, policy, revision=1, canary=None):
+def apply(llm, policy, revision=1, candidate=None):
     """Put a policy, and a candidate beside it, into force; returns the workers' answers."""
-    answers = llm.collective_rpc("sedac_apply", args=(policy, revision) if canary is None else (policy, revision, canary))
+    answers = llm.collective_rpc("sedac_apply", args=(policy, revision) if candidate is None else (policy, revision, candidate))
     if not any(answer["violations"] for answer in answers):
-        llm.policies = (policy, canary)
+        llm.policies = (policy, candidate)
     return answers
 
 
@@ -141,9 +140,9 @@ def describe(llm):
 def addresses(llm):
     """Where all that the kernels read lies."""
     state = llm.llm_engine.model_executor.driver_worker.worker.sedac_state
-    arms = (state.stable, state.canary)
-    probes = [t for arm in arms for probe in arm.probes for t in (*probe.tensors, probe.rank)]
-    return [t.data_ptr() for t in (*probes, *(t for arm in arms for t in (arm.knobs_CK, arm.counts_C2)), *state.buffers.tensors)]
+    sides = (state.stable, state.candidate)
+    probes = [t for side in sides for probe in side.probes for t in (*probe.tensors, probe.rank)]
+    return [t.data_ptr() for t in (*probes, *(t for side in sides for t in (side.knobs_CK, side.counts_C2)), *state.buffers.tensors)]
 
 
 def generate_between(llm, changes, every=2, run="generate", **arguments):

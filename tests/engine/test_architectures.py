@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import EngineFailed, run_engine
 from tests.engine.reference import Reference
+from tests.engine.running import EngineFailed, run_engine
 
 pytestmark = pytest.mark.engine
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import DRAFTER, run_engine, speculation
-from tests.engine.test_levels import add_levels, check_levels, make_level_steps
+from tests.engine.level_steps import add_levels, check_levels, make_level_steps
+from tests.engine.running import DRAFTER, run_engine, speculation
 
 pytestmark = pytest.mark.engine
 

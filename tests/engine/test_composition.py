@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import DEMO, EngineFailed, run_engine
+from tests.engine.running import DEMO, EngineFailed, run_engine
 
 pytestmark = pytest.mark.engine
 

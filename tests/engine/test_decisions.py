@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.conftest import EngineFailed, run_engine
 from tests.engine.reference import Reference
+from tests.engine.running import EngineFailed, run_engine
 
 pytestmark = pytest.mark.engine
 

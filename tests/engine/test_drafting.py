@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.conftest import DRAFTER, TORCH_DRAFTS, read_heldout_prompts, run_engine, speculation
+from tests.engine.running import DRAFTER, TORCH_DRAFTS, read_heldout_prompts, run_engine, speculation
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 

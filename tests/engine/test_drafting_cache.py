@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.engine.conftest import DRAFTER, TORCH_DRAFTS, run_engine, speculation
+from tests.engine.running import DRAFTER, TORCH_DRAFTS, run_engine, speculation
 
 pytestmark = pytest.mark.engine
 

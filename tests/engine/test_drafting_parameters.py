@@ -10,7 +10,7 @@ import re
 
 import pytest
 
-from tests.engine.conftest import DRAFTER, run_engine, speculation
+from tests.engine.running import DRAFTER, run_engine, speculation
 
 pytestmark = pytest.mark.engine
 

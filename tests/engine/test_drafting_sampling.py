@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tests.engine.conftest import DRAFTER, run_engine, speculation
+from tests.engine.running import DRAFTER, run_engine, speculation
 
 pytestmark = pytest.mark.engine
 

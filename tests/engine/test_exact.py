@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.conftest import run_engine
+from tests.engine.running import run_engine
 
 pytestmark = pytest.mark.engine
 

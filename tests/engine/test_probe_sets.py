@@ -11,13 +11,13 @@ import pytest
 import torch
 from sedac.engine.step.state import State
 from sedac.errors import PolicyInvalid
-from sedac.policy.model import Canary, Checkpoint, Policy
+from sedac.policy.model import Candidate, Checkpoint, Policy
 from sedac.probe import artifact
 from sedac.probe.levels import Level, Neurons
 from sedac.probe.manifest import LevelRecord, Manifest, ProbeRecord
 from sedac.probe.probe import LREProbe
 
-from tests.engine.test_state import LAYOUT, make_state
+from tests.engine.states import LAYOUT, make_state
 
 POLICY = Policy(enabled=True, checkpoints=(Checkpoint(layer=3, threshold=0.5),))
 
@@ -76,8 +76,8 @@ def test_what_needs_a_restart_is_refused_and_says_so(tmp_path, kwargs, problem):
         state.apply(replace(POLICY, probe_set="second"), 2)
     assert [v.field for v in refused.value.violations] == ["probe_set"]
     with pytest.raises(PolicyInvalid, match=problem) as refused:
-        state.apply(replace(POLICY, sensitivity=1.0), 2, Canary(rollout=1, policy=replace(POLICY, probe_set="second"), share=0.5))
-    assert [v.field for v in refused.value.violations] == ["canary.policy.probe_set"]
+        state.apply(replace(POLICY, sensitivity=1.0), 2, Candidate(rollout=1, policy=replace(POLICY, probe_set="second"), share=0.5))
+    assert [v.field for v in refused.value.violations] == ["candidate.policy.probe_set"]
     assert (state.revision, state.rollout, state.stable.policy) == (1, 0, POLICY)
     assert all(torch.equal(a, b) for a, b in zip(before, [t for p in state.stable.probes for t in p.tensors], strict=True))
 
@@ -110,7 +110,7 @@ def test_sets_that_no_policy_names_are_dropped_but_not_those_asked_for_since(tmp
     def find() -> set[str]:
         return {name for name, sha256 in digests.items() if state.probe_sets.get_state(sha256)["state"] == "ready"}
 
-    state.apply(replace(POLICY, probe_set="first"), 1, Canary(rollout=1, policy=replace(POLICY, probe_set="second"), share=0.5))
+    state.apply(replace(POLICY, probe_set="first"), 1, Candidate(rollout=1, policy=replace(POLICY, probe_set="second"), share=0.5))
     assert find() == {"first", "second", "third"}
     with pytest.raises(PolicyInvalid):
         state.apply(replace(POLICY, probe_set="nowhere"), 2)

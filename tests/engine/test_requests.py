@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from sedac.engine.step.requests import Requests
-from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT
-from sedac.policy.model import ARM_KEY, CANARY, CERTIFICATE_KEY, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, TIER_KEY, Canary, Checkpoint, Policy, Tier
+from sedac.engine.step.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT
+from sedac.policy.model import CERTIFICATE_KEY, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, TIER_KEY, Candidate, Checkpoint, Policy, Tier
 
 from testing.strategies import certify
-from tests.engine.test_state import make_state
+from tests.engine.states import make_state
 
 POLICY = certify(Policy(enabled=True, checkpoints=(Checkpoint(layer=1, threshold=0.5),), tiers=(Tier(name="balanced"), Tier(name="night"))))
 CHANGED = certify(replace(POLICY, sensitivity=0.5))
@@ -70,19 +70,19 @@ def test_certified_means_one_probe_set_too():
 
 
 def _stamp(rollout: int, **extra: str) -> dict:
-    return {ARM_KEY: CANARY, ROLLOUT_KEY: rollout, **extra}
+    return {ROLLOUT_KEY: rollout, **extra}
 
 
-def test_the_arm_of_a_request_is_the_roll_out_s_while_it_is_in_force():
+def test_the_side_of_a_request_is_the_roll_out_s_while_it_is_in_force():
     state = make_state(use_native=False)
     candidate = Policy(
         enabled=True, checkpoints=(Checkpoint(layer=3, threshold=0.5),), phase="all", sensitivity=1.0, rule="accumulate",
         tiers=(Tier(name="night", level="contextual-20", soft_exit=True),), default_tier="night",
     )  # fmt: skip
-    state.apply(POLICY, 1, Canary(rollout=5, policy=candidate, share=0.5))
+    state.apply(POLICY, 1, Candidate(rollout=5, policy=candidate, share=0.5))
     requests = Requests(state)
     balanced, night = {TIER_KEY: "balanced"}, {TIER_KEY: "night"}
-    stamps = {"a": balanced, "b": _stamp(5, **night), "c": _stamp(4, **balanced), "d": _stamp(5, **balanced), "e": {ROLLOUT_KEY: 5, **balanced}}
+    stamps = {"a": balanced, "b": _stamp(5, **night), "c": _stamp(4, **balanced), "d": _stamp(5, **balanced), "e": balanced}
     for request_id, extra in stamps.items():
         requests.add(request_id, extra)
     ids, bounds, num_prompt, num_computed = list(stamps), np.arange(0, 11, 2), np.full(5, 3), np.array([3, 0, 3, 3, 0])
@@ -90,26 +90,26 @@ def test_the_arm_of_a_request_is_the_roll_out_s_while_it_is_in_force():
     def make():
         return requests.make_tokens(ids, bounds, num_prompt, num_computed)
 
-    hard, soft = DECIDES, DECIDES | SOFT | CANARY_ARM
+    hard, soft = DECIDES, DECIDES | SOFT | OF_CANDIDATE
     tokens = make()
     assert tokens.role_T.tolist() == [hard, hard, soft, soft, hard, hard, 0, 0, 0, 0], "d asks for a tier of the stable policy, e is in its prompt"
     assert tokens.goal_T.tolist()[::2] == [1, 3, 1, 1, 1]
-    assert {i: requests.get_report(i)["arm"] for i in ids} == {"a": "stable", "b": "canary", "c": "stable", "d": "canary", "e": "stable"}
+    assert {i: requests.get_report(i)["side"] for i in ids} == {"a": "stable", "b": "candidate", "c": "stable", "d": "candidate", "e": "stable"}
     assert [requests.get_report(i)["tier"] for i in ids] == ["balanced", "night", "balanced", "balanced", "balanced"]
-    state.apply(replace(POLICY, enabled=False), 2, Canary(rollout=5, policy=replace(candidate, phase="decode"), share=0.5))
-    observed = OBSERVED | CANARY_ARM
+    state.apply(replace(POLICY, enabled=False), 2, Candidate(rollout=5, policy=replace(candidate, phase="decode"), share=0.5))
+    observed = OBSERVED | OF_CANDIDATE
     assert make().role_T.tolist() == [0, 0, observed, observed, 0, 0, 0, 0, 0, 0], "the stable policy is off, b is in its prompt"
     state.apply(POLICY, 3)
     assert make().role_T.tolist() == [hard, hard, 0, 0, hard, hard, hard, hard, 0, 0]
-    assert {requests.get_report(i)["arm"] for i in ids} == {"stable"}
+    assert {requests.get_report(i)["side"] for i in ids} == {"stable"}
     assert requests.get_report("b")["revision"] == 3
 
 
-@pytest.mark.parametrize("extra", [{}, {ROLLOUT_KEY: 5}, {ARM_KEY: CANARY, ROLLOUT_KEY: 5}, {SCALE_KEY: 2.0, LEVEL_KEY: "skip"}])
+@pytest.mark.parametrize("extra", [{}, {ROLLOUT_KEY: 5}, {SCALE_KEY: 2.0, LEVEL_KEY: "skip"}])
 def test_a_request_without_a_tier_is_exact(extra):
     """It did not come through the server, which stamps every one."""
     state = make_state(use_native=False)
-    state.apply(POLICY, 1, Canary(rollout=5, policy=POLICY, share=0.5))
+    state.apply(POLICY, 1, Candidate(rollout=5, policy=POLICY, share=0.5))
     requests = Requests(state)
     requests.add("a", extra)
     requests.add("b", {**extra, TIER_KEY: "balanced"})
@@ -121,11 +121,11 @@ def test_a_request_without_a_tier_is_exact(extra):
 
 def test_a_candidate_may_be_enabled_beside_a_policy_that_is_not():
     state = make_state(use_native=False)
-    state.apply(Policy(), 1, Canary(rollout=1, policy=POLICY, share=0.5))
+    state.apply(Policy(), 1, Candidate(rollout=1, policy=POLICY, share=0.5))
     assert state.is_enabled
     requests = Requests(state)
     requests.add("a", PROMISE)
     requests.add("b", _stamp(1, **PROMISE))
     tokens = requests.make_tokens(["a", "b"], np.array([0, 1, 2]), np.array([1, 1]), np.array([1, 1]))
-    assert tokens.role_T.tolist() == [0, DECIDES | CANARY_ARM]
+    assert tokens.role_T.tolist() == [0, DECIDES | OF_CANDIDATE]
     assert [requests.get_report(i)["certified"] for i in "ab"] == [False, True]

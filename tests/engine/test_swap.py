@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import run_engine
+from tests.engine.running import run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -51,16 +51,16 @@ def _tokens(results) -> list[list[int]]:
     return [r["tokens"] for r in results]
 
 
-def test_swaps_and_arms_compute_what_each_policy_would_alone(demo_model, demo_probes, heldout_prompts, second_set):
+def test_swaps_and_sides_compute_what_each_policy_would_alone(demo_model, demo_probes, heldout_prompts, second_set):
     prompts, (directory, sha256) = heldout_prompts[:12], second_set
     first, second = _policies(demo_probes)
     named = {**second, "probe_set": "second"}
     run = {"do": "generate", "prompts": prompts, "max_tokens": _MAX_TOKENS}
-    canary = {"rollout": 3, "policy": named, "share": 0.5}
+    candidate = {"rollout": 3, "policy": named, "share": 0.5}
     changes = [  # one of them always names the second set, else it would be forgotten
-        {"policy": first, "revision": 10, "canary": {**canary, "rollout": 4}},
+        {"policy": first, "revision": 10, "candidate": {**candidate, "rollout": 4}},
         {"policy": named, "revision": 11},
-        {"policy": named, "revision": 11, "canary": {"rollout": 5, "policy": first, "share": 0.5}},
+        {"policy": named, "revision": 11, "candidate": {"rollout": 5, "policy": first, "share": 0.5}},
     ]
     exact = ["exact" if i % 2 else None for i in range(12)]
     steps = [
@@ -68,7 +68,7 @@ def test_swaps_and_arms_compute_what_each_policy_would_alone(demo_model, demo_pr
         {"do": "apply", "policy": first}, run,
         {"do": "apply", "policy": named, "revision": 2},
         {"do": "preload", "directory": str(directory), "sha256": sha256},
-        {"do": "apply", "policy": first, "revision": 2, "canary": canary},
+        {"do": "apply", "policy": first, "revision": 2, "candidate": candidate},
         run | {"tiers": ["exact", None, None] * 4, "rollouts": [3, None, 3] * 4},
         {"do": "stats"},
         {"do": "apply", "policy": named, "revision": 3}, run,
@@ -87,8 +87,8 @@ def test_swaps_and_arms_compute_what_each_policy_would_alone(demo_model, demo_pr
     assert [v[0] for v in refused[0]["violations"]] == ["probe_set"], "not preloaded yet"
     assert loaded == {"state": "ready", "problem": ""}
     assert both == {"revision": 2, "rollout": 3, "violations": []}
-    assert mixed[::3] == plain[::3], "exact requests, in either arm"
-    assert mixed[1::3] == alone[1::3], "the stable arm"
+    assert mixed[::3] == plain[::3], "exact requests, in either side"
+    assert mixed[1::3] == alone[1::3], "the stable side"
     assert mixed[2::3] == other[2::3], "the candidate's"
     assert (stats["active_revision"], stats["active_rollout"]) == (2, 3)
     assert _tokens(promoted) == other

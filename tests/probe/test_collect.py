@@ -18,7 +18,7 @@ from sedac_probes.collecting.collection import read_statistics
 from sedac_probes.commands.options import read_documents
 
 from testing.forked import run_python
-from tests.engine.conftest import run_engine
+from tests.engine.running import run_engine
 
 pytestmark = pytest.mark.engine
 

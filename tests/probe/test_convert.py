@@ -147,7 +147,7 @@ def test_ambiguous_tensors_are_refused(earlier, tmp_path, model):
     assert_refused(tmp_path, r"norm.weight is \(9,\), expected \(8,\)", source, tmp_path / "set", model=model)
 
 
-class Canary:
+class Trap:
     """Unpickling this writes a file."""
 
     def __init__(self, path):
@@ -160,15 +160,15 @@ class Canary:
 @pytest.mark.parametrize("name", ["sedac_probe_layer2.pth", "hidden_states_layer2.pt", "entropies_layer2.pt"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_refused_and_never_run(tmp_path, model, name, zipped):
-    source, canary = tmp_path / "old", tmp_path / "canary"
+    source, trap = tmp_path / "old", tmp_path / "trap"
     source.mkdir()
     if name.startswith("entropies"):
         torch.save(torch.randn(4, HIDDEN), source / "hidden_states_layer2.pt")
-    torch.save({"state_dict": EarlierProbe().state_dict(), "extra": Canary(canary)}, source / name, _use_new_zipfile_serialization=zipped)
+    torch.save({"state_dict": EarlierProbe().state_dict(), "extra": Trap(trap)}, source / name, _use_new_zipfile_serialization=zipped)
     assert_refused(tmp_path, rf"{name} holds \S*system: refused, nothing of it was run", source, tmp_path / "out", model=model)
-    assert not canary.exists()
-    torch.load(source / name, weights_only=False)  # the canary sings where it is let out
-    assert canary.exists()
+    assert not trap.exists()
+    torch.load(source / name, weights_only=False)  # it goes off where it is let out
+    assert trap.exists()
 
 
 def test_thresholds_option_then_file_then_off(earlier, tmp_path, model):

@@ -27,7 +27,7 @@ from sedac_probes.drafts.states import Source, States, collect_states, read_stat
 from sedac_probes.drafts.target import count_parameters, make_head, make_manifest, read_target
 
 from testing.forked import run_python
-from tests.engine.conftest import read_heldout_prompts, run_engine
+from tests.engine.running import read_heldout_prompts, run_engine
 
 DEMO = Path(__file__).resolve().parents[2] / "probes" / "sedac_demo" / "model"
 LENGTH, PIECES, PROMPT = 80, 12, 24

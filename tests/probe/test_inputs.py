@@ -143,7 +143,7 @@ def train(refused, directory):
     return refused("train", "--collection", directory, "--out", directory.parent / "set", "--name", "x", "--epochs", "1", "--rank", "4")
 
 
-class Canary:
+class Trap:
     """Unpickling this writes a file."""
 
     def __init__(self, path):
@@ -212,12 +212,12 @@ def test_collection_of_other_weights(refused, collection):
 
 
 def test_code_in_a_pickle_offered_as_a_shard_is_never_run(refused, collection, tmp_path):
-    canary, path = tmp_path / "canary", collection / "shard-00001.safetensors"
-    torch.save({"stream.1": torch.zeros(2, 2), "code": Canary(canary)}, path)
+    trap, path = tmp_path / "trap", collection / "shard-00001.safetensors"
+    torch.save({"stream.1": torch.zeros(2, 2), "code": Trap(trap)}, path)
     assert f"{path} can't be read as safetensors" in train(refused, collection)
-    assert not canary.exists()
-    torch.load(io.BytesIO(path.read_bytes()), weights_only=False)  # the canary sings where it is let out
-    assert canary.exists()
+    assert not trap.exists()
+    torch.load(io.BytesIO(path.read_bytes()), weights_only=False)  # it goes off where it is let out
+    assert trap.exists()
 
 
 def test_code_in_a_pickle_offered_as_a_probe_is_never_run(refused, tmp_path):
@@ -228,16 +228,16 @@ def test_code_in_a_pickle_offered_as_a_probe_is_never_run(refused, tmp_path):
 
     manifest = Manifest(name="x", model="m", hidden_size=8, num_layers=4, rank=4, target="none", probes=(ProbeRecord(layer=1, threshold=0.1),))
     artifact.save(tmp_path / "set", manifest, {1: LREProbe(8, 4)})
-    canary = tmp_path / "canary"
+    trap = tmp_path / "trap"
     planted, described = tmp_path / "set" / artifact.WEIGHTS, tmp_path / "set" / "manifest.json"
-    torch.save({"1.down.weight": torch.zeros(2, 2), "code": Canary(canary)}, planted)
+    torch.save({"1.down.weight": torch.zeros(2, 2), "code": Trap(trap)}, planted)
     with pytest.raises(ArtifactError, match="has sha256"):
         artifact.load(tmp_path / "set")
     digest = hashlib.sha256(planted.read_bytes()).hexdigest()
     described.write_text(json.dumps(json.loads(described.read_text()) | {"sha256": digest}))
     with pytest.raises(ArtifactError, match="safetensors"):
         artifact.load(tmp_path / "set")
-    assert not canary.exists()
+    assert not trap.exists()
 
 
 def test_default_layers_are_the_earlier_versions():

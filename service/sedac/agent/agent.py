@@ -27,7 +27,7 @@ from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.layout import Layout
-from sedac.policy.model import EXACT, FULL, Canary, Policy, Tier
+from sedac.policy.model import EXACT, FULL, Candidate, Policy, Tier
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
@@ -50,11 +50,11 @@ class Agent:
     policy: Policy = field(default_factory=Policy)
     revision: int = 0
     """in force in every worker; 0: the first policy, from the settings"""
-    canary: Canary | None = None
+    candidate: Candidate | None = None
     """in force beside it"""
     stats: Stats = field(default_factory=Stats)
     _is_bounded: bool = False
-    _offer: Canary | None = None
+    _offer: Candidate | None = None
     """the candidate that requests may get now"""
     _books: dict[int, Book] = field(default_factory=dict)
     """by roll-out; 0: of the policy in force"""
@@ -90,7 +90,7 @@ class Agent:
     def get_terms(self) -> Terms:
         """Return what requests that arrive now are promised by: the policies in force, or nothing but exactness."""
         policy = self.policy if self._is_bounded else replace(self.policy, enabled=False)
-        return Terms(policy=policy, levels=self.layout.levels, canary=self._offer, can_audit=self.auditor is not None)
+        return Terms(policy=policy, levels=self.layout.levels, candidate=self._offer, can_audit=self.auditor is not None)
 
     def find_book(self, rollout: int) -> Book | None:
         """Return the evidence of a roll-out's candidate, or of the policy in force (0); None: it is not in force any more."""
@@ -148,7 +148,7 @@ class Agent:
             "refusal": self.refusal,
             "certified": self.policy.certificate is not None,
             "policy": self.policy.to_dict(),
-            "canary": self.canary.to_dict() if self.canary else None,
+            "candidate": self.candidate.to_dict() if self.candidate else None,
             "layout": asdict(self.layout),
             "tiers": [asdict(tier) for tier in (Tier(name=EXACT, level=FULL, threshold_scale=0.0), *self.policy.get_tiers())],
             "default_tier": self.policy.default_tier if self.policy.enabled else EXACT,
@@ -177,53 +177,55 @@ class Agent:
         return {"state": state, "generation": knobs.generation, "num_adaptations": self.stats.num_adaptations, "checkpoints": checkpoints}
 
     def _get_rollout(self) -> int:
-        return self.canary.rollout if self.canary else 0
+        return self.candidate.rollout if self.candidate else 0
 
     async def _follow_orders(self, orders: Orders, fetch: Fetch) -> None:
         async def prepare() -> None:
             async with asyncio.timeout(_PREPARE_SECONDS):
                 await self._preparation.prepare(orders, self.layout, fetch)
 
-        await self._apply(orders.policy, orders.revision, orders.canary, prepare)
+        await self._apply(orders.policy, orders.revision, orders.candidate, prepare)
 
-    async def _apply(self, policy: Policy, revision: int, canary: Canary | None = None, prepare: Callable[[], Awaitable[None]] | None = None) -> None:
-        with self._holding_back(policy, canary):
+    async def _apply(
+        self, policy: Policy, revision: int, candidate: Candidate | None = None, prepare: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        with self._holding_back(policy, candidate):
             if prepare:
                 await prepare()
             elif policy.certificate:
                 validate(policy, self.layout)  # the workers check all but the certificate, for they don't know the weights
-            await self._switch(policy, revision, canary)
+            await self._switch(policy, revision, candidate)
             self._preparation.note_applied()
-            self.policy, self.revision, self.canary = policy, revision, canary
+            self.policy, self.revision, self.candidate = policy, revision, candidate
         books = [open_book(self._books.get(0), policy, revision=revision)]
-        if canary:
-            books.append(open_book(self._books.get(canary.rollout), canary.policy, rollout=canary.rollout))
+        if candidate:
+            books.append(open_book(self._books.get(candidate.rollout), candidate.policy, rollout=candidate.rollout))
         self._books = {book.rollout: book for book in books}
         self.metrics.set_policy(policy, revision, self.layout)
         self.metrics.evidence.set_books(books)
 
     @contextlib.contextmanager
-    def _holding_back(self, policy: Policy, canary: Canary | None) -> Iterator[None]:
+    def _holding_back(self, policy: Policy, candidate: Candidate | None) -> Iterator[None]:
         """While policies are on their way, promise the safer of the old and the new."""
         self._is_bounded = self._is_bounded and policy.enabled
         old = self._offer
-        if old and not (canary and (old.rollout, old.policy) == (canary.rollout, canary.policy)):
+        if old and not (candidate and (old.rollout, old.policy) == (candidate.rollout, candidate.policy)):
             self._offer = None
         try:
             yield
         finally:
-            self._is_bounded, self._offer = self.policy.enabled, self.canary
+            self._is_bounded, self._offer = self.policy.enabled, self.candidate
 
-    async def _switch(self, policy: Policy, revision: int, canary: Canary | None) -> None:
+    async def _switch(self, policy: Policy, revision: int, candidate: Candidate | None) -> None:
         try:
-            await self.engine.apply(policy, revision, canary)
+            await self.engine.apply(policy, revision, candidate)
         except Exception as error:
             if isinstance(error, PolicyInvalid) and not isinstance(error, PartlyRefused):
                 raise  # refused by all, so that nothing changed
             self._preparation.forget()
             _log.error("revision %d is perhaps in force in some workers; putting revision %d back in all", revision, self.revision)
             try:
-                await self.engine.apply(self.policy, self.revision, self.canary)
+                await self.engine.apply(self.policy, self.revision, self.candidate)
             except Exception:  # noqa: BLE001  the first error is the one to tell
                 _log.exception("revision %d could not be put back; restart the engine", self.revision)
             raise

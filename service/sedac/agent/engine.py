@@ -10,7 +10,7 @@ from sedac.agent.frontend import call_ranks
 from sedac.contract.stats import Stats, add_up
 from sedac.errors import ArtifactError, FieldViolation, PolicyInvalid, SedacError
 from sedac.policy.layout import Layout
-from sedac.policy.model import Canary, Policy
+from sedac.policy.model import Candidate, Policy
 
 _TIMEOUT_SECONDS = 30.0  # a worker answers between two steps; a long prefill may take this long
 _GRACE_SECONDS = 5.0  # for executors that keep no time themselves
@@ -55,7 +55,7 @@ class AttachedEngine:
             raise EngineDisagreement("the workers have different probe sets or layers attached; start every rank with the same settings")
         return Layout(**{**found, "checkpoint_layers": tuple(found["checkpoint_layers"]), "levels": tuple(found["levels"])})
 
-    async def apply(self, policy: Policy, revision: int, canary: Canary | None = None) -> None:
+    async def apply(self, policy: Policy, revision: int, candidate: Candidate | None = None) -> None:
         """Put a policy, and a roll-out's candidate beside it, into force in every worker, between two steps.
 
         Raises:
@@ -64,12 +64,12 @@ class AttachedEngine:
             EngineDisagreement: the workers confirmed something else.
         """
         args: tuple[Any, ...] = (policy.to_dict(), revision)
-        answers = await self._call_all("sedac_apply", *args, *([canary.to_dict()] if canary else []))
+        answers = await self._call_all("sedac_apply", *args, *([candidate.to_dict()] if candidate else []))
         violations = {tuple(v) for answer in answers for v in answer["violations"]}
         if violations:
             refused = PolicyInvalid if all(answer["violations"] for answer in answers) else PartlyRefused
             raise refused([FieldViolation(field, description) for field, description in sorted(violations)])
-        sent = (revision, canary.rollout if canary else 0)
+        sent = (revision, candidate.rollout if candidate else 0)
         confirmed = {(answer["revision"], answer.get("rollout", 0)) for answer in answers}
         if confirmed != {sent}:
             found = ", ".join(f"{number} with roll-out {rollout}" for number, rollout in sorted(confirmed))

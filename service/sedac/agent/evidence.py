@@ -1,6 +1,6 @@
-"""What was measured of the requests that finished under the policies in force: one book per arm, one page per tier.
+"""What was measured of the requests that finished under the policies in force: one book per side, one page per tier.
 
-A book is opened when its arm's policy comes into force and dropped when another does, so that no figure mixes two policies. Requests
+A book is opened when its side's policy comes into force and dropped when another does, so that no figure mixes two policies. Requests
 keep the page that was open when they arrived.
 """
 
@@ -13,13 +13,13 @@ from typing import Any
 from sedac.agent.scoring import Loss
 from sedac.contract.evidence import Limits, LossCounts, Moments, get_limits
 from sedac.contract.stats import Evidence
-from sedac.policy.model import CANARY, EXACT, STABLE, Policy
+from sedac.policy.model import CANDIDATE, EXACT, STABLE, Policy
 
 _UNIT = 1000
 
 
 class Page(Evidence):
-    """Counts of one tier under one arm, as requests and audits finish."""
+    """Counts of one tier on one side, as requests and audits finish."""
 
     def add_finished(self, *, is_error: bool, first_token_seconds: float | None, token_seconds: float | None) -> None:
         """Count a finished choice; None: not measured."""
@@ -46,7 +46,7 @@ class Page(Evidence):
 
     def to_dict(self, confidence: float) -> dict[str, Any]:
         """Return plain JSON types for people, with limits at `confidence`; None: nothing was counted."""
-        names = ("arm", "revision", "rollout", "tier", "num_requests", "num_errors", "num_audited_tokens", "num_audit_failures")
+        names = ("side", "revision", "rollout", "tier", "num_requests", "num_errors", "num_audited_tokens", "num_audit_failures")
         means = {"mean_first_token_seconds": self.first_token_seconds.mean, "mean_token_seconds": self.token_seconds.mean}
         return {
             **{name: getattr(self, name) for name in names},
@@ -58,20 +58,20 @@ class Page(Evidence):
 
 @dataclass(kw_only=True)
 class Book:
-    """The pages of one arm since its policy came into force."""
+    """The pages of one side since its policy came into force."""
 
-    arm: str
+    side: str
     policy: Policy
     revision: int = 0
-    """arm stable: of the policy"""
+    """side stable: of the policy"""
     rollout: int = 0
-    """arm canary: its number"""
+    """side candidate: its number"""
     pages: dict[str, Page] = field(default_factory=dict)
 
     def get_page(self, tier: str) -> Page:
         """Return a tier's page, opened when first asked for."""
         if tier not in self.pages:
-            self.pages[tier] = Page(tier=tier, arm=self.arm, revision=self.revision, rollout=self.rollout)
+            self.pages[tier] = Page(tier=tier, side=self.side, revision=self.revision, rollout=self.rollout)
         return self.pages[tier]
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def open_book(before: Book | None, policy: Policy, *, revision: int = 0, rollout
     """Return the book for a policy that comes into force: the one `before` where it is the same again, such as after a reconnect."""
     if before and (before.policy, before.revision, before.rollout) == (policy, revision, rollout):
         return before
-    book = Book(arm=CANARY if rollout else STABLE, policy=policy, revision=revision, rollout=rollout)
+    book = Book(side=CANDIDATE if rollout else STABLE, policy=policy, revision=revision, rollout=rollout)
     for tier in (EXACT, *(t.name for t in policy.get_tiers())):
         book.get_page(tier)
     return book

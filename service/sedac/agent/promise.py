@@ -1,6 +1,6 @@
-"""The promise of each request, fixed when it arrives: exact, or bounded by a tier of its arm's policy.
+"""The promise of each request, fixed when it arrives: exact, or bounded by a tier of its side's policy.
 
-Its arm is the policy in force, or a roll-out's candidate for that roll-out's share of the keys. A bounded request may be reduced; the KV
+Its side is the policy in force, or a roll-out's candidate for that roll-out's share of the keys. A bounded request may be reduced; the KV
 it writes is kept apart from that of every other promise by a cache salt that names its tier, its roll-out, its own knobs and its
 certificate. An exact one is never reduced, whatever policy comes later, and never reads KV that was written under a bounded decision.
 The workers find the promise in `SamplingParams.extra_args`, under the keys of policy/model.py: TIER_KEY is always among them, and a request
@@ -19,9 +19,7 @@ from urllib.parse import quote
 from sedac.agent.frontend import VLLMValidationError, hook_inputs
 from sedac.agent.scoring import is_auditable
 from sedac.policy.model import (
-    ARM_KEY,
     AUDIT_KEY,
-    CANARY,
     CERTIFICATE_KEY,
     EXACT,
     LEVEL_KEY,
@@ -30,14 +28,14 @@ from sedac.policy.model import (
     SCALE_KEY,
     SPECULATION_KEY,
     TIER_KEY,
-    Canary,
+    Candidate,
     Policy,
 )
 
 BOUNDED_SALT = "sedac-bounded:"
 ASKED, KEPT = "asked", "kept"
 """values of AUDIT_KEY: log-probabilities were asked for by the user as well, or are kept for the audit alone"""
-_TAKEN = (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY, REQUEST_KEY, ARM_KEY, ROLLOUT_KEY, AUDIT_KEY, SPECULATION_KEY)
+_TAKEN = (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY, REQUEST_KEY, ROLLOUT_KEY, AUDIT_KEY, SPECULATION_KEY)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 """what a flag of a request may be, in any case; JSON's true and false arrive as numbers (entrypoints/openai, 0.32: `vllm_xargs`)"""
 _MAX_KEY_CHARS = 1024
@@ -48,10 +46,10 @@ class Terms:
     """What requests that arrive now are promised by."""
 
     policy: Policy
-    """not enabled: every request of the stable arm is exact"""
+    """not enabled: every request of the stable side is exact"""
     levels: tuple[str, ...]
     """of the engine, that a request may choose from where the policy allows overrides"""
-    canary: Canary | None = None
+    candidate: Candidate | None = None
     can_audit: bool = False
     """whether this engine's log-probabilities can be compared"""
 
@@ -69,23 +67,23 @@ def stamp(request: Any, terms: Terms, draw: Callable[[], float] = random.random)
     salt = request.cache_salt or ""
     if salt.startswith(BOUNDED_SALT):
         raise VLLMValidationError(f"cache_salt may not begin with {BOUNDED_SALT!r}; choose another", parameter="cache_salt", value=salt)
-    canary = _find_canary(request, extra, terms)
-    policy = canary.policy if canary else terms.policy
+    candidate = _find_candidate(request, extra, terms)
+    policy = candidate.policy if candidate else terms.policy
     tier = _find_tier(extra, policy)
     overrides = _read_overrides(extra, policy, terms.levels, tier)
     speculates = _read_flag(extra, SPECULATION_KEY)
     extra = {key: value for key, value in extra.items() if key not in _TAKEN}
     if not speculates:
         extra[SPECULATION_KEY] = False  # in no salt: drafts change no answer, and what they write is written again before it is read
-    if canary:
-        extra |= {ARM_KEY: CANARY, ROLLOUT_KEY: canary.rollout}
+    if candidate:
+        extra[ROLLOUT_KEY] = candidate.rollout
     if tier == EXACT or not policy.enabled:
         params.extra_args = {**extra, TIER_KEY: EXACT}
         return
     certificate = policy.certificate
     if certificate and certificate.tier == tier and not overrides and request.lora_request is None:
         overrides = {CERTIFICATE_KEY: certificate.knobs_sha256}  # so that it reads no KV of before these knobs
-    apart = {**overrides, "rollout": canary.rollout} if canary else overrides
+    apart = {**overrides, "rollout": candidate.rollout} if candidate else overrides
     knobs = "".join(f"+{key}={quote(str(value), safe='')}" for key, value in sorted(apart.items()))
     request.cache_salt = f"{BOUNDED_SALT}{tier}{knobs}:{salt}"
     if terms.can_audit and draw() < policy.audit.share and is_auditable(request):
@@ -94,15 +92,15 @@ def stamp(request: Any, terms: Terms, draw: Callable[[], float] = random.random)
     params.extra_args = {**extra, **overrides, TIER_KEY: tier}
 
 
-def _find_canary(request: Any, extra: dict[str, Any], terms: Terms) -> Canary | None:
+def _find_candidate(request: Any, extra: dict[str, Any], terms: Terms) -> Candidate | None:
     """Return the candidate where the request belongs to it; one that names a tier which only the policy in force has stays with that."""
-    key, canary = extra.get(REQUEST_KEY), terms.canary
+    key, candidate = extra.get(REQUEST_KEY), terms.candidate
     if key is not None and (isinstance(key, bool) or not isinstance(key, str | int | float) or len(str(key)) > _MAX_KEY_CHARS):
         raise VLLMValidationError(f"{REQUEST_KEY} is no text or number of up to {_MAX_KEY_CHARS} characters", parameter=REQUEST_KEY)
-    if canary is None or not canary.has(str(key) if key is not None else request.request_id):
+    if candidate is None or not candidate.has(str(key) if key is not None else request.request_id):
         return None
     tier = extra.get(TIER_KEY)
-    return canary if tier is None or tier in _list_tiers(canary.policy) or tier not in _list_tiers(terms.policy) else None
+    return candidate if tier is None or tier in _list_tiers(candidate.policy) or tier not in _list_tiers(terms.policy) else None
 
 
 def _list_tiers(policy: Policy) -> list[str]:

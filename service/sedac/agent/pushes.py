@@ -25,7 +25,7 @@ from sedac.contract.v1 import control_pb2
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.layout import Layout, ProbeSetSummary
-from sedac.policy.model import Canary, Policy
+from sedac.policy.model import Candidate, Policy
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Orders:
 
     policy: Policy
     revision: int
-    canary: Canary | None = None
+    candidate: Candidate | None = None
     references: dict[str, control_pb2.ProbeSetReference] = field(default_factory=dict)
     """the probe sets that the control service has, by name"""
 
@@ -54,7 +54,7 @@ def read_push(push: control_pb2.PolicyPush) -> Orders:
     """Read a push and check all that needs neither the model nor a probe set.
 
     Raises:
-        PolicyInvalid: with the fields at fault; those of the candidate begin with `canary`. Fields that this version does not know
+        PolicyInvalid: with the fields at fault; those of the candidate begin with `candidate`. Fields that this version does not know
             are refused too, because the policy would be in force without them.
     """
     if push.ByteSize() > _MAX_PUSH_BYTES:
@@ -62,16 +62,16 @@ def read_push(push: control_pb2.PolicyPush) -> Orders:
     if push.policy.revision <= 0:
         raise PolicyInvalid([FieldViolation("policy.revision", f"{push.policy.revision} is no revision; they count from 1")])
     check_known(push.policy, "engine")
-    check_known(push.canary, "engine", "canary.")
+    check_known(push.candidate, "engine", "candidate.")
     policy = wire.policy_from_proto(push.policy)
-    canary = wire.canary_from_proto(push.canary) if push.HasField("canary") else None
-    _validate_both(policy, canary)
-    return Orders(policy=policy, revision=push.policy.revision, canary=canary, references={r.name: r for r in push.probe_sets})
+    candidate = wire.candidate_from_proto(push.candidate) if push.HasField("candidate") else None
+    _validate_both(policy, candidate)
+    return Orders(policy=policy, revision=push.policy.revision, candidate=candidate, references={r.name: r for r in push.probe_sets})
 
 
-def _validate_both(policy: Policy, canary: Canary | None, layout: Layout | None = None, sets: dict[str, ProbeSetSummary] | None = None) -> None:
+def _validate_both(policy: Policy, candidate: Candidate | None, layout: Layout | None = None, sets: dict[str, ProbeSetSummary] | None = None) -> None:
     bad: list[FieldViolation] = []
-    for prefix, found in (("", policy), ("canary.policy.", canary.policy if canary else None)):
+    for prefix, found in (("", policy), ("candidate.policy.", candidate.policy if candidate else None)):
         if found is not None:
             try:
                 validate(found, layout, sets or {})
@@ -113,7 +113,7 @@ class Preparation:
             if name not in fetched and reference is not None:
                 in_force = self._in_force.get(reference.sha256)
                 fetched[name] = in_force if in_force is not None else await self._try(field_name, name, self._fetch(reference, fetch))
-        _validate_both(orders.policy, orders.canary, layout, {name: found.summary for name, found in fetched.items()})
+        _validate_both(orders.policy, orders.candidate, layout, {name: found.summary for name, found in fetched.items()})
         for field_name, name in _list_names(orders, layout):
             if name in fetched and fetched[name].summary.sha256 not in self._in_force:
                 await self._try(field_name, name, self._preload(fetched[name]))
@@ -149,7 +149,7 @@ class Preparation:
 
 def _list_names(orders: Orders, layout: Layout) -> list[tuple[str, str]]:
     """Return the sets to load by the field that names them; the attached one is there, unless the service means another by its name."""
-    named = [("probe_set", orders.policy.probe_set), ("canary.policy.probe_set", orders.canary.policy.probe_set if orders.canary else "")]
+    named = [("probe_set", orders.policy.probe_set), ("candidate.policy.probe_set", orders.candidate.policy.probe_set if orders.candidate else "")]
     stated = orders.references.get(layout.probe_set)
     attached = {"", layout.probe_set} if stated is None or stated.sha256 == layout.probe_set_sha256 else {""}
     return [(field_name, name) for field_name, name in named if name not in attached]

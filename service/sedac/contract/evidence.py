@@ -30,7 +30,7 @@ _NUM_HALVINGS = 40
 _MIN_MEAN, _MAX_SUM = 1e-12, 1e30
 """beyond which floating point would decide"""
 _TUNED_FOR = 200
-"""requests of the smaller arm at which the limit of a ratio is as tight as it can be"""
+"""requests of the smaller side at which the limit of a ratio is as tight as it can be"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,15 +197,15 @@ class Stats:
 
 @dataclass(kw_only=True)
 class Evidence:
-    """What was measured of one tier's requests under one arm, since the arm's policy came into force; grows as requests finish."""
+    """What was measured of one tier's requests on one side, since the side's policy came into force; grows as requests finish."""
 
-    arm: str
-    """stable or canary"""
+    side: str
+    """stable or candidate"""
     tier: str
     revision: int = 0
-    """arm stable: of its policy"""
+    """side stable: of its policy"""
     rollout: int = 0
-    """arm canary: its number"""
+    """side candidate: its number"""
     num_requests: int = 0
     """finished; each choice of a request with several counts"""
     num_errors: int = 0

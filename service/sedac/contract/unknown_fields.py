@@ -17,7 +17,7 @@ def check_known(message: Message, who: str, prefix: str = "") -> None:
     Args:
         message: a policy or a candidate, as it came.
         who: that must be updated, such as "engine".
-        prefix: of the fields' names in the refusal, such as "canary.".
+        prefix: of the fields' names in the refusal, such as "candidate.".
 
     Raises:
         PolicyInvalid: one is not; each is named by its path and number, such as "speculation.22".

@@ -17,7 +17,7 @@ from sedac.errors import FieldViolation, PolicyInvalid, SedacError
 from sedac.policy.certificate import Certificate
 from sedac.policy.knob import find_problem, list_fields
 from sedac.policy.layout import Layout
-from sedac.policy.model import Canary, Policy, Speculation
+from sedac.policy.model import Candidate, Policy, Speculation
 
 AUTHOR_METADATA = "sedac-author"
 """request metadata: who asks for a change, in percent-encoded UTF-8"""
@@ -86,23 +86,28 @@ def drafting_from_proto(message: drafting_pb2.Drafting) -> DraftingStats:
 
 
 def evidence_to_proto(evidence: Evidence) -> evidence_pb2.Evidence:
-    """Write what an engine measured of one tier under one arm."""
+    """Write what an engine measured of one tier on one side."""
     return write(evidence, evidence_pb2.Evidence())
 
 
-def canary_from_proto(message: control_pb2.Canary) -> Canary:
+def candidate_to_proto(candidate: Candidate) -> control_pb2.Candidate:
+    """Write a roll-out's candidate as engines are pushed it."""
+    return write(candidate, control_pb2.Candidate())
+
+
+def candidate_from_proto(message: control_pb2.Candidate) -> Candidate:
     """Read a roll-out's candidate; its policy is not validated.
 
     Raises:
         PolicyInvalid: the number or the share can't be, or an enum of the policy holds a number that this version does not know.
     """
     bad: list[FieldViolation] = []
-    canary = read(Canary, message, bad, "canary.")
-    problems = {field.name: find_problem(field, getattr(canary, field.name)) for field in list_fields(Canary) if field.knob}
-    bad += [FieldViolation(f"canary.{name}", problem) for name, problem in problems.items() if problem]
+    candidate = read(Candidate, message, bad, "candidate.")
+    problems = {field.name: find_problem(field, getattr(candidate, field.name)) for field in list_fields(Candidate) if field.knob}
+    bad += [FieldViolation(f"candidate.{name}", problem) for name, problem in problems.items() if problem]
     if bad:
         raise PolicyInvalid(bad)
-    return canary
+    return candidate
 
 
 def error_to_status(error: Exception, code: int) -> status_pb2.Status:

@@ -1,4 +1,4 @@
-"""Tables of roll-outs, of what was measured of their arms, and of the guard."""
+"""Tables of roll-outs, of what was measured of their sides, and of the guard."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_rollout_table(rollout: rollouts_pb2.Rollout) -> Table:
 
 
 def make_rollout(rollout: rollouts_pb2.Rollout) -> RenderableType:
-    """Show one roll-out and both arms at its last analysis."""
+    """Show one roll-out and both sides at its last analysis."""
     table = make_rollout_table(rollout)
     return Group(table, Text(), make_evidence_table(rollout.evidence)) if rollout.evidence else table
 
@@ -68,11 +68,11 @@ def make_rollouts_table(rollouts: Iterable[rollouts_pb2.Rollout]) -> Table:
 
 
 def make_evidence_table(evidence: Iterable[evidence_pb2.TierEvidence]) -> Table:
-    """Show what was measured of each arm's tiers; of audits the mean between its confidence limits, and the number of requests."""
-    table = Table("arm", "tier", "requests", "errors", "mismatch", "NLL difference", "first token", "per token", box=None)
+    """Show what was measured of each side's tiers; of audits the mean between its confidence limits, and the number of requests."""
+    table = Table("side", "tier", "requests", "errors", "mismatch", "NLL difference", "first token", "per token", box=None)
     for e in evidence:
         table.add_row(
-            "canary" if e.arm == evidence_pb2.ARM_CANARY else "stable",
+            "candidate" if e.side == evidence_pb2.SIDE_CANDIDATE else "stable",
             escape(e.tier),
             str(e.num_requests),
             str(e.num_errors),

@@ -88,7 +88,7 @@ def start(
 @app.command("show")
 @connected
 def show_rollout(client: ControlClient, name: Name = "", as_json: AsJson = False) -> None:
-    """Show the one under way, or the newest, with both arms at its last analysis."""
+    """Show the one under way, or the newest, with both sides at its last analysis."""
     show(client.get_rollout(name), as_json, rollout_tables.make_rollout)
 
 

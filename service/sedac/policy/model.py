@@ -37,13 +37,15 @@ stamps every request with its tier, the policy's default where it named none; wh
 CERTIFICATE_KEY = "sedac_certificate"
 """beside them, set by the server alone: the knobs' digest of the certificate that the request was promised to be computed under"""
 REQUEST_KEY = "sedac_key"
-"""beside them, of the request: who it is for; requests of one key are of one arm while a roll-out goes on. The server takes it out"""
-ARM_KEY, ROLLOUT_KEY, AUDIT_KEY = "sedac_arm", "sedac_rollout", "sedac_audit"
-"""set by the server alone: the arm (absent: stable), its roll-out's number, and whether the answer will be scored again"""
+"""beside them, of the request: who it is for. While a roll-out goes on, one policy, in force or candidate, serves all requests of a key.
+The server takes it out"""
+ROLLOUT_KEY, AUDIT_KEY = "sedac_rollout", "sedac_audit"
+"""set by the server alone: the number of the roll-out whose candidate serves it (absent: the policy in force does), and whether the
+answer will be scored again"""
 SPECULATION_KEY = "sedac_speculation"
 """in `vllm_xargs` of a request: false, and none of its tokens is drafted; its answer is the same"""
-STABLE, CANARY = "stable", "canary"
-"""the arms: the policy in force, and a roll-out's candidate beside it"""
+STABLE, CANDIDATE = "stable", "candidate"
+"""the two sides of a roll-out: the policy in force, and the candidate beside it"""
 _CHECKPOINTS, _DECISION, _TIERS = "Checkpoints: after which layers a probe reads the stream", "Decision", "Tiers"
 _AUDIT = "Audit: answers scored again in full, and the guard"
 _SPECULATION = "Self-speculation: drafts that the whole model verifies, where engines have a draft"
@@ -341,7 +343,7 @@ _POLICY = TypeAdapter(Policy)
 
 
 @dataclass(frozen=True, kw_only=True, config=FORBID_UNKNOWN)
-class Canary:
+class Candidate:
     """A roll-out's candidate, beside the policy in force, for its share of the requests."""
 
     rollout: Annotated[int, Knob(help="The roll-out's number.", ge=1, remedy="they count from 1")]

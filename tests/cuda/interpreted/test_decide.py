@@ -1,4 +1,4 @@
-"""The checkpoint's kernel against the CPU's, token by token: every rule, both arms, padding, poisoned inputs; risks against float64."""
+"""The checkpoint's kernel against the CPU's, token by token: every rule, both sides, padding, poisoned inputs; risks against float64."""
 
 from __future__ import annotations
 
@@ -11,45 +11,14 @@ from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.forms import FEW, MANY, MIDDLE
 from sedac.engine.backends.kinds import KIND_FULL, KIND_SKIP, KIND_WIDTH
 from sedac.engine.backends.levels import LevelTable
-from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT, Tokens
+from sedac.engine.step.tokens import DECIDES, OF_CANDIDATE, Tokens
 from sedac.policy.layout import Layout
-from sedac.policy.model import Canary, Checkpoint, Policy
-from sedac.probe.levels import Level
+from sedac.policy.model import Candidate, Checkpoint, Policy
 from sedac.probe.probe import LREProbe
 from torch.nn import functional
 
-CPU = torch.device("cpu")
-D, LAYERS, ROOM = 40, 7, 48
-LEVELS = (
-    Level(name="contextual-10", reduction="contextual", parameters_L=torch.full((LAYERS,), 0.1)),
-    Level(name="contextual-20", reduction="contextual", parameters_L=torch.full((LAYERS,), 0.2)),
-    Level(name="width-50", reduction="width", parameters_L=torch.tensor([64, 32, 0, 32, 16, 64, 8], dtype=torch.int32)),
-)
-LAYOUT = Layout(
-    num_layers=LAYERS, hidden_size=D, checkpoint_layers=(1, 3), probe_set="t", levels=("full", "skip", *(level.name for level in LEVELS)),
-    probe_set_sha256="0" * 64, max_rank=19,
-)  # fmt: skip
-
-
-def make_state(rank: int, *, on_device: bool) -> State:
-    torch.manual_seed(rank)
-    probes = {layer: LREProbe(D, rank).requires_grad_(False) for layer in LAYOUT.checkpoint_layers}
-    table = LevelTable(LAYERS, LEVELS, (0.1, 0.2, 0.5), 64, CPU)
-    return State(LAYOUT, probes, table, max_num_tokens=ROOM, device=CPU, make_backend=CudaBackend if on_device else TorchBackend)
-
-
-def make_tokens(generator: torch.Generator, count: int) -> Tokens:
-    def draw(*values: float) -> np.ndarray:
-        return np.array(values)[torch.randint(len(values), (count,), generator=generator).numpy()]
-
-    roles = [0, DECIDES, DECIDES, DECIDES | SOFT, OBSERVED]
-    return Tokens(
-        role_T=draw(*roles, *(r | CANARY_ARM for r in roles)).astype(np.uint8),
-        floor_T=draw(0, 0, 2, 3).astype(np.uint8), goal_T=draw(1, 2, 4).astype(np.uint8),
-        scale_T=draw(0.0, 0.5, 1.0, 2.0).astype(np.float32), tier_T=np.zeros(count, dtype=np.int64),
-    )  # fmt: skip
+from tests.cuda.interpreted.states import CPU, LAYERS, D, make_state, make_tokens
 
 
 def make_policy(rule: str, scope: str, threshold: float) -> Policy:
@@ -79,16 +48,16 @@ def test_levels_counts_and_flags_equal_the_plain_form(seed):
     rule, scope, rank, count = pick("first", "accumulate"), pick("token", "token", "batch"), pick(3, 8, 19), pick(1, 2, 5, 16, 33)
     states = [make_state(rank, on_device=False), make_state(rank, on_device=True)]
     threshold = pick(0.0, 0.6, 1e9)
-    canary = None if seed % 3 == 0 else Canary(rollout=4, share=0.5, policy=make_policy("accumulate", pick("token", "batch"), 0.7))
+    candidate = None if seed % 3 == 0 else Candidate(rollout=4, share=0.5, policy=make_policy("accumulate", pick("token", "batch"), 0.7))
     for state in states:
-        state.apply(make_policy(rule, scope, threshold), 1, canary)
-        if canary is None:
-            state.canary.clear()
+        state.apply(make_policy(rule, scope, threshold), 1, candidate)
+        if candidate is None:
+            state.candidate.clear()
     poison = pick(0.0, 0.0, math.nan, math.inf)
     for _ in range(3):
         tokens = make_tokens(generator, count)
-        if canary is None:
-            tokens.role_T &= ~np.uint8(CANARY_ARM)
+        if candidate is None:
+            tokens.role_T &= ~np.uint8(OF_CANDIDATE)
         for state in states:
             state.begin_step(count, tokens)
             state.begun_with = tokens.floor_T.tolist()
@@ -113,7 +82,7 @@ def test_levels_counts_and_flags_equal_the_plain_form(seed):
             state.end_step()
         assert bool(states[1].backend.dense_GL.all()), "between steps everything runs dense"
         assert not states[1].backend._arrived.any(), "arrivals are left at 0"
-        for ours, theirs in zip(states[1].arms, states[0].arms, strict=True):
+        for ours, theirs in zip(states[1].sides, states[0].sides, strict=True):
             assert ours.counts_C2.tolist() == theirs.counts_C2.tolist()
 
 
@@ -182,7 +151,7 @@ def test_a_swap_reaches_the_next_launch_in_place():
     state.apply(make_policy("first", "token", 0.0), 1)
     forms = state.backend
     addresses = [
-        t.data_ptr() for t in (*state.buffers.tensors, forms.rules_A3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)
+        t.data_ptr() for t in (*state.buffers.tensors, forms.rules_S3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)
     ]
     tokens = make_tokens(torch.Generator().manual_seed(1), 6)
     tokens.role_T[:], tokens.floor_T[:], tokens.goal_T[:], tokens.scale_T[:] = DECIDES, 0, 1, 1
@@ -195,5 +164,5 @@ def test_a_swap_reaches_the_next_launch_in_place():
         seen.append(int(state.level_T[:6].sum()))
         state.end_step()
     assert seen == [0, 6, 0, 6]
-    now = [t.data_ptr() for t in (*state.buffers.tensors, forms.rules_A3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)]
+    now = [t.data_ptr() for t in (*state.buffers.tensors, forms.rules_S3, forms.dense_GL, state.stable.knobs_CK, *state.stable.probes[0].tensors)]
     assert addresses == now

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sedac.engine.backends.cuda import forms, guard, if_nodes
 
-from tests.cuda.interpreted.test_mlp import Case, D
+from tests.cuda.interpreted.cases import Case, D
 
 streams: list[Any] = []
 

@@ -12,7 +12,7 @@ from sedac.engine.step.requests import Requests
 from sedac.engine.step.tokens import DECIDES, Tokens
 from sedac.policy.model import TIER_KEY, Adaptation, Checkpoint, Policy
 
-from tests.cuda.interpreted.test_decide import D, make_state, make_tokens
+from tests.cuda.interpreted.states import D, make_state, make_tokens
 
 
 def make_adaptive() -> Policy:

@@ -349,22 +349,22 @@ class TierReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., num_tokens: _Optional[int] = ..., num_exited: _Optional[int] = ..., num_mlp_blocks_computed: _Optional[float] = ...) -> None: ...
 
 class PolicyPush(_message.Message):
-    __slots__ = ("nonce", "policy", "canary", "probe_sets", "version", "capabilities")
+    __slots__ = ("nonce", "policy", "candidate", "probe_sets", "version", "capabilities")
     NONCE_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]
-    CANARY_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATE_FIELD_NUMBER: _ClassVar[int]
     PROBE_SETS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     nonce: str
     policy: _policy_pb2.Policy
-    canary: Canary
+    candidate: Candidate
     probe_sets: _containers.RepeatedCompositeFieldContainer[ProbeSetReference]
     version: str
     capabilities: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, nonce: _Optional[str] = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., canary: _Optional[_Union[Canary, _Mapping]] = ..., probe_sets: _Optional[_Iterable[_Union[ProbeSetReference, _Mapping]]] = ..., version: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, nonce: _Optional[str] = ..., policy: _Optional[_Union[_policy_pb2.Policy, _Mapping]] = ..., candidate: _Optional[_Union[Candidate, _Mapping]] = ..., probe_sets: _Optional[_Iterable[_Union[ProbeSetReference, _Mapping]]] = ..., version: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ...) -> None: ...
 
-class Canary(_message.Message):
+class Candidate(_message.Message):
     __slots__ = ("rollout", "policy", "share")
     ROLLOUT_FIELD_NUMBER: _ClassVar[int]
     POLICY_FIELD_NUMBER: _ClassVar[int]

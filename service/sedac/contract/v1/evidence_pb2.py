@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsedac/control/v1/evidence.proto\x12\x10sedac.control.v1\":\n\x07Moments\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\x12\x0b\n\x03sum\x18\x02 \x01(\x01\x12\x13\n\x0bsum_squares\x18\x03 \x01(\x01\"\xbb\x04\n\x08\x45vidence\x12\"\n\x03\x61rm\x18\x01 \x01(\x0e\x32\x15.sedac.control.v1.Arm\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07rollout\x18\x03 \x01(\x03\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x14\n\x0cnum_requests\x18\x05 \x01(\x03\x12\x12\n\nnum_errors\x18\x06 \x01(\x03\x12\x36\n\x13\x66irst_token_seconds\x18\x07 \x01(\x0b\x32\x19.sedac.control.v1.Moments\x12\x30\n\rtoken_seconds\x18\x08 \x01(\x0b\x32\x19.sedac.control.v1.Moments\x12\x1a\n\x12num_audited_tokens\x18\t \x01(\x03\x12\x1a\n\x12num_audit_failures\x18\n \x01(\x03\x12G\n\x0fmismatch_counts\x18\x0b \x03(\x0b\x32..sedac.control.v1.Evidence.MismatchCountsEntry\x12R\n\x15nll_difference_counts\x18\x0c \x03(\x0b\x32\x33.sedac.control.v1.Evidence.NllDifferenceCountsEntry\x1a\x35\n\x13MismatchCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a:\n\x18NllDifferenceCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"L\n\x08\x45stimate\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x03\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\r\n\x05lower\x18\x03 \x01(\x01\x12\r\n\x05upper\x18\x04 \x01(\x01\"\x8a\x02\n\x0cTierEvidence\x12\"\n\x03\x61rm\x18\x01 \x01(\x0e\x32\x15.sedac.control.v1.Arm\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x14\n\x0cnum_requests\x18\x03 \x01(\x03\x12\x12\n\nnum_errors\x18\x04 \x01(\x03\x12,\n\x08mismatch\x18\x05 \x01(\x0b\x32\x1a.sedac.control.v1.Estimate\x12\x32\n\x0enll_difference\x18\x06 \x01(\x0b\x32\x1a.sedac.control.v1.Estimate\x12 \n\x18mean_first_token_seconds\x18\x07 \x01(\x01\x12\x1a\n\x12mean_token_seconds\x18\x08 \x01(\x01*:\n\x03\x41rm\x12\x13\n\x0f\x41RM_UNSPECIFIED\x10\x00\x12\x0e\n\nARM_STABLE\x10\x01\x12\x0e\n\nARM_CANARY\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fsedac/control/v1/evidence.proto\x12\x10sedac.control.v1\":\n\x07Moments\x12\r\n\x05\x63ount\x18\x01 \x01(\x03\x12\x0b\n\x03sum\x18\x02 \x01(\x01\x12\x13\n\x0bsum_squares\x18\x03 \x01(\x01\"\xbd\x04\n\x08\x45vidence\x12$\n\x04side\x18\x01 \x01(\x0e\x32\x16.sedac.control.v1.Side\x12\x10\n\x08revision\x18\x02 \x01(\x03\x12\x0f\n\x07rollout\x18\x03 \x01(\x03\x12\x0c\n\x04tier\x18\x04 \x01(\t\x12\x14\n\x0cnum_requests\x18\x05 \x01(\x03\x12\x12\n\nnum_errors\x18\x06 \x01(\x03\x12\x36\n\x13\x66irst_token_seconds\x18\x07 \x01(\x0b\x32\x19.sedac.control.v1.Moments\x12\x30\n\rtoken_seconds\x18\x08 \x01(\x0b\x32\x19.sedac.control.v1.Moments\x12\x1a\n\x12num_audited_tokens\x18\t \x01(\x03\x12\x1a\n\x12num_audit_failures\x18\n \x01(\x03\x12G\n\x0fmismatch_counts\x18\x0b \x03(\x0b\x32..sedac.control.v1.Evidence.MismatchCountsEntry\x12R\n\x15nll_difference_counts\x18\x0c \x03(\x0b\x32\x33.sedac.control.v1.Evidence.NllDifferenceCountsEntry\x1a\x35\n\x13MismatchCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a:\n\x18NllDifferenceCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"L\n\x08\x45stimate\x12\x14\n\x0cnum_requests\x18\x01 \x01(\x03\x12\x0c\n\x04mean\x18\x02 \x01(\x01\x12\r\n\x05lower\x18\x03 \x01(\x01\x12\r\n\x05upper\x18\x04 \x01(\x01\"\x8c\x02\n\x0cTierEvidence\x12$\n\x04side\x18\x01 \x01(\x0e\x32\x16.sedac.control.v1.Side\x12\x0c\n\x04tier\x18\x02 \x01(\t\x12\x14\n\x0cnum_requests\x18\x03 \x01(\x03\x12\x12\n\nnum_errors\x18\x04 \x01(\x03\x12,\n\x08mismatch\x18\x05 \x01(\x0b\x32\x1a.sedac.control.v1.Estimate\x12\x32\n\x0enll_difference\x18\x06 \x01(\x0b\x32\x1a.sedac.control.v1.Estimate\x12 \n\x18mean_first_token_seconds\x18\x07 \x01(\x01\x12\x1a\n\x12mean_token_seconds\x18\x08 \x01(\x01*A\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bSIDE_STABLE\x10\x01\x12\x12\n\x0eSIDE_CANDIDATE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,18 +35,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVIDENCE_MISMATCHCOUNTSENTRY']._serialized_options = b'8\001'
   _globals['_EVIDENCE_NLLDIFFERENCECOUNTSENTRY']._loaded_options = None
   _globals['_EVIDENCE_NLLDIFFERENCECOUNTSENTRY']._serialized_options = b'8\001'
-  _globals['_ARM']._serialized_start=1034
-  _globals['_ARM']._serialized_end=1092
+  _globals['_SIDE']._serialized_start=1038
+  _globals['_SIDE']._serialized_end=1103
   _globals['_MOMENTS']._serialized_start=53
   _globals['_MOMENTS']._serialized_end=111
   _globals['_EVIDENCE']._serialized_start=114
-  _globals['_EVIDENCE']._serialized_end=685
-  _globals['_EVIDENCE_MISMATCHCOUNTSENTRY']._serialized_start=572
-  _globals['_EVIDENCE_MISMATCHCOUNTSENTRY']._serialized_end=625
-  _globals['_EVIDENCE_NLLDIFFERENCECOUNTSENTRY']._serialized_start=627
-  _globals['_EVIDENCE_NLLDIFFERENCECOUNTSENTRY']._serialized_end=685
-  _globals['_ESTIMATE']._serialized_start=687
-  _globals['_ESTIMATE']._serialized_end=763
-  _globals['_TIEREVIDENCE']._serialized_start=766
-  _globals['_TIEREVIDENCE']._serialized_end=1032
+  _globals['_EVIDENCE']._serialized_end=687
+  _globals['_EVIDENCE_MISMATCHCOUNTSENTRY']._serialized_start=574
+  _globals['_EVIDENCE_MISMATCHCOUNTSENTRY']._serialized_end=627
+  _globals['_EVIDENCE_NLLDIFFERENCECOUNTSENTRY']._serialized_start=629
+  _globals['_EVIDENCE_NLLDIFFERENCECOUNTSENTRY']._serialized_end=687
+  _globals['_ESTIMATE']._serialized_start=689
+  _globals['_ESTIMATE']._serialized_end=765
+  _globals['_TIEREVIDENCE']._serialized_start=768
+  _globals['_TIEREVIDENCE']._serialized_end=1036
 # @@protoc_insertion_point(module_scope)

@@ -116,9 +116,9 @@ class _Stream:
                 raise EngineReplaced(f"a newer connection of engine {engine.id!r} took over; two engines need two ids (SEDAC_ENGINE_ID)")
             if fleet.desired and not self._nonce and fleet.target != self._pushed:
                 self._nonce, self._pushed = secrets.token_hex(8), fleet.target
-                candidate = fleet.candidate.to_proto() if fleet.candidate else None
+                candidate = wire.candidate_to_proto(fleet.candidate) if fleet.candidate else None
                 references = fleet.probe_sets.find_references(fleet.desired.policy, *([fleet.candidate.policy] if fleet.candidate else []))
-                push = control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), canary=candidate, probe_sets=references)
+                push = control_pb2.PolicyPush(nonce=self._nonce, policy=fleet.desired.to_proto(), candidate=candidate, probe_sets=references)
                 push.version = __version__
                 push.capabilities.extend(CAPABILITIES)
                 await context.write(push)

@@ -13,7 +13,6 @@ from google.rpc import status_pb2
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2
 from sedac.policy.layout import Layout
-from sedac.policy.model import Policy
 
 
 class Target(NamedTuple):
@@ -25,20 +24,6 @@ class Target(NamedTuple):
     share: float = 0.0
     attempt: int = 0
     """Grows when the same is to be pushed again."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A roll-out's policy and its share of the requests."""
-
-    rollout: int
-    policy: Policy
-    share: float
-    attempt: int = 0
-
-    def to_proto(self) -> control_pb2.Canary:
-        """Write it as engines are pushed it."""
-        return control_pb2.Canary(rollout=self.rollout, policy=wire.policy_to_proto(self.policy), share=self.share)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -15,11 +15,11 @@ import time
 from sedac import __version__
 from sedac.contract.v1 import control_pb2, evidence_pb2, rollouts_pb2
 from sedac.control.base.metrics import STATES, ControlMetrics
-from sedac.control.fleet.engine import Candidate, Engine, Target
+from sedac.control.fleet.engine import Engine, Target
 from sedac.control.fleet.fitting import NamedProbeSets, check_fit
 from sedac.control.fleet.pooling import EvidenceBook
 from sedac.control.revisions.store import Revision
-from sedac.policy.model import Policy
+from sedac.policy.model import Candidate, Policy
 from sedac.versions import CAPABILITIES
 
 _FORGET_AFTER = datetime.timedelta(days=1)
@@ -34,6 +34,8 @@ class Fleet:
         self.engines: dict[str, Engine] = {}
         self.desired: Revision | None = None
         self.candidate: Candidate | None = None
+        """The policy on trial beside the one in force, where a roll-out is under way."""
+        self._attempt = 0
         self.book = EvidenceBook()
         self.rollout: rollouts_pb2.Rollout | None = None
         """The roll-out under way, or the newest, as the status shows it, with its evidence."""
@@ -63,9 +65,14 @@ class Fleet:
         self._announced.set()
         self._announced = asyncio.Event()
 
-    def set_candidate(self, candidate: Candidate | None) -> None:
-        """Announce what runs beside the policy; with `set_desired` before or after it, without an await between, one push."""
-        self.candidate = candidate
+    def set_candidate(self, candidate: Candidate | None, attempt: int = 0) -> None:
+        """Announce what runs beside the policy; with `set_desired` before or after it, without an await between, one push.
+
+        Args:
+            candidate: None: nothing.
+            attempt: grows when the same candidate is to be pushed again.
+        """
+        self.candidate, self._attempt = candidate, attempt
         self._expect()
         self._wake_engines()
 
@@ -82,7 +89,7 @@ class Fleet:
     def target(self) -> Target:
         """What every engine should run."""
         revision, candidate = self._get_desired(), self.candidate
-        return Target(revision, candidate.rollout, candidate.share, candidate.attempt) if candidate else Target(revision)
+        return Target(revision, candidate.rollout, candidate.share, self._attempt) if candidate else Target(revision)
 
     def take_report(self, engine: Engine, report: control_pb2.EngineReport) -> None:
         """Note what an engine measured; a replaced connection is not heard."""

@@ -1,4 +1,4 @@
-"""Evidence of many engines as one: what each engine last reported, kept over its restarts, checked, and added up by arm and tier.
+"""Evidence of many engines as one: what each engine last reported, kept over its restarts, checked, and added up by side and tier.
 
 The fleet takes reports into the book on the event loop; pooling is a pure function, for a worker thread. Broken evidence is left out
 of the sums and said of, so that whoever decides on the sums can refuse to.
@@ -16,14 +16,14 @@ from sedac.policy.model import EXACT, Policy
 
 Reported = tuple[str, evidence_pb2.Evidence]
 """An engine's id and one piece of what it reported."""
-Key = tuple[evidence_pb2.Arm, str]
+Key = tuple[evidence_pb2.Side, str]
 """Which of the two policies, and a tier."""
-STABLE, CANDIDATE = evidence_pb2.ARM_STABLE, evidence_pb2.ARM_CANARY
+STABLE, CANDIDATE = evidence_pb2.SIDE_STABLE, evidence_pb2.SIDE_CANDIDATE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pooled:
-    """Evidence of one tier under one arm, of all engines."""
+    """Evidence of one tier on one side, of all engines."""
 
     num_requests: int = 0
     num_errors: int = 0
@@ -46,9 +46,9 @@ class Evidence:
     problems: tuple[str, ...] = ()
     """What was left out, and why."""
 
-    def get_arm(self, arm: evidence_pb2.Arm) -> Pooled:
-        """Return an arm's tiers together."""
-        return sum((pooled for (found, _), pooled in self.tiers.items() if found == arm), Pooled())
+    def get_side(self, side: evidence_pb2.Side) -> Pooled:
+        """Return a side's tiers together."""
+        return sum((pooled for (found, _), pooled in self.tiers.items() if found == side), Pooled())
 
 
 class EvidenceBook:
@@ -56,28 +56,28 @@ class EvidenceBook:
 
     def __init__(self) -> None:
         self._revision = self._rollout = 0
-        self._tiers: dict[evidence_pb2.Arm, set[str]] = {}
+        self._tiers: dict[evidence_pb2.Side, set[str]] = {}
         self._now: dict[str, dict[Key, evidence_pb2.Evidence]] = {}
         self._before: list[Reported] = []
 
     def expect(self, revision: int, policy: Policy | None, rollout: int, candidate: Policy | None) -> None:
         """Set what is in force; evidence of anything else is dropped, now and later."""
-        kept = {arm for arm, same in ((STABLE, revision == self._revision), (CANDIDATE, rollout == self._rollout)) if same}
+        kept = {side for side, same in ((STABLE, revision == self._revision), (CANDIDATE, rollout == self._rollout)) if same}
         self._revision, self._rollout = revision, rollout
-        self._tiers = {arm: _get_tiers(found) for arm, found in ((STABLE, policy), (CANDIDATE, candidate))}
+        self._tiers = {side: _get_tiers(found) for side, found in ((STABLE, policy), (CANDIDATE, candidate))}
         for engine_id, found in self._now.items():
             self._now[engine_id] = {key: evidence for key, evidence in found.items() if key[0] in kept}
-        self._before = [(engine_id, evidence) for engine_id, evidence in self._before if _get_arm(evidence) in kept]
+        self._before = [(engine_id, evidence) for engine_id, evidence in self._before if _get_side(evidence) in kept]
 
     def take(self, engine_id: str, reported: Iterable[evidence_pb2.Evidence]) -> bool:
         """Note what an engine reported; returns whether that is anything new."""
         before = self._now.get(engine_id, {})
         now: dict[Key, evidence_pb2.Evidence] = {}
         for evidence in reported:
-            arm = _get_arm(evidence)
-            in_force = evidence.revision == self._revision if arm == STABLE else evidence.rollout == self._rollout
-            if in_force and evidence.tier in self._tiers.get(arm, ()):
-                now[arm, evidence.tier] = evidence
+            side = _get_side(evidence)
+            in_force = evidence.revision == self._revision if side == STABLE else evidence.rollout == self._rollout
+            if in_force and evidence.tier in self._tiers.get(side, ()):
+                now[side, evidence.tier] = evidence
         for key, last in before.items():
             if key not in now:
                 now[key] = last
@@ -96,7 +96,7 @@ def pool(reported: Iterable[Reported]) -> Evidence:
     tiers: dict[Key, Pooled] = {}
     problems: list[str] = []
     for engine_id, evidence in reported:
-        key = (_get_arm(evidence), evidence.tier)
+        key = (_get_side(evidence), evidence.tier)
         try:
             tiers[key] = tiers.get(key, Pooled()) + _read(evidence)
         except ValueError as error:
@@ -129,8 +129,8 @@ def _read_moments(evidence: evidence_pb2.Evidence, name: str) -> Moments:
     return moments
 
 
-def _get_arm(evidence: evidence_pb2.Evidence) -> evidence_pb2.Arm:
-    return CANDIDATE if evidence.arm == CANDIDATE else STABLE
+def _get_side(evidence: evidence_pb2.Evidence) -> evidence_pb2.Side:
+    return CANDIDATE if evidence.side == CANDIDATE else STABLE
 
 
 def _get_tiers(policy: Policy | None) -> set[str]:

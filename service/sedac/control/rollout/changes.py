@@ -129,5 +129,5 @@ class Changes:
         self.rollout = rollout
         if rollout is not None:
             self._fleet.rollout = rollout.to_proto()
-            self._fleet.set_candidate(rollout.candidate)
+            self._fleet.set_candidate(rollout.candidate, rollout.attempt)
             self._metrics.show_rollout(rollout.state, rollout.share)

@@ -164,7 +164,7 @@ class RolloutDriver:
             evidence,
             rollout.bounds,
             confidence,
-            arm=CANDIDATE,
+            side=CANDIDATE,
             together=True,
             baseline=rollout.baseline,
             min_requests=rollout.min_requests,
@@ -195,7 +195,7 @@ class RolloutDriver:
 
 def get_baseline(evidence: Evidence, before: Baseline | None = None) -> Baseline:
     """Return what has been counted by now; of the policy in force, what had been when the roll-out began."""
-    candidate, stable = evidence.get_arm(CANDIDATE), evidence.get_arm(STABLE).token_seconds
+    candidate, stable = evidence.get_side(CANDIDATE), evidence.get_side(STABLE).token_seconds
     return Baseline(
         num_finished=candidate.num_requests,
         num_mismatch=candidate.mismatch.num_requests,

@@ -1,4 +1,4 @@
-"""Evidence as people see it, in status and roll-outs: means with their limits, by arm and tier."""
+"""Evidence as people see it, in status and roll-outs: means with their limits, by side and tier."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from sedac.control.fleet.pooling import CANDIDATE, Evidence
 
 
 def to_tier_evidence(evidence: Evidence, stable_confidence: float, candidate_confidence: float) -> list[evidence_pb2.TierEvidence]:
-    """Write evidence for people, by arm and tier, with limits that hold each at its arm's confidence."""
+    """Write evidence for people, by side and tier, with limits that hold each at its side's confidence."""
     shown = []
-    for (arm, tier), pooled in sorted(evidence.tiers.items()):
-        confidence = candidate_confidence if arm == CANDIDATE else stable_confidence
+    for (side, tier), pooled in sorted(evidence.tiers.items()):
+        confidence = candidate_confidence if side == CANDIDATE else stable_confidence
         shown.append(
             evidence_pb2.TierEvidence(
-                arm=arm,
+                side=side,
                 tier=tier,
                 num_requests=pooled.num_requests,
                 num_errors=pooled.num_errors,

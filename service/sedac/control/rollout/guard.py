@@ -93,7 +93,7 @@ class GuardStore:
 
 
 class Guard:
-    """Judges the stable arm's evidence, and acts."""
+    """Judges the stable side's evidence, and acts."""
 
     def __init__(self, kept: GuardStore, store: Store, changes: Changes, fleet: Fleet, metrics: RolloutMetrics) -> None:
         self._kept, self._store, self._changes, self._fleet, self._metrics = kept, store, changes, fleet, metrics
@@ -152,5 +152,5 @@ def get_guard_confidence(policy: Policy) -> float:
 
 def find_excess(evidence: Evidence, policy: Policy) -> str:
     """Return which tier of the policy in force loses more than its audit allows; empty: none is known to."""
-    verdict = judge(evidence, Bounds.of_audit(policy.audit), get_guard_confidence(policy), arm=STABLE, together=False)
+    verdict = judge(evidence, Bounds.of_audit(policy.audit), get_guard_confidence(policy), side=STABLE, together=False)
     return verdict.reason if verdict.kind == "breach" else ""

@@ -34,26 +34,26 @@ def judge(
     bounds: Bounds,
     confidence: float,
     *,
-    arm: evidence_pb2.Arm,
+    side: evidence_pb2.Side,
     together: bool,
     baseline: Baseline = _NOTHING_BEFORE,
     min_requests: int = 1,
     unheard: Sequence[str] = (),
 ) -> Verdict:
-    """Return the verdict on the policy of one arm.
+    """Return the verdict on the policy of one side.
 
     Args:
         evidence: all that was gathered.
         bounds: what the policy is held against.
         confidence: of each limit alone (see `Bounds.get_limit_confidence`).
-        arm: whose policy is judged.
+        side: whose policy is judged.
         together: whether the losses of all tiers together are held against their bounds too, beside those of each tier.
         baseline: what had been counted before; it is no sample.
         min_requests: how many samples since then a pass needs.
         unheard: which engines are missing from the evidence, and why.
     """
-    judged, stable_seconds = evidence.get_arm(arm), _get_stable_seconds(evidence, baseline)
-    groups = [(f"tier {tier}", pooled) for (found, tier), pooled in sorted(evidence.tiers.items()) if found == arm]
+    judged, stable_seconds = evidence.get_side(side), _get_stable_seconds(evidence, baseline)
+    groups = [(f"tier {tier}", pooled) for (found, tier), pooled in sorted(evidence.tiers.items()) if found == side]
     if together:
         groups.append(("all tiers", judged))
     if breach := _find_loss(groups, bounds, confidence) or _find_excess(judged, stable_seconds, bounds, confidence):
@@ -142,7 +142,7 @@ def _get_errors(judged: Pooled) -> LossCounts:
 
 def _get_stable_seconds(evidence: Evidence, baseline: Baseline) -> Moments:
     """Return the sums of the policy in force since the roll-out began; all that there is where a restart lost the beginning."""
-    found, before = evidence.get_arm(STABLE).token_seconds, Moments(*baseline.stable_token_seconds)
+    found, before = evidence.get_side(STABLE).token_seconds, Moments(*baseline.stable_token_seconds)
     since = found - before
     return since if since.count >= 0 and not since.find_problem() else found
 

@@ -11,7 +11,7 @@ from sedac.contract.v1 import evidence_pb2
 
 _STATES = ("progressing", "paused", "promoted", "aborted")
 _ACTIONS = ("rollback", "exact")
-_ARMS = {evidence_pb2.ARM_STABLE: "stable", evidence_pb2.ARM_CANARY: "canary"}
+_SIDES = {evidence_pb2.SIDE_STABLE: "stable", evidence_pb2.SIDE_CANDIDATE: "candidate"}
 _LIMITS = ("mean", "lower", "upper")
 
 
@@ -24,14 +24,14 @@ class RolloutMetrics:
         self._share = Gauge("sedac_control_rollout_share", "Share of the requests under the candidate; 0: no roll-out is under way.", **make)
         self.analyses = Counter("sedac_control_rollout_analyses", "Analyses of roll-outs, by verdict.", ["verdict"], **make)
         self.guard_actions = Counter("sedac_control_guard_actions", "Policies that the guard took out of force, by what it did.", ["action"], **make)
-        labels = ["arm", "tier", "limit"]  # limit: the mean or one of its limits
+        labels = ["side", "tier", "limit"]  # limit: the mean or one of its limits
         self._losses = {
             "mismatch": Gauge("sedac_control_audit_mismatch", "Share of greedy tokens that the full model would not choose.", labels, **make),
             "nll_difference": Gauge(
                 "sedac_control_audit_nll_difference", "What audited tokens lose in log-probability, mean in nats per token.", labels, **make
             ),
         }
-        self._requests = Gauge("sedac_control_audit_requests", "Audited answers of the policies in force.", ["arm", "tier"], **make)
+        self._requests = Gauge("sedac_control_audit_requests", "Audited answers of the policies in force.", ["side", "tier"], **make)
         self._shown: set[tuple[str, str]] = set()
         for state in _STATES:
             self._state.labels(state)
@@ -47,10 +47,10 @@ class RolloutMetrics:
         self._share.set(share)
 
     def show_evidence(self, evidence: Iterable[evidence_pb2.TierEvidence]) -> None:
-        """Show the estimates of both arms; the tiers are those of the policies in force, others are removed."""
+        """Show the estimates of both sides; the tiers are those of the policies in force, others are removed."""
         shown: set[tuple[str, str]] = set()
         for tier in evidence:
-            key = (_ARMS[tier.arm], tier.tier)
+            key = (_SIDES[tier.side], tier.tier)
             shown.add(key)
             self._requests.labels(*key).set(tier.nll_difference.num_requests)
             for name, gauge in self._losses.items():

@@ -18,10 +18,9 @@ from typing import Literal
 
 from sedac.contract import wire
 from sedac.contract.v1 import rollouts_pb2
-from sedac.control.fleet.engine import Candidate
 from sedac.control.rollout.bounds import Baseline, Bounds
 from sedac.errors import RolloutConflict, StaleEtag
-from sedac.policy.model import Policy
+from sedac.policy.model import Candidate, Policy
 
 State = Literal["progressing", "paused", "promoted", "aborted"]
 STATES: dict[State, rollouts_pb2.RolloutState] = {
@@ -92,7 +91,7 @@ class Rollout:
         """What engines are pushed; None once it is over."""
         if not self.is_under_way:
             return None
-        return Candidate(rollout=self.number, policy=self.policy, share=self.share, attempt=self.attempt)
+        return Candidate(rollout=self.number, policy=self.policy, share=self.share)
 
     def to_proto(self) -> rollouts_pb2.Rollout:
         """Write it as the contract shows it."""

@@ -2,9 +2,9 @@
 
 All calls come on the thread that runs the model. While it is built: `attach_mlp`, and `finish_mlp` once weights are loaded, by the
 model's class and the worker. In every forward pass: `begin`, then `observe` at each checkpoint and the MLPs' own `compute`, then `end`, by the
-`State` and the modules. Between two passes: `set_arms`, `settle`, `then`, and the drafter's. Backends know buffers and levels; policies,
+`State` and the modules. Between two passes: `set_sides`, `settle`, `then`, and the drafter's. Backends know buffers and levels; policies,
 requests and counters are the `State`'s.
-T tokens of the step, C checkpoints, A arms, D hidden size, N rows, V vocabulary.
+T tokens of the step, C checkpoints, S sides, D hidden size, N rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sedac.errors import UnsupportedModel
 from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
-    from sedac.engine.step.arms import Arm
+    from sedac.engine.step.sides import Side
     from sedac.engine.step.tokens import Array, TokenBuffers, Tokens
 
 
@@ -36,8 +36,8 @@ class Left(NamedTuple):
     """uint8: 1 where a decision was final"""
     risk_CT: Array
     """float32, NaN where not evaluated"""
-    counts_AC2: list[Any] | None = None
-    """each arm's totals (evaluated, exited) after the pass; None: as its buffers say now"""
+    counts_SC2: list[Any] | None = None
+    """each side's totals (evaluated, exited) after the pass; None: as its buffers say now"""
 
 
 Count = Callable[["Tokens | None", Left | None], None]
@@ -132,8 +132,8 @@ class Backend(ABC):
     observes_idle: ClassVar[bool] = False
     """whether checkpoints run between two steps too, where passes warm up or are captured"""
 
-    def __init__(self, buffers: TokenBuffers, table: LevelTable, arms: Sequence[Arm], counts_AC2: Tensor, count: Count) -> None:
-        """`counts_AC2` (int64) holds the arms' counts, one behind the other; `count` is called once for each pass, in their order.
+    def __init__(self, buffers: TokenBuffers, table: LevelTable, sides: Sequence[Side], counts_SC2: Tensor, count: Count) -> None:
+        """`counts_SC2` (int64) holds the sides' counts, one behind the other; `count` is called once for each pass, in their order.
 
         Raises:
             UnsupportedModel: the table has a level of a kind that this backend lacks.
@@ -144,8 +144,8 @@ class Backend(ABC):
                     f"level {name!r} is of the kind {kind!r}, which the {self.label} kernels lack (they have {', '.join(sorted(self.kinds))}); "
                     "attach a probe set without it, or offer hard exits only: SEDAC_LEVELS=0"
                 )
-        self.buffers, self.table, self.arms = buffers, table, tuple(arms)
-        self._counts_AC2, self._count = counts_AC2, count
+        self.buffers, self.table, self.sides = buffers, table, tuple(sides)
+        self._counts_SC2, self._count = counts_SC2, count
         self.is_active = False
         """whether any token of the running pass is or may get reduced"""
         self.num_tokens = 0
@@ -172,8 +172,8 @@ class Backend(ABC):
                 mlps[-1].base(torch.zeros(rows, hidden_size, dtype=dtype, device=self.buffers.level_T.device))
 
     @abstractmethod
-    def set_arms(self, arms: Sequence[Arm]) -> None:
-        """Let these arms decide from the next pass on, by the rules that they have now."""
+    def set_sides(self, sides: Sequence[Side]) -> None:
+        """Let these sides decide from the next pass on, by the rules that they have now."""
 
     @abstractmethod
     def begin(self, num_tokens: int, tokens: Tokens | None, *, is_new: bool) -> None:

@@ -19,7 +19,7 @@ from sedac.engine.backends.torch import TorchBackend
 from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
-    from sedac.engine.step.arms import Arm
+    from sedac.engine.step.sides import Side
 
 _log = logging.getLogger(__name__)
 
@@ -64,10 +64,10 @@ class CpuBackend(TorchBackend):
         super().__init__(*arguments)
         assert load(), "chosen without kernels"
         torch.ops.sedac.set_buffers([*self.buffers.tensors, self.table.ladder_VV, self.table.share_V])
-        for arm in self.arms:
-            for i, probe in enumerate(arm.probes):
-                torch.ops.sedac.add_checkpoint(i, arm.number, probe.tensors, probe.rank, arm.knobs_CK[i], arm.counts_C2[i])
-        self.set_arms(self.arms)
+        for side in self.sides:
+            for i, probe in enumerate(side.probes):
+                torch.ops.sedac.add_checkpoint(i, side.number, probe.tensors, probe.rank, side.knobs_CK[i], side.counts_C2[i])
+        self.set_sides(self.sides)
 
     def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
         """Gate an MLP; see `Backend`."""
@@ -75,13 +75,13 @@ class CpuBackend(TorchBackend):
 
         self.mlps.append(CpuMlp(self, module, name, layer, neurons, scores_activation=scores_activation, lora=lora))
 
-    def set_arms(self, arms: Sequence[Arm]) -> None:
-        """Let these arms decide from the next pass on."""
-        for arm in arms:
-            torch.ops.sedac.set_rule(arm.number, *arm.rule)
+    def set_sides(self, sides: Sequence[Side]) -> None:
+        """Let these sides decide from the next pass on."""
+        for side in sides:
+            torch.ops.sedac.set_rule(side.number, *side.rule)
 
     def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
-        """Run checkpoint `index` for all arms."""
+        """Run checkpoint `index` for all sides."""
         if self.is_active:
             torch.ops.sedac.checkpoint_parts(hidden_TD, residual_TD, self.buffers.level_T, index)
 

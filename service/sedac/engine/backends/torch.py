@@ -15,13 +15,13 @@ from torch import Tensor
 from sedac.engine.backends.base import Action, Backend, Left
 from sedac.engine.backends.kinds import KINDS
 from sedac.engine.backends.levels import NO_LEVEL, LevelTable
-from sedac.engine.step.tokens import CANARY_ARM, DECIDES, OBSERVED, SOFT, Array, TokenBuffers, Tokens
+from sedac.engine.step.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT, Array, TokenBuffers, Tokens
 from sedac.policy.model import MAX_LEVELS
 from sedac.probe.cascade import decide, get_soft_ratio
 from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
-    from sedac.engine.step.arms import Arm
+    from sedac.engine.step.sides import Side
 
 
 class TorchBackend(Backend):
@@ -32,7 +32,7 @@ class TorchBackend(Backend):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._in_force: Sequence[Arm] = self.arms[:1]
+        self._in_force: Sequence[Side] = self.sides[:1]
         self._saved_T: Array | None = None
 
     def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
@@ -41,9 +41,9 @@ class TorchBackend(Backend):
 
         self.mlps.append(TorchMlp(self, module, name, layer, neurons, scores_activation=scores_activation, lora=lora))
 
-    def set_arms(self, arms: Sequence[Arm]) -> None:
-        """Let these arms decide from the next pass on."""
-        self._in_force = tuple(arms)
+    def set_sides(self, sides: Sequence[Side]) -> None:
+        """Let these sides decide from the next pass on."""
+        self._in_force = tuple(sides)
 
     def begin(self, num_tokens: int, tokens: Tokens | None, *, is_new: bool) -> None:
         """Start a pass."""
@@ -52,12 +52,12 @@ class TorchBackend(Backend):
             self.buffers.write(tokens, num_tokens, is_new=is_new)
 
     def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
-        """Run checkpoint `index` for each arm in force."""
+        """Run checkpoint `index` for each side in force."""
         if not self.is_active:
             return
         stream_TD = hidden_TD.float() if residual_TD is None else hidden_TD.float() + residual_TD.float()
-        for arm in self._in_force:
-            observe(self.buffers, self.table, arm, index, stream_TD[: self.num_tokens])
+        for side in self._in_force:
+            observe(self.buffers, self.table, side, index, stream_TD[: self.num_tokens])
 
     def end(self, tokens: Tokens | None) -> Array | None:
         """Finish the pass and count it."""
@@ -81,13 +81,13 @@ class TorchBackend(Backend):
         """Nothing waits to be counted."""
 
 
-def observe(buffers: TokenBuffers, table: LevelTable, arm: Arm, index: int, stream_TD: Tensor) -> None:
-    """Run checkpoint `index` of one arm on its tokens' residual stream (T, D), fp32, and set the levels of the confident."""
-    probe, knobs, num_tokens = arm.probes[index].probe, arm.get_knobs(index), stream_TD.shape[0]
+def observe(buffers: TokenBuffers, table: LevelTable, side: Side, index: int, stream_TD: Tensor) -> None:
+    """Run checkpoint `index` of one side on its tokens' residual stream (T, D), fp32, and set the levels of the confident."""
+    probe, knobs, num_tokens = side.probes[index].probe, side.get_knobs(index), stream_TD.shape[0]
     if probe is None:
         return
     role_T = buffers.role_T[:num_tokens]
-    mine_T = role_T & CANARY_ARM == arm.role
+    mine_T = role_T & OF_CANDIDATE == side.role
     decides_T = mine_T & (role_T & DECIDES > 0) & (buffers.done_T[:num_tokens] == 0) & (knobs.threshold > 0)
     seen = (decides_T | (mine_T & (role_T & OBSERVED > 0))).nonzero().squeeze(1)
     if not seen.numel():
@@ -106,7 +106,7 @@ def observe(buffers: TokenBuffers, table: LevelTable, arm: Arm, index: int, stre
     level_T[rows] = torch.where(share_V[wanted_N.long()] > share_V[level_T[rows].long()], wanted_N, level_T[rows])
     final = rows[~soft_N | (level_T[rows] == goal_T[rows])]
     buffers.done_T[final] = 1
-    arm.counts_C2[index] += torch.tensor([int(decides_T.sum()), final.numel()], device=arm.counts_C2.device)
+    side.counts_C2[index] += torch.tensor([int(decides_T.sum()), final.numel()], device=side.counts_C2.device)
 
 
 def _choose_soft(table: LevelTable, goal_N: Tensor, ratio_N: Tensor) -> Tensor:

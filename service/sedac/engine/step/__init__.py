@@ -1,1 +1,1 @@
-"""What happens around each step of an engine: requests, arms, their tokens, counters, adaptation."""
+"""What happens around each step of an engine: requests, sides, their tokens, counters, adaptation."""

@@ -16,12 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from sedac.engine.step.arms import ARMS, Arm
+from sedac.engine.step.sides import SIDES, Side
 from sedac.engine.step.state import State
 from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.policy.model import (
-    ARM_KEY,
-    CANARY,
     CERTIFICATE_KEY,
     EXACT,
     LEVEL_KEY,
@@ -51,7 +49,7 @@ class _Request:
     version: int = -1
     """of what is in force, for which the fields below were resolved"""
     revision: int = 0
-    arm: Arm | None = None
+    side: Side | None = None
     probe_set_sha256: str = ""
     """of the certificate that it was first computed under"""
     may_draft: bool = True
@@ -87,7 +85,7 @@ class Requests:
             level=extra.get(LEVEL_KEY),
             scale=float(extra.get(SCALE_KEY, 1.0)),
             certificate=str(extra.get(CERTIFICATE_KEY, "")),
-            rollout=int(extra.get(ROLLOUT_KEY, 0)) if extra.get(ARM_KEY) == CANARY else 0,
+            rollout=int(extra.get(ROLLOUT_KEY, 0)),
             may_draft=may_draft and str(extra.get(SPECULATION_KEY, "true")).lower() not in ("false", "0", "no", "off"),
         )
 
@@ -106,7 +104,7 @@ class Requests:
     def make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
         """Return what the step's tokens may get; `bounds` (N + 1) are the first rows of the requests, the others (N) counts."""
         state = self._state
-        decoding = bool((num_computed >= num_prompt).all()) or all(arm.policy.phase == "all" for arm in state.arms)
+        decoding = bool((num_computed >= num_prompt).all()) or all(side.policy.phase == "all" for side in state.sides)
         key = (state.version, tuple(request_ids), len(request_ids) == bounds[-1])
         if decoding and key[2] and key == self._key and self._cached is not None:
             return self._cached  # the same requests go on generating, a token each
@@ -116,7 +114,7 @@ class Requests:
 
     def _make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
         requests = [self._resolve(request_id) for request_id in request_ids]
-        policies = [arm.policy for _, arm in requests]
+        policies = [side.policy for _, side in requests]
         counts = np.diff(bounds)
         num_full = np.where([p.phase == "all" for p in policies], 0, np.clip(num_prompt - num_computed, 0, counts))
 
@@ -128,13 +126,15 @@ class Requests:
         reducible_T = bounded_T & (offset_T >= np.repeat(num_full, counts))
         role_T = np.where(reducible_T, gather((r.role for r, _ in requests), np.uint8), np.uint8(0))
         if any(p.sensitivity > 0 for p in policies):
-            observed_T = gather((OBSERVED | arm.role if arm.policy.sensitivity > 0 and arm.has_thresholds else 0 for _, arm in requests), np.uint8)
+            observed_T = gather(
+                (OBSERVED | side.role if side.policy.sensitivity > 0 and side.has_thresholds else 0 for _, side in requests), np.uint8
+            )
             role_T = np.where(bounded_T & ~reducible_T, observed_T, role_T)
-            for (request, arm), full, count in zip(requests, num_full.tolist(), counts.tolist(), strict=True):
-                if arm.policy.sensitivity > 0 and request.difficulty is None and full < count:
+            for (request, side), full, count in zip(requests, num_full.tolist(), counts.tolist(), strict=True):
+                if side.policy.sensitivity > 0 and request.difficulty is None and full < count:
                     mean = request.prompt_risk / request.num_prompt_risks if request.num_prompt_risks else math.nan
-                    request.difficulty = arm.difficulty.get_scale(mean, arm.policy.sensitivity)
-                    arm.difficulty.add(mean)
+                    request.difficulty = side.difficulty.get_scale(mean, side.policy.sensitivity)
+                    side.difficulty.add(mean)
         return Tokens(
             role_T=role_T,
             floor_T=np.where(reducible_T, gather((r.floor for r, _ in requests), np.uint8), np.uint8(0)),
@@ -143,15 +143,15 @@ class Requests:
             tier_T=gather((r.tier_row for r, _ in requests), np.int64),
         )
 
-    def _resolve(self, request_id: str) -> tuple[_Request, Arm]:
-        """Look the request's arm and tier up in what is in force; no such tier, or a policy not enabled: served in full."""
+    def _resolve(self, request_id: str) -> tuple[_Request, Side]:
+        """Look the request's side and tier up in what is in force; no such tier, or a policy not enabled: served in full."""
         state, request = self._state, self._running[request_id]
-        if request.arm is not None and request.version == state.version:
-            return request, request.arm
-        arm, table = state.get_arm(request.rollout), state.table
-        if arm is not request.arm:
+        if request.side is not None and request.version == state.version:
+            return request, request.side
+        side, table = state.get_side(request.rollout), state.table
+        if side is not request.side:
             request.prompt_risk, request.num_prompt_risks = 0.0, 0  # so far by other probes, or none
-        policy, request.arm, request.version, request.revision = arm.policy, arm, state.version, state.revision
+        policy, request.side, request.version, request.revision = side.policy, side, state.version, state.revision
         tier = next((t for t in policy.get_tiers() if t.name == request.tier), None) if policy.enabled else None
         request.is_bounded = tier is not None
         self._check_certificate(request, policy)
@@ -159,9 +159,9 @@ class Requests:
         request.tier_row = state.get_tier_row(tier.name)
         level = tier.level if request.level is None or request.level not in table.names else request.level
         request.floor, request.goal = table.get_index(tier.floor), table.get_index(level)
-        request.role = DECIDES | (SOFT if tier.soft_exit else 0) | arm.role
+        request.role = DECIDES | (SOFT if tier.soft_exit else 0) | side.role
         request.own_scale = tier.threshold_scale * request.scale
-        return request, arm
+        return request, side
 
     def _check_certificate(self, request: _Request, policy: Policy) -> None:
         """Take the certificate of a request whose policy is switched off, or has another one: neither the certified answer nor the exact one."""
@@ -175,8 +175,8 @@ class Requests:
         """Return the knobs under which the request may draft now; None: it may not."""
         if not self._running[request_id].may_draft:
             return None
-        request, arm = self._resolve(request_id)
-        speculation = arm.policy.speculation
+        request, side = self._resolve(request_id)
+        speculation = side.policy.speculation
         if not speculation.enabled or (speculation.tiers and request.tier not in speculation.tiers):
             return None
         return speculation
@@ -191,7 +191,7 @@ class Requests:
             request.num_saved += saved
             if not is_enabled:
                 request.certificate = ""  # nothing was resolved in this step
-        if saved_T is not None and any(arm.policy.sensitivity > 0 for arm in self._state.arms):
+        if saved_T is not None and any(side.policy.sensitivity > 0 for side in self._state.sides):
             self._count_risks(request_ids, bounds)
 
     def _count_risks(self, request_ids: Sequence[str], bounds: Array) -> None:
@@ -206,10 +206,10 @@ class Requests:
 
     def _make_report(self, request_id: str, request: _Request) -> dict[str, Any]:
         blocks = request.num_tokens * self._state.layout.num_layers
-        arm = request.arm or self._state.stable
+        side = request.side or self._state.stable
         return {
             "request_id": request_id,
-            "arm": ARMS[arm.number],
+            "side": SIDES[side.number],
             "tier": request.tier,
             "certified": bool(request.certificate),
             "revision": request.revision,

@@ -1,9 +1,9 @@
-"""What SEDAC keeps in a worker: the arms in force, the probe sets, the running step, and counters; how to compute is its backend's.
+"""What SEDAC keeps in a worker: the sides in force, the probe sets, the running step, and counters; how to compute is its backend's.
 
 One `State` per model; the worker drives `apply`, `begin_step`, `end_step` and `get_stats`, the checkpoints `observe`. All of it runs
 on the thread that runs the model, so neither a policy nor a probe changes within a step. Buffers keep their addresses for the life of the
 engine and are written in place; backends read the same ones.
-T tokens of the step, C checkpoints, V levels, D hidden size, A arms.
+T tokens of the step, C checkpoints, V levels, D hidden size, S sides.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 from sedac.contract.stats import CheckpointStats, Stats
 from sedac.engine.backends.base import Backend, Left
 from sedac.engine.backends.levels import LevelTable
-from sedac.engine.step.arms import ARMS, Arm
 from sedac.engine.step.counters import Counters
 from sedac.engine.step.probe_sets import Loaded, ProbeSets
 from sedac.engine.step.record import Recorder
-from sedac.engine.step.tokens import CANARY_ARM, Array, TokenBuffers, Tokens
+from sedac.engine.step.sides import SIDES, Side
+from sedac.engine.step.tokens import OF_CANDIDATE, Array, TokenBuffers, Tokens
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.layout import Layout, ProbeSetSummary
-from sedac.policy.model import Canary, Policy
+from sedac.policy.model import Candidate, Policy
 from sedac.probe.probe import LREProbe
 
 
@@ -61,9 +61,9 @@ class State:
         num_checkpoints = max(1, len(layout.checkpoint_layers))
         self.buffers = TokenBuffers(num_checkpoints, max_num_tokens, device)
         self.level_T, self.saved_T = self.buffers.level_T, self.buffers.saved_T
-        knobs_ACK = torch.zeros(len(ARMS), num_checkpoints, 3, dtype=torch.float32, device=device)
-        counts_AC2 = torch.zeros(len(ARMS), num_checkpoints, 2, dtype=torch.int64, device=device)
-        self.stable, self.canary = (Arm(i, layout, knobs_ACK[i], counts_AC2[i], device) for i in range(len(ARMS)))
+        knobs_SCK = torch.zeros(len(SIDES), num_checkpoints, 3, dtype=torch.float32, device=device)
+        counts_SC2 = torch.zeros(len(SIDES), num_checkpoints, 2, dtype=torch.int64, device=device)
+        self.stable, self.candidate = (Side(i, layout, knobs_SCK[i], counts_SC2[i], device) for i in range(len(SIDES)))
         self.stable.configure(Policy(), self.probe_sets.attached)
         self._tokens: Tokens | None = None
         self.last_tokens: Tokens | None = None
@@ -73,21 +73,21 @@ class State:
         self.risk_CT: Array = np.zeros((num_checkpoints, 0), dtype=np.float32)
         self._step_version = 0
         self.counters = Counters()
-        self.backend = make_backend(self.buffers, table, (self.stable, self.canary), counts_AC2, self._count)
+        self.backend = make_backend(self.buffers, table, (self.stable, self.candidate), counts_SC2, self._count)
 
     @property
-    def arms(self) -> tuple[Arm, ...]:
+    def sides(self) -> tuple[Side, ...]:
         """Those in force."""
-        return (self.stable, self.canary) if self.rollout else (self.stable,)
+        return (self.stable, self.candidate) if self.rollout else (self.stable,)
 
-    def get_arm(self, rollout: int) -> Arm:
-        """Return the arm of a request that was stamped with a roll-out's number, 0: with none."""
-        return self.canary if rollout and rollout == self.rollout else self.stable
+    def get_side(self, rollout: int) -> Side:
+        """Return the side of a request that was stamped with a roll-out's number, 0: with none."""
+        return self.candidate if rollout and rollout == self.rollout else self.stable
 
     @property
     def is_enabled(self) -> bool:
         """Whether any policy in force may reduce anything."""
-        return any(arm.policy.enabled for arm in self.arms)
+        return any(side.policy.enabled for side in self.sides)
 
     @property
     def is_active(self) -> bool:
@@ -99,37 +99,37 @@ class State:
         """Tokens of the running step; 0 between steps, where warm-up and dummy passes run."""
         return self.backend.num_tokens
 
-    def apply(self, policy: Policy, revision: int, canary: Canary | None = None) -> None:
+    def apply(self, policy: Policy, revision: int, candidate: Candidate | None = None) -> None:
         """Put a policy, a roll-out's candidate beside it, and their probe sets into force from the next step on.
 
         Whether a certificate fits is the agent's to check, which knows the weights.
 
         Raises:
-            PolicyInvalid: all stays as it was; the candidate's fields begin with `canary.policy.`.
+            PolicyInvalid: all stays as it was; the candidate's fields begin with `candidate.policy.`.
         """
         self.settle()
         summaries = self.probe_sets.get_summaries()
         bad = self._find_violations(policy, summaries)
-        if canary is not None:
-            bad += [FieldViolation(f"canary.policy.{v.field}", v.description) for v in self._find_violations(canary.policy, summaries)]
-            if canary.rollout <= 0:
-                bad.append(FieldViolation("canary.rollout", f"{canary.rollout} is not over 0; give the roll-out's number"))
+        if candidate is not None:
+            bad += [FieldViolation(f"candidate.policy.{v.field}", v.description) for v in self._find_violations(candidate.policy, summaries)]
+            if candidate.rollout <= 0:
+                bad.append(FieldViolation("candidate.rollout", f"{candidate.rollout} is not over 0; give the roll-out's number"))
         if bad:
             raise PolicyInvalid(bad)
-        wanted = {arm: self.probe_sets.find(p.probe_set) for arm, p in (("stable", policy), ("canary", canary and canary.policy)) if p}
-        if canary is None and self.rollout and policy == self.canary.policy:
-            self.stable.swap_learned(self.canary)  # promoted: the thresholds that it has adapted go on
+        wanted = {side: self.probe_sets.find(p.probe_set) for side, p in (("stable", policy), ("candidate", candidate and candidate.policy)) if p}
+        if candidate is None and self.rollout and policy == self.candidate.policy:
+            self.stable.swap_learned(self.candidate)  # promoted: the thresholds that it has adapted go on
         self.stable.configure(policy, wanted["stable"])
-        if canary is None:
-            self.canary.clear()
+        if candidate is None:
+            self.candidate.clear()
         else:
-            self.canary.configure(canary.policy, wanted["canary"], is_new=canary.rollout != self.rollout)
-        self.revision, self.rollout, self.version = revision, canary.rollout if canary else 0, self.version + 1
+            self.candidate.configure(candidate.policy, wanted["candidate"], is_new=candidate.rollout != self.rollout)
+        self.revision, self.rollout, self.version = revision, candidate.rollout if candidate else 0, self.version + 1
         self.probe_sets.drop_unused({loaded.sha256 for loaded in wanted.values()})
-        for arm in self.arms:
-            for tier in ("exact", *(t.name for t in arm.policy.get_tiers())):
+        for side in self.sides:
+            for tier in ("exact", *(t.name for t in side.policy.get_tiers())):
                 self.get_tier_row(tier)
-        self.backend.set_arms(self.arms)
+        self.backend.set_sides(self.sides)
 
     def _find_violations(self, policy: Policy, summaries: Mapping[str, ProbeSetSummary]) -> list[FieldViolation]:
         try:
@@ -148,7 +148,7 @@ class State:
         active = None
         if tokens is not None:
             self.counters.num_decode_tokens += tokens.num_decides
-            has_thresholds = any(arm.has_thresholds for arm in self.arms)
+            has_thresholds = any(side.has_thresholds for side in self.sides)
             if tokens.has_floor or (has_thresholds and (tokens.num_decides > 0 or bool(tokens.role_T.any()))):
                 active = tokens
         self.backend.begin(num_tokens, active, is_new=active is not self.last_tokens)
@@ -172,22 +172,22 @@ class State:
         self.backend.settle()
 
     def _count(self, tokens: Tokens | None, left: Left | None) -> None:
-        """Count one pass and let the arms learn from it; see `backends.base.Count`."""
+        """Count one pass and let the sides learn from it; see `backends.base.Count`."""
         if tokens is None:
             return
         self.counters.count_tokens(tokens, left)
         if left is not None:
             self.risk_CT, self.observed_tokens = left.risk_CT, tokens
             if tokens.num_decides:
-                self._follow(tokens, left.counts_AC2)
+                self._follow(tokens, left.counts_SC2)
 
     def _follow(self, tokens: Tokens, counts: list[Any] | None) -> None:
-        """Let each arm learn from its own tokens; `counts`: each arm's totals after them, None: as they are."""
-        for arm in self.arms:
+        """Let each side learn from its own tokens; `counts`: each side's totals after them, None: as they are."""
+        for side in self.sides:
             mine_T = tokens.decides_T
             if self.rollout:
-                mine_T = mine_T & (tokens.role_T & CANARY_ARM == arm.role)
-            arm.follow(self.risk_CT, tokens.scale_T, mine_T, counts[arm.number] if counts else None)
+                mine_T = mine_T & (tokens.role_T & OF_CANDIDATE == side.role)
+            side.follow(self.risk_CT, tokens.scale_T, mine_T, counts[side.number] if counts else None)
 
     def is_watching(self) -> bool:
         """Whether checkpoints have anything to do in this pass."""
@@ -203,10 +203,10 @@ class State:
         self.backend.observe(self.index_of_layer[layer], hidden_TD, residual_TD)
 
     def get_stats(self) -> Stats:
-        """Return the totals since the worker started, of both arms; thresholds, exit rates and adaptations are the stable arm's."""
+        """Return the totals since the worker started, of both sides; thresholds, exit rates and adaptations are the stable side's."""
         self.settle()
         totals, num_layers = self.counters, self.layout.num_layers
-        counts = (self.stable.counts_C2 + self.canary.counts_C2).tolist()
+        counts = (self.stable.counts_C2 + self.candidate.counts_C2).tolist()
         thresholds, rates = self.stable.knobs_CK[:, 0].tolist(), self.stable.exit_rates
         return Stats(
             active_revision=self.revision,

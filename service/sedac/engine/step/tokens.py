@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DECIDES, SOFT, OBSERVED, CANARY_ARM = 1, 2, 4, 8
+DECIDES, SOFT, OBSERVED, OF_CANDIDATE = 1, 2, 4, 8
 """bits of a token's role: checkpoints decide about it; softly; its risk is only looked at; by the candidate of a roll-out"""
 
 Array = np.ndarray[Any, Any]
@@ -25,7 +25,7 @@ class Tokens:
     """What the step's tokens may get; arrays of length T."""
 
     role_T: Array
-    """uint8, DECIDES | SOFT | OBSERVED | CANARY_ARM"""
+    """uint8, DECIDES | SOFT | OBSERVED | OF_CANDIDATE"""
     floor_T: Array
     """uint8: level at the first layer"""
     goal_T: Array

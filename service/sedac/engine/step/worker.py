@@ -21,7 +21,7 @@ from sedac.engine.step.state import State
 from sedac.engine.vllm import runner, sampling, speculation
 from sedac.engine.vllm.parts import is_compiled
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
-from sedac.policy.model import Canary, Policy
+from sedac.policy.model import Candidate, Policy
 
 _log = logging.getLogger(__name__)
 
@@ -155,16 +155,16 @@ class SedacWorker(runner.BaseWorker):
         """Return how far a preloaded set is; see `ProbeSets.get_state`."""
         return self.sedac_state.probe_sets.get_state(sha256)
 
-    def sedac_apply(self, policy: dict[str, Any], revision: int, canary: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Put a policy (`Policy.to_dict`), a candidate beside it (`Canary.to_dict`) and their probe sets into force, all at once.
+    def sedac_apply(self, policy: dict[str, Any], revision: int, candidate: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Put a policy (`Policy.to_dict`), a candidate beside it (`Candidate.to_dict`) and their probe sets into force, all at once.
 
         Probe sets are named among the attached and the preloaded ones; preloaded ones that nothing names any more are forgotten.
         A refusal lists its violations and leaves everything as it was.
         """
         state, violations = self.sedac_state, []
-        candidate = Canary(**{**canary, "policy": Policy.from_dict(canary["policy"])}) if canary else None
+        beside = Candidate(**{**candidate, "policy": Policy.from_dict(candidate["policy"])}) if candidate else None
         try:
-            state.apply(Policy.from_dict(policy), revision, candidate)
+            state.apply(Policy.from_dict(policy), revision, beside)
         except PolicyInvalid as error:
             violations = [(v.field, v.description) for v in error.violations]
         return {"revision": state.revision, "rollout": state.rollout, "violations": violations}

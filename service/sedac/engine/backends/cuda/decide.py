@@ -12,17 +12,17 @@ import triton.language as tl
 
 from sedac.engine.backends.cuda.flags import NUM_LEVELS, find_present, write_flags
 
-SOFT, OBSERVED, CANARY = tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
+SOFT, OBSERVED, OF_CANDIDATE = tl.constexpr(2), tl.constexpr(4), tl.constexpr(8)
 DECIDES = tl.constexpr(1)
 NORM_EPSILON = tl.constexpr(1e-5)
 
 
 @triton.jit
-def _find_seen(role_ptr, done_ptr, t_T, live_T, arm: tl.constexpr, rank, is_on):
-    """Return bool (T,): the tokens of an arm whose risk is asked for."""
+def _find_seen(role_ptr, done_ptr, t_T, live_T, side: tl.constexpr, rank, is_on):
+    """Return bool (T,): the tokens of a side whose risk is asked for."""
     role_T = tl.load(role_ptr + t_T, mask=live_T, other=0).to(tl.int32)
     done_T = tl.load(done_ptr + t_T, mask=live_T, other=1).to(tl.int32)
-    mine_T = ((role_T & CANARY) != 0) if arm == 1 else ((role_T & CANARY) == 0)
+    mine_T = ((role_T & OF_CANDIDATE) != 0) if side == 1 else ((role_T & OF_CANDIDATE) == 0)
     decides_T = ((role_T & DECIDES) != 0) & (done_T < is_on)
     return live_T & mine_T & (t_T * 0 < rank) & (decides_T | ((role_T & OBSERVED) != 0))
 
@@ -90,7 +90,7 @@ def _decide(
         t_T = start + tl.arange(0, CHUNK)
         live_T = t_T < num_tokens
         role_T = tl.load(role_ptr + t_T, mask=live_T, other=0).to(tl.int32)
-        is1_T = (role_T & CANARY) != 0
+        is1_T = (role_T & OF_CANDIDATE) != 0
         threshold_T = tl.where(is1_T, threshold1, threshold0)
         done_T = tl.load(done_ptr + t_T, mask=live_T, other=1).to(tl.int32)
         decides_T = live_T & ((role_T & DECIDES) != 0) & (done_T == 0) & (threshold_T > 0)
@@ -114,7 +114,7 @@ def _decide(
         t_T = start + tl.arange(0, CHUNK)
         live_T = t_T < num_tokens
         role_T = tl.load(role_ptr + t_T, mask=live_T, other=0).to(tl.int32)
-        is1_T = (role_T & CANARY) != 0
+        is1_T = (role_T & OF_CANDIDATE) != 0
         blocked_T = tl.where(is1_T, blocked1, blocked0) > 0
         sure_T = live_T & (tl.load(sure_ptr + t_T, mask=live_T, other=0) != 0) & ~blocked_T
         goal_T = tl.load(goal_ptr + t_T, mask=sure_T, other=0).to(tl.int32)

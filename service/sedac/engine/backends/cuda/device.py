@@ -24,7 +24,7 @@ from sedac.engine.backends.cuda.results import Waiting
 from sedac.engine.backends.cuda.transfer import Outgoing, Returned
 
 if TYPE_CHECKING:
-    from sedac.engine.step.arms import Arm
+    from sedac.engine.step.sides import Side
     from sedac.engine.step.tokens import Array, Tokens
 
 _CHUNKS = (16, 256, 1024)  # few, so that few kernels are built
@@ -55,14 +55,14 @@ class DeviceBackend(Backend):
     def __init__(self, *arguments: Any, min_weight_bytes: int | None = None) -> None:
         """`min_weight_bytes`: an MLP of less is not reduced at few rows; None: forms.MIN_WEIGHT_BYTES."""
         super().__init__(*arguments)
-        buffers, arms, device = self.buffers, self.arms, self.buffers.level_T.device
+        buffers, sides, device = self.buffers, self.sides, self.buffers.level_T.device
 
         def make(dtype: torch.dtype, *shape: int, fill: float = 0) -> Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
 
         self.device = device
         max_num_tokens, num_layers = buffers.level_T.shape[0], self.table.kind_LV.shape[0]
-        self.max_rank = max((b.down_RD.shape[0] for arm in arms for b in arm.probes), default=0)
+        self.max_rank = max((b.down_RD.shape[0] for side in sides for b in side.probes), default=0)
         self.waiting = Waiting()
         self.min_weight_bytes = forms.MIN_WEIGHT_BYTES if min_weight_bytes is None else min_weight_bytes
         self.live = make(torch.int32, 1)
@@ -73,7 +73,7 @@ class DeviceBackend(Backend):
         """whether reduced rows of theirs take a repaired down projection"""
         self.whole = make(torch.uint8, 1)
         """1 where a token of the step was promised the model's own result, which only the dense products give"""
-        self.rules_A3 = make(torch.float32, len(arms), 3)
+        self.rules_S3 = make(torch.float32, len(sides), 3)
         """rule (1: accumulate), scope (1: batch), decay"""
         self._z_TR = make(torch.float32, max(max_num_tokens, _MIN_ROOM), max(1, self.max_rank))
         """parts of projections, one step's (S, T, R) from the start on"""
@@ -83,14 +83,14 @@ class DeviceBackend(Backend):
         """active neurons of contextual rows, from one launch to the next"""
         self.arrived = make(torch.int32, _MAX_BLOCKS)
         self._outgoing = Outgoing(max_num_tokens, device)
-        self._returned = Returned(len(arms), buffers.risk_CT.shape[0], max_num_tokens, device)
+        self._returned = Returned(len(sides), buffers.risk_CT.shape[0], max_num_tokens, device)
         self.launch_begin(0, is_active=False)  # builds the kernels now, not in the first step
         self._launch_end(0)
 
-    def set_arms(self, arms: Sequence[Arm]) -> None:
-        """Put the arms' rules into force for the launches that follow on this stream."""
-        for arm in arms:
-            self.rules_A3[arm.number].copy_(torch.tensor(arm.rule, dtype=torch.float32))
+    def set_sides(self, sides: Sequence[Side]) -> None:
+        """Put the sides' rules into force for the launches that follow on this stream."""
+        for side in sides:
+            self.rules_S3[side.number].copy_(torch.tensor(side.rule, dtype=torch.float32))
 
     def begin(self, num_tokens: int, tokens: Tokens | None, *, is_new: bool) -> None:
         """Start a pass, after the pass before the last has been counted: one copy and one launch where it is active."""
@@ -130,7 +130,7 @@ class DeviceBackend(Backend):
     def _launch_end(self, num_tokens: int) -> None:
         b, num_layers, left = self.buffers, self.table.kind_LV.shape[0], self._returned
         end_kernel[(max(1, -(-num_tokens // _END_CHUNK)),)](
-            b.level_T, b.done_T, b.confidence_T, b.saved_T, b.risk_CT, b.active, self._counts_AC2, self.live,
+            b.level_T, b.done_T, b.confidence_T, b.saved_T, b.risk_CT, b.active, self._counts_SC2, self.live,
             self.dense_GL.view(torch.int8), self.repair_GL.view(torch.int8), left.counts, left.floats, left.bytes,
             num_tokens, b.risk_CT.shape[0], num_layers, b.risk_CT.stride(0),
             NUM_COUNTS=left.num_counts, BLOCK_COUNTS=next_power(left.num_counts), CHUNK=_END_CHUNK, BLOCK_L=next_power(num_layers),
@@ -149,8 +149,8 @@ class DeviceBackend(Backend):
         for step in self.waiting.take(keep):
             left = None
             if step.unpack is not None:
-                saved_T, done_T, risk_CT, counts_AC2 = step.read()
-                left = Left(saved_T, done_T, risk_CT, counts_AC2.tolist())
+                saved_T, done_T, risk_CT, counts_SC2 = step.read()
+                left = Left(saved_T, done_T, risk_CT, counts_SC2.tolist())
             self._count(step.tokens, left)
             for action in step.then:
                 action(left.saved_T if left else None)
@@ -179,15 +179,15 @@ class DeviceBackend(Backend):
         block_t, block_r = (_DOT_ROWS, _DOT_ROWS) if is_dot else (1, 1 if num_rows <= 2 else 4)
         rank_size = next_power(self.max_rank)
         num_layers = self.table.kind_LV.shape[0]
-        probes = [arm.probes[index] for arm in self.arms]
-        per_arm = [[*p.tensors, p.rank, arm.knobs_CK[index], arm.counts_C2[index]] for p, arm in zip(probes, self.arms, strict=True)]
+        probes = [side.probes[index] for side in self.sides]
+        per_side = [[*p.tensors, p.rank, side.knobs_CK[index], side.counts_C2[index]] for p, side in zip(probes, self.sides, strict=True)]
         grid = (-(-num_rows // block_t), max(1, -(-self.max_rank // block_r)))
         splits = self._choose_splits(num_rows, hidden_size, grid[0] * grid[1]) if is_dot else 1
         checkpoint_kernel[(*grid, splits)](
             hidden_TD, hidden_TD if residual_TD is None else residual_TD,
             b.level_T, b.role_T, b.done_T, b.goal_T, b.scale_T, b.confidence_T, b.risk_CT[index], b.active, self.live,
-            self.table.ladder_VV, self.table.share_V, *per_arm[0], *per_arm[1],
-            self.rules_A3, self._z_TR, self._sure_T, self._arrived, self.table.kind_LV, self.whole,
+            self.table.ladder_VV, self.table.share_V, *per_side[0], *per_side[1],
+            self.rules_S3, self._z_TR, self._sure_T, self._arrived, self.table.kind_LV, self.whole,
             self.dense_GL.view(torch.int8), self.repair_GL.view(torch.int8),
             num_rows, hidden_size, num_layers, self._z_TR.shape[1], hidden_TD.stride(0), 0 if residual_TD is None else residual_TD.stride(0),
             num_rows * self._z_TR.shape[1],

@@ -52,11 +52,11 @@ class Outgoing:
 
 
 class Returned:
-    """Takes what a step left to the host: counts of the arms (A, C, 2), MLPs saved (T,), risks (C, T) and whether decided (T,)."""
+    """Takes what a step left to the host: counts of the sides (S, C, 2), MLPs saved (T,), risks (C, T) and whether decided (T,)."""
 
-    def __init__(self, num_arms: int, num_checkpoints: int, max_num_tokens: int, device: torch.device) -> None:
-        self._shape = (num_arms, num_checkpoints, 2)
-        self.num_counts, self._num_checkpoints = num_arms * num_checkpoints * 2, num_checkpoints
+    def __init__(self, num_sides: int, num_checkpoints: int, max_num_tokens: int, device: torch.device) -> None:
+        self._shape = (num_sides, num_checkpoints, 2)
+        self.num_counts, self._num_checkpoints = num_sides * num_checkpoints * 2, num_checkpoints
         size = 8 * self.num_counts + (4 * (num_checkpoints + 1) + 1) * max_num_tokens
         self.bytes = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=device)
         """on the device: counts (int64), saved and risks (fp32), decided (a byte each), without gaps"""
@@ -69,7 +69,7 @@ class Returned:
         return self.bytes[:size].to("cpu", non_blocking=True, copy=True)
 
     def read(self, fetched: Tensor, num_tokens: int) -> tuple[Array, Array, Array, Array]:
-        """Return saved (T,) and decided (T,), risks (C, T), and counts (A, C, 2), of bytes that have arrived."""
+        """Return saved (T,) and decided (T,), risks (C, T), and counts (S, C, 2), of bytes that have arrived."""
         array, floats = fetched.numpy(), 8 * self.num_counts
         counts = array[:floats].view(np.int64).reshape(self._shape)
         values = array[floats : floats + 4 * (self._num_checkpoints + 1) * num_tokens].view(np.float32).reshape(-1, num_tokens)

@@ -13,7 +13,7 @@
 namespace sedac {
 namespace {
 
-// A checkpoint as one arm has it; only values in these tensors change, never their addresses.
+// A checkpoint as one side has it; only values in these tensors change, never their addresses.
 struct Checkpoint {
   at::Tensor down, norm_weight, norm_bias, out_weight, out_bias;  // the LREProbe, fp32, in the leading rows of what the largest rank takes
   at::Tensor rank;    // (1) int64: rows in use; 0: no probe
@@ -21,19 +21,19 @@ struct Checkpoint {
   at::Tensor counts;  // (2) int64: tokens decided about, tokens that became confident
 };
 
-std::vector<std::array<Checkpoint, kNumArms>>& checkpoints() {
-  static std::vector<std::array<Checkpoint, kNumArms>> all;
+std::vector<std::array<Checkpoint, kNumSides>>& checkpoints() {
+  static std::vector<std::array<Checkpoint, kNumSides>> all;
   return all;
 }
 
 // The same for the length of one step, read once.
-struct Arm {
+struct Side {
   const float *down, *norm_weight, *norm_bias, *out_weight, *out_bias;
   int64_t rank;
   float threshold, weight, target;
   Rule rule;
 
-  Arm(const Checkpoint& c, const Rule& rule)
+  Side(const Checkpoint& c, const Rule& rule)
       : down(data<float>(c.down)),
         norm_weight(data<float>(c.norm_weight)),
         norm_bias(data<float>(c.norm_bias)),
@@ -50,17 +50,17 @@ constexpr int64_t kMaxRank = 4096;
 constexpr float kNormEpsilon = 1e-5f;
 constexpr float kSoftplusLinear = 20.0f;
 
-float get_risk(const Arm& arm, const float* stream, int64_t hidden) {
-  const int64_t rank = arm.rank;
+float get_risk(const Side& side, const float* stream, int64_t hidden) {
+  const int64_t rank = side.rank;
   float z[kMaxRank];
-  for (int64_t r = 0; r < rank; ++r) dot_rows(arm.down + r * hidden, stream, hidden, 1, hidden, z + r);
+  for (int64_t r = 0; r < rank; ++r) dot_rows(side.down + r * hidden, stream, hidden, 1, hidden, z + r);
   float mean = 0, variance = 0;
   for (int64_t r = 0; r < rank; ++r) mean += z[r];
   mean /= rank;
   for (int64_t r = 0; r < rank; ++r) variance += (z[r] - mean) * (z[r] - mean);
   const float inverse = 1.0f / std::sqrt(variance / rank + kNormEpsilon);
-  float logit = *arm.out_bias;
-  for (int64_t r = 0; r < rank; ++r) logit += ((z[r] - mean) * inverse * arm.norm_weight[r] + arm.norm_bias[r]) * arm.out_weight[r];
+  float logit = *side.out_bias;
+  for (int64_t r = 0; r < rank; ++r) logit += ((z[r] - mean) * inverse * side.norm_weight[r] + side.norm_bias[r]) * side.out_weight[r];
   return logit > kSoftplusLinear ? logit : std::log1p(std::exp(logit));
 }
 
@@ -97,13 +97,13 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
   float *confidence = data<float>(b.confidence), *risk = data<float>(b.risk) + index * b.risk.size(1);
   const float* scale = data<float>(b.scale);
   const auto& checkpoint = checkpoints()[index];
-  const std::array<Arm, kNumArms> arms = {Arm(checkpoint[0], model().rules[0]), Arm(checkpoint[1], model().rules[1])};
-  const auto get_arm = [&](int64_t t) { return role[t] & kCanary ? 1 : 0; };
+  const std::array<Side, kNumSides> sides = {Side(checkpoint[0], model().rules[0]), Side(checkpoint[1], model().rules[1])};
+  const auto get_side = [&](int64_t t) { return role[t] & kOfCandidate ? 1 : 0; };
 
   std::vector<int32_t> rows;
   for (int64_t t = 0; t < num_tokens; ++t) {
-    const bool decides = (role[t] & kDecides) && !done[t] && arms[get_arm(t)].threshold > 0;
-    if (decides || ((role[t] & kObserved) && arms[get_arm(t)].rank > 0)) rows.push_back(t);
+    const bool decides = (role[t] & kDecides) && !done[t] && sides[get_side(t)].threshold > 0;
+    if (decides || ((role[t] & kObserved) && sides[get_side(t)].rank > 0)) rows.push_back(t);
   }
   if (rows.empty()) return;
   at::parallel_for(0, rows.size(), 8, [&](int64_t begin, int64_t end) {
@@ -112,24 +112,24 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
       const int32_t t = rows[i];
       read_row(hidden, t, stream.data(), false);
       if (residual) read_row(*residual, t, stream.data(), true);
-      risk[t] = get_risk(arms[get_arm(t)], stream.data(), size);
+      risk[t] = get_risk(sides[get_side(t)], stream.data(), size);
     }
   });
 
-  int64_t num_decided[kNumArms] = {}, num_confident[kNumArms] = {};
-  bool all_confident[kNumArms] = {true, true};
+  int64_t num_decided[kNumSides] = {}, num_confident[kNumSides] = {};
+  bool all_confident[kNumSides] = {true, true};
   std::vector<int32_t> confident;
   for (const int32_t t : rows) {
-    const int number = get_arm(t);
-    const Arm& arm = arms[number];
-    if (!(role[t] & kDecides) || done[t] || arm.threshold <= 0) continue;
+    const int number = get_side(t);
+    const Side& side = sides[number];
+    if (!(role[t] & kDecides) || done[t] || side.threshold <= 0) continue;
     ++num_decided[number];
-    const float limit = arm.threshold * scale[t];
+    const float limit = side.threshold * scale[t];
     bool sure = risk[t] < limit;  // false for NaN
-    if (arm.rule.rule == 1) {
+    if (side.rule.rule == 1) {
       const float now = sure ? (limit - risk[t]) / limit : 0.0f;
-      confidence[t] = confidence[t] * static_cast<float>(arm.rule.decay) + now * arm.weight;
-      sure = confidence[t] >= arm.target;
+      confidence[t] = confidence[t] * static_cast<float>(side.rule.decay) + now * side.weight;
+      sure = confidence[t] >= side.target;
     }
     if (sure) {
       confident.push_back(t);
@@ -139,8 +139,8 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
   }
   const float* shares = data<float>(b.shares);
   for (const int32_t t : confident) {
-    const int number = get_arm(t);
-    if (arms[number].rule.scope == 1 && !all_confident[number]) continue;
+    const int number = get_side(t);
+    if (sides[number].rule.scope == 1 && !all_confident[number]) continue;
     const bool soft = role[t] & kSoft;
     const uint8_t wanted = soft ? get_soft_level(b, goal[t], confidence[t]) : goal[t];
     if (shares[wanted] > shares[level[t]]) level[t] = wanted;
@@ -148,9 +148,9 @@ void decide(const at::Tensor& hidden, const std::optional<at::Tensor>& residual,
     done[t] = 1;
     ++num_confident[number];
   }
-  for (int arm = 0; arm < kNumArms; ++arm) {
-    data<int64_t>(checkpoint[arm].counts)[0] += num_decided[arm];
-    data<int64_t>(checkpoint[arm].counts)[1] += num_confident[arm];
+  for (int side = 0; side < kNumSides; ++side) {
+    data<int64_t>(checkpoint[side].counts)[0] += num_decided[side];
+    data<int64_t>(checkpoint[side].counts)[1] += num_confident[side];
   }
 }
 
@@ -161,15 +161,15 @@ void checkpoint_parts(const at::Tensor& hidden, const std::optional<at::Tensor>&
 }
 
 void add_checkpoint(
-    int64_t index, int64_t arm, const std::vector<at::Tensor>& probe, const at::Tensor& rank, const at::Tensor& knobs, const at::Tensor& counts) {
-  TORCH_CHECK(arm >= 0 && arm < kNumArms, "arm ", arm, " of ", kNumArms);
+    int64_t index, int64_t side, const std::vector<at::Tensor>& probe, const at::Tensor& rank, const at::Tensor& knobs, const at::Tensor& counts) {
+  TORCH_CHECK(side >= 0 && side < kNumSides, "side ", side, " of ", kNumSides);
   TORCH_CHECK(probe.size() == 5 && probe[0].size(0) <= kMaxRank, "a probe has 5 tensors and a rank of at most ", kMaxRank);
   for (const at::Tensor& t : probe) TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_contiguous(), "probes are fp32");
   TORCH_CHECK(knobs.scalar_type() == at::kFloat, "knobs are fp32");
   TORCH_CHECK(rank.scalar_type() == at::kLong && counts.scalar_type() == at::kLong, "rank and counts are int64");
   auto& all = checkpoints();
   if (static_cast<int64_t>(all.size()) <= index) all.resize(index + 1);
-  all[index][arm] = {probe[0], probe[1], probe[2], probe[3], probe[4], rank, knobs, counts};
+  all[index][side] = {probe[0], probe[1], probe[2], probe[3], probe[4], rank, knobs, counts};
 }
 
 void set_buffers(const std::vector<at::Tensor>& t) {
@@ -181,17 +181,17 @@ void set_buffers(const std::vector<at::Tensor>& t) {
   model().b = {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]};
 }
 
-void set_rule(int64_t arm, int64_t rule, int64_t scope, double decay) {
-  TORCH_CHECK(arm >= 0 && arm < kNumArms, "arm ", arm, " of ", kNumArms);
-  model().rules[arm] = {rule, scope, decay};
+void set_rule(int64_t side, int64_t rule, int64_t scope, double decay) {
+  TORCH_CHECK(side >= 0 && side < kNumSides, "side ", side, " of ", kNumSides);
+  model().rules[side] = {rule, scope, decay};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sedac, library) {
   library.def("set_buffers(Tensor[] buffers) -> ()", set_buffers);
-  library.def("set_rule(int arm, int rule, int scope, float decay) -> ()", set_rule);
-  library.def("add_checkpoint(int index, int arm, Tensor[] probe, Tensor rank, Tensor knobs, Tensor counts) -> ()", add_checkpoint);
+  library.def("set_rule(int side, int rule, int scope, float decay) -> ()", set_rule);
+  library.def("add_checkpoint(int index, int side, Tensor[] probe, Tensor rank, Tensor knobs, Tensor counts) -> ()", add_checkpoint);
   library.def("checkpoint(Tensor stream, Tensor(a!) level, int index) -> ()");
   library.def("checkpoint_parts(Tensor hidden, Tensor? residual, Tensor(a!) level, int index) -> ()");
 }

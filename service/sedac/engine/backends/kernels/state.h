@@ -19,14 +19,14 @@ constexpr uint8_t kLevelFull = 0, kLevelSkip = 1;
 enum Kind : uint8_t { kFull = 0, kSkip = 1, kWidth = 2, kContextual = 3 };
 
 // Bits of `role_T`.
-constexpr uint8_t kDecides = 1, kSoft = 2, kObserved = 4, kCanary = 8;
+constexpr uint8_t kDecides = 1, kSoft = 2, kObserved = 4, kOfCandidate = 8;
 
-// Arms: the policy in force, and the candidate of a roll-out beside it, for the tokens whose role has kCanary.
-constexpr int kNumArms = 2;
+// Sides: the policy in force, and the candidate of a roll-out beside it, for the tokens whose role has kOfCandidate.
+constexpr int kNumSides = 2;
 
 struct Buffers {
   at::Tensor level;       // (T) uint8: level of the token's MLPs from here on
-  at::Tensor role;        // (T) uint8: whether the token is decided about, softly, or only observed; and its arm
+  at::Tensor role;        // (T) uint8: whether the token is decided about, softly, or only observed; and its side
   at::Tensor done;        // (T) uint8: 1 once a checkpoint's decision is final
   at::Tensor goal;        // (T) uint8: level when confident
   at::Tensor scale;       // (T) float: multiplies the thresholds
@@ -46,7 +46,7 @@ struct Rule {
 
 struct Model {
   Buffers b;
-  Rule rules[kNumArms];
+  Rule rules[kNumSides];
 };
 
 // One model per worker process; its buffers live as long as the process.

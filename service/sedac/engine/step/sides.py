@@ -1,7 +1,7 @@
-"""The arms of an engine: the stable policy, and while a roll-out is under way its candidate beside it.
+"""The sides of an engine: the stable policy, and while a roll-out is under way its candidate beside it.
 
-Each arm has all that decides about its tokens: policy, knobs, probes, adapted thresholds and the difficulty of prompts. The `State`
-drives it between steps. What the kernels read lies in buffers whose addresses stay for the life of the engine; configuring an arm
+Each side has all that decides about its tokens: policy, knobs, probes, adapted thresholds and the difficulty of prompts. The `State`
+drives it between steps. What the kernels read lies in buffers whose addresses stay for the life of the engine; configuring a side
 writes into them. C checkpoints, D hidden size, R the largest rank that can be loaded.
 """
 
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from sedac.engine.step.adaptation import Adapter, Difficulty
 from sedac.engine.step.probe_sets import Loaded
-from sedac.engine.step.tokens import CANARY_ARM
+from sedac.engine.step.tokens import OF_CANDIDATE
 from sedac.policy.layout import Layout
-from sedac.policy.model import CANARY, STABLE, Policy
+from sedac.policy.model import CANDIDATE, STABLE, Policy
 from sedac.probe.cascade import Knobs
 from sedac.probe.probe import LREProbe
 
-ARMS = (STABLE, CANARY)
+SIDES = (STABLE, CANDIDATE)
 """by number"""
 _RULES = {"first": 0, "single": 0, "accumulate": 1}
 _SCOPES = {"token": 0, "batch": 1}
@@ -63,12 +63,12 @@ class ProbeBuffer:
         self.probe = LREProbe.from_tensors(views) if probe else None
 
 
-class Arm:
-    """One arm; see the module's docstring."""
+class Side:
+    """One side; see the module's docstring."""
 
     def __init__(self, number: int, layout: Layout, knobs_CK: Tensor, counts_C2: Tensor, device: torch.device) -> None:
         self.number, self.layout = number, layout
-        self.role = CANARY_ARM * number
+        self.role = OF_CANDIDATE * number
         """bit of its tokens' roles"""
         self.policy = Policy()
         self.knobs_CK, self.counts_C2 = knobs_CK, counts_C2
@@ -115,8 +115,8 @@ class Arm:
         self.policy, self.has_thresholds = Policy(), False
         self.knobs_CK.zero_()
 
-    def swap_learned(self, other: Arm) -> None:
-        """Exchange what two arms have learned, as a candidate becomes the stable policy."""
+    def swap_learned(self, other: Side) -> None:
+        """Exchange what two sides have learned, as a candidate becomes the stable policy."""
         self.adapter, other.adapter = other.adapter, self.adapter
         self.difficulty, other.difficulty = other.difficulty, self.difficulty
         self._learned_from, other._learned_from = other._learned_from, self._learned_from
@@ -130,7 +130,7 @@ class Arm:
     def follow(
         self, risk_CT: np.ndarray[Any, Any], scale_T: np.ndarray[Any, Any], mine_T: np.ndarray[Any, Any], counts: list[list[int]] | None = None
     ) -> None:
-        """Take a step's exits into the moving rates and, where adaptation is on, the risks of this arm's tokens `mine_T` into the thresholds.
+        """Take a step's exits into the moving rates and, where adaptation is on, the risks of this side's tokens `mine_T` into the thresholds.
 
         `counts`: the totals as they were after the step, where the host reads them later; None: as they are.
         """
