@@ -66,7 +66,8 @@ proto: $(STAMP) ## regenerate service/sedac/contract/v1 from proto/
 	$(BIN)/python proto/generate.py
 
 .PHONY: docs
-docs: $(STAMP) ## write docs/reference and docs/overview.svg anew, then build the site into build/docs
+docs: $(STAMP) ## write docs/reference, docs/overview.svg and the variables in docker-compose.yml anew, then build the site into build/docs
+	$(BIN)/python deploy/compose_variables.py
 	$(BIN)/python docs/generate
 	$(BIN)/python docs/overview.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)

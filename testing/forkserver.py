@@ -10,8 +10,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 import sedac.app.cli
+import sedac.engine.attach.models
 import sedac.engine.step.worker
-import sedac.engine.vllm.models
 import sedac.engine.vllm.plugin  # noqa: F401
 import sedac_probes.cli  # noqa: F401
 import torch._inductor.compile_fx  # noqa: F401

@@ -17,9 +17,9 @@ from checkpoints import get_risk, make_state
 from measured import DTYPES, get_device
 from mlps import CheckFailed
 from replay import Replay, poison_scratch
+from sedac.engine.backends.tokens import DECIDES, OBSERVED, OF_CANDIDATE, Tokens
 from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, OBSERVED, OF_CANDIDATE, Tokens
 from sedac.policy.model import Candidate, Checkpoint, Policy, Rule, Scope
 from torch import Tensor
 

@@ -12,20 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sedac.agent import promise
 from sedac.agent.promise import Terms
-from sedac.policy.model import (
-    AUDIT_KEY,
-    CERTIFICATE_KEY,
-    LEVEL_KEY,
-    REQUEST_KEY,
-    ROLLOUT_KEY,
-    SCALE_KEY,
-    SPECULATION_KEY,
-    TIER_KEY,
-    Audit,
-    Candidate,
-    Policy,
-    Tier,
-)
+from sedac.policy.model import Audit, Candidate, Policy, Tier
+from sedac.policy.request_keys import AUDIT_KEY, CERTIFICATE_KEY, LEVEL_KEY, REQUEST_KEY, ROLLOUT_KEY, SCALE_KEY, SPECULATION_KEY, TIER_KEY
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams

@@ -14,7 +14,8 @@ from sedac.agent.evidence import Book, open_book
 from sedac.agent.promise import Terms
 from sedac.agent.scoring import Answer, Loss
 from sedac.agent.watch import Watch
-from sedac.policy.model import TIER_KEY, Audit, Candidate, Policy, Tier
+from sedac.policy.model import Audit, Candidate, Policy, Tier
+from sedac.policy.request_keys import TIER_KEY
 from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams

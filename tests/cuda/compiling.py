@@ -25,8 +25,8 @@ from sedac.engine.backends.cuda import forms
 from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.tokens import Tokens
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import Tokens
 from sedac.policy.layout import Layout
 from sedac.probe.probe import LREProbe
 from triton.backends.compiler import GPUTarget

@@ -7,7 +7,6 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from sedac.engine.backends.cuda import if_nodes
 from sedac.engine.vllm.config import StaticConfig
 from sedac.engine.vllm.refusals import leave_graphs, refuse_graphs
 from sedac.errors import ConfigError, UnsupportedModel
@@ -48,12 +47,11 @@ def test_decisions_and_reductions_inside_graphs_are_served():
         assert refuse_graphs(StaticConfig(probe_set="p"), make_config(mode), "12.4") is None, mode
 
 
-def test_graphs_stay_where_there_are_none_to_leave(monkeypatch):
+def test_graphs_stay_where_there_are_none_to_leave():
     """On a CPU, and without graphs, nobody asks the smoke test of IF nodes."""
-    monkeypatch.setattr(if_nodes, "check", lambda: pytest.fail("IF nodes were asked"))
     for mode, cuda in ((CUDAGraphMode.FULL, None), (CUDAGraphMode.NONE, "13.0"), (None, "13.0")):
         config = make_config(mode)
-        leave_graphs(config, cuda)
+        leave_graphs(config, lambda: pytest.fail("IF nodes were asked"), cuda)
         assert config.compilation_config.cudagraph_mode is mode
 
 
@@ -63,16 +61,14 @@ def test_ranks_leave_graphs_together(tmp_path):
         from types import SimpleNamespace
         import torch
         from sedac.engine.vllm import refusals
-        from sedac.engine.backends.cuda import if_nodes
         from vllm.config.compilation import CUDAGraphMode
         rank = int(sys.argv[1])
         torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=rank, world_size=2)
         refusals.get_tp_group = lambda: SimpleNamespace(world_size=2, cpu_group=torch.distributed.group.WORLD)
         modes = []
         for reasons in (("", ""), ("", "no branch"), ("no branch", "")):
-            if_nodes.check = lambda: reasons[rank]
             config = SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode.FULL))
-            refusals.leave_graphs(config, "13.0")
+            refusals.leave_graphs(config, lambda: reasons[rank], "13.0")
             modes.append(config.compilation_config.cudagraph_mode.name)
         print(json.dumps(modes))
     """
@@ -97,7 +93,7 @@ def test_sizes_within_the_limits_are_kept(value):
 
 def test_the_cpu_loads_nothing_of_the_cuda_room():
     room = "sedac.engine.backends.cuda"
-    code = f"import sys, sedac.engine.step.worker, sedac.engine.vllm.models; print([m for m in sys.modules if m.startswith({room!r})])"
+    code = f"import sys, sedac.engine.step.worker, sedac.engine.attach.models; print([m for m in sys.modules if m.startswith({room!r})])"
     environment = make_environment()
     environment.pop("TRITON_INTERPRET", None)
     done = run_python("-c", code, cwd=REPOSITORY, env=environment, timeout=300)

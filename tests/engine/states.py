@@ -7,9 +7,9 @@ import torch
 from sedac.engine.backends.choice import choose_backend
 from sedac.engine.backends.cpu import CpuBackend
 from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.policy.layout import Layout
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe

@@ -10,8 +10,8 @@ from sedac.engine.backends.cpu import CpuBackend, load
 from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH, KINDS
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.backends.neurons import ACTIVATIONS, NeuronWeights, sort_neurons
+from sedac.engine.backends.tokens import Tokens
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import Tokens
 from sedac.policy.layout import Layout
 from sedac.policy.model import Policy
 from sedac.probe.levels import Level, Neurons, activate, reduce_mlp

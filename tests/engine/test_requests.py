@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sedac.engine.backends.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT
 from sedac.engine.step.requests import Requests
-from sedac.engine.step.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT
-from sedac.policy.model import CERTIFICATE_KEY, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, TIER_KEY, Candidate, Checkpoint, Policy, Tier
+from sedac.policy.model import Candidate, Checkpoint, Policy, Tier
+from sedac.policy.request_keys import CERTIFICATE_KEY, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, TIER_KEY
 
 from testing.strategies import certify
 from tests.engine.states import make_state

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sedac.engine.backends.tokens import DECIDES, OF_CANDIDATE, Tokens
 from sedac.engine.step.probe_sets import Loaded
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, OF_CANDIDATE, Tokens
 from sedac.policy.layout import ProbeSetSummary
 from sedac.policy.model import Adaptation, Candidate, Checkpoint, Policy
 from sedac.probe.probe import LREProbe

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
+from sedac.engine.backends.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.policy.model import Adaptation, Checkpoint, Policy, Tier
 
 from tests.engine.states import PROBES, SHARES, make_state, make_tokens

@@ -15,7 +15,8 @@ from typing import Any
 
 from sedac import __version__
 from sedac.errors import ConfigError
-from sedac.policy.model import EXACT, TIER_KEY, Policy
+from sedac.policy.model import EXACT, Policy
+from sedac.policy.request_keys import TIER_KEY
 from sedac.versions import find_vllm_version
 from tqdm import tqdm
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sedac.policy.model import EXACT, FULL, SKIP, TIER_KEY, Policy
+from sedac.policy.model import EXACT, FULL, SKIP, Policy
+from sedac.policy.request_keys import TIER_KEY
 from sedac.probe import artifact
 from sedac.probe.cascade import Knobs
 from torch import Tensor

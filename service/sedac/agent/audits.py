@@ -19,7 +19,8 @@ from typing import Any
 from sedac.agent.evidence import Page
 from sedac.agent.frontend import make_prefill
 from sedac.agent.scoring import Answer, AuditFailed, Failure, Loss, score
-from sedac.policy.model import EXACT, TIER_KEY
+from sedac.policy.model import EXACT
+from sedac.policy.request_keys import TIER_KEY
 
 _log = logging.getLogger(__name__)
 _PRIORITY = 2**31 - 1  # the greatest number is served last

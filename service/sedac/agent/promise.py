@@ -18,19 +18,8 @@ from urllib.parse import quote
 
 from sedac.agent.frontend import VLLMValidationError, hook_inputs
 from sedac.agent.scoring import is_auditable
-from sedac.policy.model import (
-    AUDIT_KEY,
-    CERTIFICATE_KEY,
-    EXACT,
-    LEVEL_KEY,
-    REQUEST_KEY,
-    ROLLOUT_KEY,
-    SCALE_KEY,
-    SPECULATION_KEY,
-    TIER_KEY,
-    Candidate,
-    Policy,
-)
+from sedac.policy.model import EXACT, Candidate, Policy
+from sedac.policy.request_keys import AUDIT_KEY, CERTIFICATE_KEY, LEVEL_KEY, REQUEST_KEY, ROLLOUT_KEY, SCALE_KEY, SPECULATION_KEY, TIER_KEY
 
 BOUNDED_SALT = "sedac-bounded:"
 ASKED, KEPT = "asked", "kept"

@@ -17,7 +17,7 @@ from sedac.agent.evidence import Book, Page
 from sedac.agent.frontend import FinishReason, KeptLogprobs, hook_outputs
 from sedac.agent.promise import KEPT
 from sedac.agent.scoring import Answer, is_greedy
-from sedac.policy.model import AUDIT_KEY, ROLLOUT_KEY, TIER_KEY
+from sedac.policy.request_keys import AUDIT_KEY, ROLLOUT_KEY, TIER_KEY
 
 _log = logging.getLogger(__name__)
 _MARK = "sedac_watched"

@@ -13,8 +13,8 @@ from sedac.engine.backends.cuda.mlp import DeviceMlp, DeviceNeurons, Parts
 from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_FULL, KIND_SKIP, KIND_WIDTH
 from sedac.engine.backends.levels import LevelTable
 from sedac.engine.backends.neurons import ACTIVATIONS
+from sedac.engine.backends.tokens import DECIDES, Tokens
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, Tokens
 from sedac.policy.layout import Layout
 from sedac.policy.model import Policy
 from sedac.probe.levels import Level, activate

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT, Tokens
 from sedac.engine.backends.torch import TorchBackend
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT, Tokens
 from sedac.policy.layout import Layout
 from sedac.probe.levels import Level
 from sedac.probe.probe import LREProbe

@@ -11,8 +11,8 @@ from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.cuda.forms import FEW, MANY, MIDDLE
 from sedac.engine.backends.kinds import KIND_FULL, KIND_SKIP, KIND_WIDTH
 from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.tokens import DECIDES, OF_CANDIDATE, Tokens
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, OF_CANDIDATE, Tokens
 from sedac.policy.layout import Layout
 from sedac.policy.model import Candidate, Checkpoint, Policy
 from sedac.probe.probe import LREProbe

@@ -8,9 +8,9 @@ import torch
 from sedac.engine.backends.cuda import forms, gated
 from sedac.engine.backends.cuda.backend import CudaBackend
 from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.tokens import DECIDES, Tokens
 from sedac.engine.step import checkpoint
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, Tokens
 from sedac.errors import UnsupportedModel
 from sedac.policy.layout import Layout
 from sedac.policy.model import Checkpoint, Policy, Tier

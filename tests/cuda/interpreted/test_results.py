@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from sedac.engine.backends.cuda.results import Waiting
+from sedac.engine.backends.tokens import DECIDES, Tokens
 from sedac.engine.step.requests import Requests
-from sedac.engine.step.tokens import DECIDES, Tokens
-from sedac.policy.model import TIER_KEY, Adaptation, Checkpoint, Policy
+from sedac.policy.model import Adaptation, Checkpoint, Policy
+from sedac.policy.request_keys import TIER_KEY
 
 from tests.cuda.interpreted.states import D, make_state, make_tokens
 

@@ -23,8 +23,8 @@ from sedac.errors import UnsupportedModel
 from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
-    from sedac.engine.step.sides import Side
-    from sedac.engine.step.tokens import Array, TokenBuffers, Tokens
+    from sedac.engine.backends.sides import SideBuffers
+    from sedac.engine.backends.tokens import Array, TokenBuffers, Tokens
 
 
 class Left(NamedTuple):
@@ -132,7 +132,7 @@ class Backend(ABC):
     observes_idle: ClassVar[bool] = False
     """whether checkpoints run between two steps too, where passes warm up or are captured"""
 
-    def __init__(self, buffers: TokenBuffers, table: LevelTable, sides: Sequence[Side], counts_SC2: Tensor, count: Count) -> None:
+    def __init__(self, buffers: TokenBuffers, table: LevelTable, sides: Sequence[SideBuffers], counts_SC2: Tensor, count: Count) -> None:
         """`counts_SC2` (int64) holds the sides' counts, one behind the other; `count` is called once for each pass, in their order.
 
         Raises:
@@ -172,7 +172,7 @@ class Backend(ABC):
                 mlps[-1].base(torch.zeros(rows, hidden_size, dtype=dtype, device=self.buffers.level_T.device))
 
     @abstractmethod
-    def set_sides(self, sides: Sequence[Side]) -> None:
+    def set_sides(self, sides: Sequence[SideBuffers]) -> None:
         """Let these sides decide from the next pass on, by the rules that they have now."""
 
     @abstractmethod

@@ -19,7 +19,7 @@ from sedac.engine.backends.torch import TorchBackend
 from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
-    from sedac.engine.step.sides import Side
+    from sedac.engine.backends.sides import SideBuffers
 
 _log = logging.getLogger(__name__)
 
@@ -75,10 +75,10 @@ class CpuBackend(TorchBackend):
 
         self.mlps.append(CpuMlp(self, module, name, layer, neurons, scores_activation=scores_activation, lora=lora))
 
-    def set_sides(self, sides: Sequence[Side]) -> None:
+    def set_sides(self, sides: Sequence[SideBuffers]) -> None:
         """Let these sides decide from the next pass on."""
         for side in sides:
-            torch.ops.sedac.set_rule(side.number, *side.rule)
+            torch.ops.sedac.set_rule(side.number, *side.rule_numbers)
 
     def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Run checkpoint `index` for all sides."""

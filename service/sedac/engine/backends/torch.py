@@ -15,13 +15,13 @@ from torch import Tensor
 from sedac.engine.backends.base import Action, Backend, Left
 from sedac.engine.backends.kinds import KINDS
 from sedac.engine.backends.levels import NO_LEVEL, LevelTable
-from sedac.engine.step.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT, Array, TokenBuffers, Tokens
+from sedac.engine.backends.tokens import DECIDES, OBSERVED, OF_CANDIDATE, SOFT, Array, TokenBuffers, Tokens
 from sedac.policy.model import MAX_LEVELS
 from sedac.probe.cascade import decide, get_soft_ratio
 from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
-    from sedac.engine.step.sides import Side
+    from sedac.engine.backends.sides import SideBuffers
 
 
 class TorchBackend(Backend):
@@ -32,7 +32,7 @@ class TorchBackend(Backend):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._in_force: Sequence[Side] = self.sides[:1]
+        self._in_force: Sequence[SideBuffers] = self.sides[:1]
         self._saved_T: Array | None = None
 
     def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
@@ -41,7 +41,7 @@ class TorchBackend(Backend):
 
         self.mlps.append(TorchMlp(self, module, name, layer, neurons, scores_activation=scores_activation, lora=lora))
 
-    def set_sides(self, sides: Sequence[Side]) -> None:
+    def set_sides(self, sides: Sequence[SideBuffers]) -> None:
         """Let these sides decide from the next pass on."""
         self._in_force = tuple(sides)
 
@@ -81,7 +81,7 @@ class TorchBackend(Backend):
         """Nothing waits to be counted."""
 
 
-def observe(buffers: TokenBuffers, table: LevelTable, side: Side, index: int, stream_TD: Tensor) -> None:
+def observe(buffers: TokenBuffers, table: LevelTable, side: SideBuffers, index: int, stream_TD: Tensor) -> None:
     """Run checkpoint `index` of one side on its tokens' residual stream (T, D), fp32, and set the levels of the confident."""
     probe, knobs, num_tokens = side.probes[index].probe, side.get_knobs(index), stream_TD.shape[0]
     if probe is None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from sedac.contract.stats import TierStats
 from sedac.engine.backends.base import Left
-from sedac.engine.step.tokens import Array, Tokens
+from sedac.engine.backends.tokens import Array, Tokens
 
 
 class Counters:

@@ -16,21 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from sedac.engine.backends.tokens import DECIDES, OBSERVED, SOFT, Tokens
 from sedac.engine.step.sides import SIDES, Side
 from sedac.engine.step.state import State
-from sedac.engine.step.tokens import DECIDES, OBSERVED, SOFT, Tokens
-from sedac.policy.model import (
-    CERTIFICATE_KEY,
-    EXACT,
-    LEVEL_KEY,
-    ROLLOUT_KEY,
-    SCALE_KEY,
-    SPECULATION_KEY,
-    TIER_KEY,
-    Policy,
-    Speculation,
-    Tier,
-)
+from sedac.policy.model import EXACT, Policy, Speculation, Tier
+from sedac.policy.request_keys import CERTIFICATE_KEY, LEVEL_KEY, ROLLOUT_KEY, SCALE_KEY, SPECULATION_KEY, TIER_KEY
 
 _MAX_FINISHED = 1000
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from sedac.contract.stats import CheckpointStats, Stats
 from sedac.engine.backends.base import Backend, Left
 from sedac.engine.backends.levels import LevelTable
+from sedac.engine.backends.tokens import OF_CANDIDATE, Array, TokenBuffers, Tokens
 from sedac.engine.step.counters import Counters
 from sedac.engine.step.probe_sets import Loaded, ProbeSets
 from sedac.engine.step.record import Recorder
 from sedac.engine.step.sides import SIDES, Side
-from sedac.engine.step.tokens import OF_CANDIDATE, Array, TokenBuffers, Tokens
 from sedac.errors import FieldViolation, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.layout import Layout, ProbeSetSummary

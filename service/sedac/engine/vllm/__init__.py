@@ -1,6 +1,6 @@
 """Everything that touches vLLM.
 
-`patches.py` lists every touch and checks it; `plugin.py` is what vLLM calls, `registry.py` and `models.py` put SEDAC's classes in the place of
-vLLM's, `attach.py` attaches to a built model what `config.py` asks for and `refusals.py` lets through. `parts.py`, `runner.py`, `sampling.py` and
+`patches.py` lists every touch and checks it. `plugin.py` is what vLLM calls, and `registry.py` names SEDAC's classes in the place of
+vLLM's. `config.py` reads what an engine asks for, and `refusals.py` says what it can't have. `parts.py`, `runner.py`, `sampling.py` and
 `speculation.py` are vLLM as the step, the backends and drafting see it.
 """

@@ -2,7 +2,7 @@
 
 `sedac serve` and `sedac doctor` ask, because what graphs can't hold is to be refused at once and not after the ten seconds of vLLM's
 import. Nothing here imports vLLM or torch, touches a GPU's memory or changes anything; where a model's own configuration decides, the
-engine has the last word (engine/vllm/models.py).
+engine has the last word (engine/attach/models.py).
 
 Source: vllm/platforms/__init__.py, vllm/utils/argparse_utils.py, vllm/config/vllm.py and compilation.py (0.32).
 """

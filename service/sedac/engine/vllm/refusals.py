@@ -1,11 +1,12 @@
 """What SEDAC can't be attached to is refused by name while the model is built, and graphs that can't branch are left before one is captured.
 
-Called by attach.py, in every worker.
+Called by engine/attach/attach.py, in every worker.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,16 +68,17 @@ def refuse_graphs(static: StaticConfig, vllm_config: VllmConfig, cuda: str | Non
         raise UnsupportedModel(f"cudagraph_mode is {mode.name}, but {reason}: set {WITHOUT_GRAPHS}")
 
 
-def leave_graphs(vllm_config: VllmConfig, cuda: str | None = torch.version.cuda) -> None:
+def leave_graphs(vllm_config: VllmConfig, check: Callable[[], str], cuda: str | None = torch.version.cuda) -> None:
     """Let vLLM run without CUDA graphs where a smoke test shows that conditional nodes don't work here; one warning says so.
 
     All ranks of a tensor-parallel group do the same, since graphs hold their collectives.
+
+    Args:
+        check: the smoke test; returns why they don't work, empty: they do.
     """
     if not _has_graphs(vllm_config, cuda):
         return
-    from sedac.engine.backends.cuda import if_nodes  # needs CUDA
-
-    reason = _agree(if_nodes.check())
+    reason = _agree(check())
     if not reason:
         return
     _log.warning("SEDAC: conditional nodes do not work here (%s): running without CUDA graphs, slower", reason)

@@ -11,7 +11,7 @@ def register_models() -> None:
     from vllm.model_executor.models.registry import _TEXT_GENERATION_MODELS, ModelRegistry
 
     for architecture in _TEXT_GENERATION_MODELS:
-        ModelRegistry.register_model(architecture, f"sedac.engine.vllm.models:Sedac{architecture}")
+        ModelRegistry.register_model(architecture, f"sedac.engine.attach.models:Sedac{architecture}")
 
 
 def find_module(architecture: str) -> Any:

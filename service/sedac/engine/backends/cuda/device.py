@@ -24,8 +24,8 @@ from sedac.engine.backends.cuda.results import Waiting
 from sedac.engine.backends.cuda.transfer import Outgoing, Returned
 
 if TYPE_CHECKING:
-    from sedac.engine.step.sides import Side
-    from sedac.engine.step.tokens import Array, Tokens
+    from sedac.engine.backends.sides import SideBuffers
+    from sedac.engine.backends.tokens import Array, Tokens
 
 _CHUNKS = (16, 256, 1024)  # few, so that few kernels are built
 _END_CHUNK = 256
@@ -87,10 +87,10 @@ class DeviceBackend(Backend):
         self.launch_begin(0, is_active=False)  # builds the kernels now, not in the first step
         self._launch_end(0)
 
-    def set_sides(self, sides: Sequence[Side]) -> None:
+    def set_sides(self, sides: Sequence[SideBuffers]) -> None:
         """Put the sides' rules into force for the launches that follow on this stream."""
         for side in sides:
-            self.rules_S3[side.number].copy_(torch.tensor(side.rule, dtype=torch.float32))
+            self.rules_S3[side.number].copy_(torch.tensor(side.rule_numbers, dtype=torch.float32))
 
     def begin(self, num_tokens: int, tokens: Tokens | None, *, is_new: bool) -> None:
         """Start a pass, after the pass before the last has been counted: one copy and one launch where it is active."""

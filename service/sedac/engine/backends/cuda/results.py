@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sedac.engine.step.tokens import Tokens
+from sedac.engine.backends.tokens import Tokens
 
 Array = np.ndarray[Any, Any]
 Action = Callable[[Array | None], None]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedac.engine.step.tokens import Tokens
+from sedac.engine.backends.tokens import Tokens
 
 Array = np.ndarray[Any, Any]
 SENT_BYTES = 7

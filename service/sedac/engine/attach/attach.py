@@ -72,7 +72,7 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         return None  # a draft model proposes; decisions belong to the model that verifies
     refuse_layout(vllm_config)
     refuse_graphs(static, vllm_config)
-    leave_graphs(vllm_config)
+    leave_graphs(vllm_config, _check_graphs)
     text_config = vllm_config.model_config.hf_text_config
     num_layers, hidden_size = text_config.num_hidden_layers, text_config.hidden_size
     list_name, layers = find_layers(model, num_layers)
@@ -136,6 +136,13 @@ def attach(model: nn.Module, vllm_config: VllmConfig) -> State | None:
         neurons = probe_set.neurons[i] if levels and probe_set else None
         state.backend.attach_mlp(layers[i].mlp, f"{list_name}.{i}.mlp", i, neurons, scores_activation=scores_activation, lora=lora)
     return state
+
+
+def _check_graphs() -> str:
+    """Return why graphs can't leave MLPs out here; empty: they can."""
+    from sedac.engine.backends.cuda import if_nodes  # needs CUDA
+
+    return if_nodes.check()
 
 
 def _read_draft(static: StaticConfig, vllm_config: VllmConfig) -> tuple[DraftManifest | None, int]:

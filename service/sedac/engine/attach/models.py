@@ -27,7 +27,7 @@ def __getattr__(name: str) -> type[nn.Module]:
         base.__init__(self, vllm_config=vllm_config, prefix=prefix, **kwargs)
         self.sedac_state = None
         if StaticConfig.from_vllm(vllm_config) is not None:
-            from sedac.engine.vllm.attach import attach
+            from sedac.engine.attach.attach import attach
 
             self.sedac_state = attach(self, vllm_config)
 

@@ -1,0 +1,22 @@
+"""The names by which a request says, in `vllm_xargs` (SamplingParams.extra_args), how it wants to be computed.
+
+A client may set the first group. The server checks these, and adds the second; what a client sent of that is dropped.
+"""
+
+from __future__ import annotations
+
+TIER_KEY = "sedac_tier"
+"""its tier. The server stamps the policy's default where a request names none; what reaches a worker without it is exact"""
+SCALE_KEY, LEVEL_KEY = "sedac_threshold_scale", "sedac_level"
+"""knobs of its own, where the policy allows overrides"""
+REQUEST_KEY = "sedac_key"
+"""who it is for. While a roll-out goes on, one policy, in force or candidate, serves all requests of a key. The server takes it out"""
+SPECULATION_KEY = "sedac_speculation"
+"""false: none of its tokens is drafted; its answer is the same"""
+
+CERTIFICATE_KEY = "sedac_certificate"
+"""by the server alone: digest of the knobs of the certificate that the request was promised to be computed under"""
+ROLLOUT_KEY = "sedac_rollout"
+"""by the server alone: number of the roll-out whose candidate serves it; absent: the policy in force does"""
+AUDIT_KEY = "sedac_audit"
+"""by the server alone: the answer will be scored again"""
