@@ -28,13 +28,14 @@ from sedac.control.revisions.store import POLICY_NAME, Revision, Store, check_na
 from sedac.control.rollout.changes import Changes
 from sedac.errors import RevisionNotFound, SedacError, StaleEtag
 from sedac.policy.digest import get_knobs_digest
-from sedac.policy.model import Adaptation, Audit, Policy, Speculation
+from sedac.policy.knob import list_fields
+from sedac.policy.model import Policy
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _FIELDS = tuple(f.name for f in dataclasses.fields(Policy))
-_PARTS = {"adaptation": Adaptation, "audit": Audit, "speculation": Speculation}
-"""The fields of the policy whose own fields a mask may name."""
+_PARTS = {f.name: f.type for f in list_fields(Policy) if f.is_part and not f.is_list and f.default is not None}
+"""The fields of the policy whose own fields a mask may name: what is there always and once. A certificate is set whole."""
 _PART_FIELDS = tuple(f"{name}.{f.name}" for name, kind in _PARTS.items() for f in dataclasses.fields(kind))
 _MAX_CHARS = {"comment": 1024, "request_id": 128, "probe_set": 256}
 
