@@ -5,4 +5,4 @@ from __future__ import annotations
 from pathlib import Path
 
 DIRECTORY = Path(__file__).resolve().parent
-"""holds `model`, `probe-set`, `draft`, `drafts` and `policy.json`"""
+"""Directory with `model`, `probe-set`, `draft`, `drafts` and `policy.json`."""

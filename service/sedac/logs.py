@@ -21,17 +21,17 @@ from typing import Any
 from sedac.errors import ConfigError
 
 VARIABLES = ("SEDAC_LOG_FORMAT", "SEDAC_LOG_LEVEL")
-"""the environment variables that are read here"""
+"""The environment variables that are read here."""
 _FORMATS = ("text", "json")
 _LEVELS = ("debug", "info", "warning", "error")
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _BEARER = re.compile(r"(?i)\b(bearer)([\s\"':=]+)[A-Za-z0-9._~+/=-]+")
 _TOKEN = re.compile(r"\bsedac_[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])")
-"""what `sedac control token` makes"""
+"""Pattern of what `sedac control token` makes."""
 _PEM = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----.*?(?:-----END \1-----|\Z)", re.DOTALL)
 _MASK = "***"
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "vllm_process_name"}
-"""what every record has, in vLLM's processes too; the rest came as `extra`"""
+"""Attributes that every record has, in vLLM's processes too. The others came as `extra`."""
 
 
 def configure(environ: Mapping[str, str] = os.environ) -> None:

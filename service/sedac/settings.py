@@ -32,7 +32,7 @@ from sedac.policy.model import FULL, MAX_DRAFT_TOKENS, SKIP, Checkpoint, Policy,
 from sedac.probe.manifest import Manifest
 
 MIN_WEIGHT_MIB, MAX_MIN_WEIGHT_MIB = 16, 65536
-"""in MiB: the default of `min_weight_mib` (its reading takes what two launches take), and the most it may be"""
+"""Default of `min_weight_mib` (its reading takes what two launches take) and the most that it may be, in MiB."""
 _PREFIX = "SEDAC_"
 _ELSEWHERE = ("SEDAC_CONTROL_", "SEDAC_TEST_", "SEDAC_COMPOSE_", *logs.VARIABLES)
 _PRESETS = (
@@ -40,7 +40,7 @@ _PRESETS = (
     Tier(name="balanced"),
     Tier(name="aggressive", threshold_scale=2.0),
 )
-"""where the probe set brings no tiers: hard exits"""
+"""Tiers where the probe set brings none. They are hard exits."""
 _PER_CHECKPOINT = "checkpoints."
 _UNSET: tuple[Any, ...] = (None, (), "")
 
@@ -78,35 +78,35 @@ class EngineSettings(_FirstPolicy):
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, extra="forbid")
 
     model: str = ""
-    """model directory or name; empty: the demo model"""
+    """Model directory or name. If empty, the demo model."""
     policy: Path | None = None
-    """file of the first policy, as `sedac ctl policy get --json` prints one; unset: the variables and the probe set make it"""
+    """File of the first policy, as `sedac ctl policy get --json` prints one. If unset, the variables and the probe set make it."""
     probe_dir: Path = Path()
-    """directory of the probe set (manifest.json, probes.safetensors)"""
+    """Directory of the probe set (manifest.json, probes.safetensors)."""
     probe_layers: Annotated[tuple[int, ...], NoDecode] = ()
-    """decoder layers with a checkpoint, 0-based, comma-separated; empty: all that the probe set has"""
+    """Decoder layers with a checkpoint, 0-based, comma-separated. If empty, all that the probe set has."""
     probe_rank: int | None = Field(default=None, gt=0)
-    """rank that the probe set must have; unset: any"""
+    """Rank that the probe set must have. If unset, any."""
     draft_dir: Path = Path()
-    """directory of the draft (manifest.json, head.safetensors); empty: none, or with the demo model its own; `none`: none"""
+    """Directory of the draft (manifest.json, head.safetensors). If empty, the demo model's own, or none with other models. `none` means no draft."""
     draft_tokens: int | None = Field(default=None, ge=1, le=MAX_DRAFT_TOKENS)
-    """draft tokens of a sequence per step at most: what the engine keeps room for, and at first the policy's own limit; unset: the draft's"""
+    """Limit of draft tokens of one sequence per step: the engine keeps room for it, and the first policy takes it. If unset, the draft's limit."""
     log_every: int = Field(default=0, ge=0)
-    """steps between two log lines of exit rates; 0: never"""
+    """Steps between two log lines of exit rates. 0 means never."""
     levels: bool = True
-    """offer the probe set's reduced levels, which keep a copy of the MLP weights on a CPU; 0: hard exits only"""
+    """Whether to offer the probe set's reduced levels, which keep a copy of the MLP weights on a CPU. 0 means hard exits only."""
     min_weight_mib: int = MIN_WEIGHT_MIB
-    """MLPs of fewer MiB on a rank keep their own products at few rows on a GPU, 0 to 65536; 0: none are too small"""
+    """An MLP of fewer MiB on a rank keeps its own products at few rows on a GPU. From 0, where none is too small, to 65536."""
     control_address: str = ""
-    """host:port of the control service; empty: serve under the first policy alone"""
+    """Address of the control service, as host:port. If empty, the engine serves under the first policy alone."""
     engine_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
-    """this engine's name on the control service; stable over restarts"""
+    """Name of this engine on the control service, stable over restarts."""
     poll_seconds: float = Field(default=0.5, ge=0.05, le=60)
-    """seconds between two readings of the workers' counters"""
+    """Seconds between two readings of the workers' counters."""
     join_seconds: float = Field(default=10.0, ge=0, le=600)
-    """how long to wait at the start for the control service's policy before serving under the first; 0: not at all"""
+    """Seconds to wait at the start for the control service's policy before serving under the first. 0 means not at all."""
     probe_cache: Path | None = None
-    """directory for probe sets fetched from the control service; unset: `sedac/probe-sets` in the user's cache, or a temporary one"""
+    """Directory for probe sets fetched from the control service. If unset, `sedac/probe-sets` in the user's cache, or a temporary one."""
 
     @field_validator("*", mode="before")
     @classmethod

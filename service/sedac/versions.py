@@ -18,7 +18,7 @@ CAPABILITIES = (REFUSE_UNKNOWN_FIELDS,)
 """What this SEDAC can do beyond the contract of SEDAC 0.1.0. Every hello, push and status tells it; control.proto says what each one means."""
 _log = logging.getLogger(__name__)
 _WARNED = "_SEDAC_STOOD_ASIDE"
-"""set in the environment by the first process that has warned, for those that it starts"""
+"""Set in the environment by the first process that has warned, for those that it starts."""
 _reasons: list[str] = []
 
 

@@ -30,7 +30,7 @@ from sedac_probes.calibration.tiers import Target, find_scales, find_tier, get_r
 
 SAVINGS = {"contextual": (0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), "width": (0.1, 0.2, 0.3, 0.4, 0.5)}
 TARGETS = {"conservative": Target(max_ratio=1.003), "balanced": Target(max_ratio=1.01), "aggressive": Target(max_ratio=1.03)}
-"""of the tiers that every set gets"""
+"""Targets of the tiers that every set gets."""
 REDUCTIONS: tuple[Reduction, ...] = ("contextual", "width")
 SCORES: tuple[Score, ...] = ("gate", "activation")
 _EXITS = (0.02, 0.05, 0.1, 0.2)  # shares of tokens that exit at each checkpoint, for hard exits beside the levels
@@ -46,15 +46,15 @@ class Calibration:
     neurons: dict[int, Neurons]
     score: Score
     qualities: tuple[Quality, ...]
-    """of the levels, on text that served nothing else"""
+    """Quality of each level, on text that served nothing else."""
     damage: Mapping[Reduction, list[list[tuple[float, float]]]]
-    """per reduction and layer: (share of the layer's FLOPs saved, KL in nats)"""
+    """Pairs of the share of the layer's FLOPs saved and the KL in nats, per reduction and layer."""
     plans: Mapping[str, list[float]]
-    """per level: the share of FLOPs that each layer saves"""
+    """Share of FLOPs that each layer saves, per level."""
     thresholds: dict[int, float]
-    """per checkpoint"""
+    """Threshold of each checkpoint, by layer."""
     exits: tuple[tuple[float, Quality], ...]
-    """hard exits beside the levels: share of tokens that exit at each checkpoint, and the quality"""
+    """Hard exits beside the levels: share of tokens that exit at each checkpoint, and the quality."""
     tiers: tuple[TierRecord, ...]
     tier_qualities: dict[str, Quality]
 
@@ -100,11 +100,13 @@ def calibrate(
     plans: dict[str, list[float]] = {}
 
     def make(reduction: Reduction, saved: float) -> Level:
+        """Plan the savings of one level, and make it."""
         name = f"{reduction}-{saved * 100:.0f}"
         plans[name] = plan_savings(curves[reduction], saved)
         return make_level(model, few, name, reduction, plans[name], neurons, score)
 
     def at(level: Level) -> AtLevel:
+        """Return the form in which every token is at one level."""
         return AtLevel(level, neurons, model.activation, score)
 
     neurons = fit_repair(model, batches, [make("contextual", saved) for saved in _REPAIR_SAVINGS], neurons, score)
@@ -116,11 +118,13 @@ def calibrate(
     by_name, full_N = {level.name: level for level in levels}, model.get_logprobs(check, Plain())[0]
 
     def make_tier(floor: Level, level: Level, scale: float) -> Decided:
+        """Return the form of a tier with these levels and this threshold scale."""
         return Decided(probe_set.probes, {p.layer: Knobs(threshold=p.threshold * scale) for p in probes}, floor=at(floor), level=at(level))
 
     with tqdm(desc="tiers", unit="try") as bar:
 
         def measure(floor: Level, level: Level, scale: float) -> tuple[float, float]:
+            """Return what such a tier saves (share of MLP FLOPs) and costs (perplexity ratio)."""
             bar.update()
             logprobs_N, saved = model.get_logprobs(check, make_tier(floor, level, scale))
             return saved, math.exp((full_N - logprobs_N).double().mean().item())

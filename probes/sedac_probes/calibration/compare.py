@@ -32,6 +32,7 @@ def make_exits(probe_set: ProbeSet) -> dict[str, dict[str, Decided]]:
     records = probe_set.manifest.probes
 
     def at(quantile: float, rule: Rule = "first", scope: Scope = "token", kind: type[Decided] = Decided) -> Decided:
+        """Return the form whose thresholds are this quantile of the risks."""
         weights = _WEIGHTS if len(records) == len(_WEIGHTS) else (1 / len(records),) * len(records)
         knobs = {
             p.layer: Knobs(threshold=p.metrics[f"risk_q{quantile}"], rule=rule, scope=scope, weight=w, target=_TARGET)
@@ -64,6 +65,7 @@ def make_reductions(model: ReducedModel, probe_set: ProbeSet, calibration: Seque
     own = {layer: replace(known, repair_FD=None) for layer, known in probe_set.neurons.items()}
 
     def at(reduction: str, neurons: Mapping[int, Neurons]) -> dict[str, Form]:
+        """Return the forms of all levels of one reduction, by name."""
         return {level.name: AtLevel(level, neurons, activation, score) for level in probe_set.levels if level.reduction == reduction}  # type: ignore[arg-type]
 
     uniform: dict[str, Form] = {}
@@ -73,6 +75,7 @@ def make_reductions(model: ReducedModel, probe_set: ProbeSet, calibration: Seque
     named: dict[str, Form] = {"full": Plain(), "skip": Skip(), **at("width", probe_set.neurons), **at("contextual", probe_set.neurons)}
 
     def make_tier(tier: TierRecord) -> Form:
+        """Return the form of a tier that the set's author proposes."""
         knobs = {p.layer: Knobs(threshold=p.threshold * tier.threshold_scale) for p in manifest.probes}
         return Decided(probe_set.probes, knobs, floor=named[tier.floor], level=named[tier.level])
 

@@ -43,7 +43,7 @@ class Decided(Plain):
     def __init__(self, probes: Mapping[int, LREProbe], knobs: Mapping[int, Knobs], *, floor: Form | None = None, level: Form | None = None) -> None:
         self.probes, self.knobs, self.floor, self.level = probes, knobs, floor or Plain(), level or Skip()
         self.num_decided = dict.fromkeys(knobs, 0)
-        """tokens that became confident at each checkpoint, over all passes"""
+        """Tokens that became confident at each checkpoint, over all passes."""
         self.num_tokens = 0
 
     def begin(self, batch: Batch) -> None:

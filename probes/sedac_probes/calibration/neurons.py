@@ -23,9 +23,9 @@ class Statistics:
     """Sums over the tokens of a text, per layer and neuron."""
 
     up: Mapping[int, Tensor]
-    """sum of abs(up) (F,)"""
+    """Sum of abs(up), (F,)."""
     hidden: Mapping[int, Tensor]
-    """sum of abs(act(gate) * up) (F,)"""
+    """Sum of abs(act(gate) * up), (F,)."""
     num_tokens: int
 
 

@@ -63,6 +63,7 @@ def measure_curves(
     made = [make_level(model, batches, "point", reduction, [most * d] * model.num_layers, neurons, score).parameters_L for d in points]
 
     def alone(layer: int, parameters_L: Tensor) -> Form:
+        """Return the form that reduces one layer alone."""
         only_L = torch.full_like(parameters_L, full)
         only_L[layer] = parameters_L[layer]
         return AtLevel(Level(name="point", reduction=reduction, parameters_L=only_L), neurons, model.activation, score)

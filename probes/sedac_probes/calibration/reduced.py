@@ -30,7 +30,7 @@ class Batch:
 
     ids_BS: Tensor
     real_BS: Tensor
-    """bool: no padding"""
+    """Whether a place holds a token and no padding, bool."""
 
 
 class Form(Protocol):
@@ -72,15 +72,15 @@ class Quality:
     """What a form saves and costs on some text."""
 
     saved: float
-    """share of all MLP FLOPs not computed"""
+    """Share of all MLP FLOPs not computed."""
     perplexity_ratio: float
-    """form over full model"""
+    """Ratio of the form's perplexity to the full model's."""
     agreement: float
-    """share of tokens whose most likely successor is the full model's"""
+    """Share of tokens whose most likely successor is the full model's."""
     kl: float
-    """mean KL divergence of the form's next-token distribution from the full model's, nats"""
+    """Mean KL divergence of the form's next-token distribution from the full model's, in nats."""
     num_tokens: int
-    """scored tokens"""
+    """Number of scored tokens."""
 
 
 class ReducedModel:
@@ -125,6 +125,7 @@ class ReducedModel:
 
     def _make_mlp(self, index: int, mlp: Any) -> Callable[[Tensor], Tensor]:
         def forward(x_BSD: Tensor) -> Tensor:
+            """Compute the MLP as the form says."""
             y_TD, computed_T = self._form.compute(index, x_BSD.flatten(0, 1), mlp)
             self._computed_T = self._computed_T + computed_T
             return y_TD.view_as(x_BSD)
@@ -133,6 +134,7 @@ class ReducedModel:
 
     def _make_attention(self, index: int, plain: Callable[..., tuple[Tensor, Any]]) -> Callable[..., tuple[Tensor, Any]]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+            """Compute the attention, or give zeros where the form leaves it out."""
             if self._form.attends(index):
                 return plain(hidden_states, *args, **kwargs)
             return torch.zeros_like(hidden_states), None
@@ -141,6 +143,7 @@ class ReducedModel:
 
     def _make_layer(self, index: int, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def forward(stream_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Run the layer and show its stream to the form, or leave out a layer that is not active."""
             if index not in self._active:
                 return stream_BSD if self._resumed_BSD is None or index > self._active.start else self._resumed_BSD
             if index == self._active.start and self._resumed_BSD is not None:

@@ -16,7 +16,7 @@ from sedac_probes.calibration.forms import AtLevel
 from sedac_probes.calibration.reduced import Batch, ReducedModel
 
 MOST_SAVED = {"contextual": 2 / 3, "width": 1.0}
-"""of an MLP's FLOPs when no neuron is left; contextual has computed the gate"""
+"""Share of an MLP's FLOPs saved when no neuron is left. A contextual level has computed the gate."""
 _SAMPLED = 2048  # tokens per batch and layer whose scores are sorted
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from sedac_probes.calibration.reduced import Quality
 
 Points = Mapping[str, Sequence[tuple[str, Quality]]]
-"""per mechanism: what varies within it, and the quality there"""
+"""What varies within a mechanism, and the quality there, per mechanism."""
 
 
 def print_points(points: Points, title: str) -> None:

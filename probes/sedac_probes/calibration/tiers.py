@@ -17,13 +17,13 @@ from torch import Tensor
 from sedac_probes.calibration.reduced import Batch, Plain, Quality, ReducedModel
 
 SHARES = (0.1, 0.3, 0.6)
-"""of the tokens at a checkpoint that a tier may find confident; the scales that are tried let about so many go"""
+"""Shares of the tokens at a checkpoint that a tier may find confident. The scales that are tried let about so many exit."""
 _MARGIN = 0.85  # of what a target's ratio allows over 1: the best of many tries on one text looks better than it is
 _FLOORS = 2
 _GOALS = 2
 
 Measure = Callable[[Level, Level, float], tuple[float, float]]
-"""what floor, level of confident tokens and threshold scale save (share of MLP FLOPs) and cost (perplexity ratio)"""
+"""Returns what floor, level of confident tokens and threshold scale save (share of MLP FLOPs) and cost (perplexity ratio)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class Target:
     """What a tier shall do; one of the two is given."""
 
     max_ratio: float | None = None
-    """perplexity ratio at most: the most saving tier within it, with a margin, is searched"""
+    """Limit of the perplexity ratio: the most saving tier within it, with a margin, is searched."""
     min_saved: float | None = None
-    """share of MLP FLOPs at least: the tier that saves it at the lowest perplexity ratio is searched"""
+    """Least share of MLP FLOPs saved: the tier that saves it at the lowest perplexity ratio is searched."""
 
 
 class _Risks(Plain):
@@ -101,6 +101,7 @@ def find_tier(
     best: tuple[TierRecord, float, float] | None = None
 
     def keep(floor: Level, level: Level, scale: float, saved: float, ratio: float) -> bool:
+        """Keep a tier that is the best so far, and return whether its perplexity ratio is within the limit."""
         nonlocal best
         fits = ratio <= limit and saved >= (target.min_saved or 0.0)
         if fits and (best is None or (saved > best[1] if target.max_ratio is not None else ratio < best[2])):

@@ -19,7 +19,7 @@ Procedure = Literal["wsr", "hb"]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_NEEDED = 1 << 22
-"""requests up to which `get_num_needed` runs the test itself; beyond it extrapolates"""
+"""Number of requests up to which `get_num_needed` runs the test itself. Beyond that it extrapolates."""
 _STEPS = 50  # of bisection: limits are exact to 1e-15
 
 
@@ -145,6 +145,7 @@ def get_num_needed(losses_N: Any, eps: float, delta: float, procedure: Procedure
         return None
 
     def passes(num_requests: int) -> bool:
+        """Return whether so many requests with losses like these would pass."""
         return bool(get_p_value(np.resize(losses, num_requests), eps, procedure, delta) <= delta)
 
     high = 1

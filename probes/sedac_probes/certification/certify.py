@@ -32,13 +32,13 @@ class Outcome:
 
     member: Member
     saved: float
-    """share of the MLP FLOPs of generated tokens"""
+    """Share of the MLP FLOPs of generated tokens that was saved."""
     mean_loss: float
     upper_limit: float
-    """of the mean loss of all requests, at 1 - delta, of this member by itself"""
+    """Upper limit of the mean loss of all requests, at 1 - delta, of this member by itself."""
     p_value: float
     num_needed: int | None
-    """requests with losses like these that would pass; None: passed already, or no number would do"""
+    """Number of requests with losses like these that would pass. None where it passed already, or no number would do."""
     passed: bool
 
 
@@ -48,16 +48,16 @@ class Certification:
 
     settings: Settings
     outcomes: tuple[Outcome, ...]
-    """of the members that were run"""
+    """Outcomes of the members that were run."""
     untested: tuple[Member, ...]
-    """behind the first failure"""
+    """Members behind the first failure."""
     exact_loss: float
-    """mean loss of the exact answers themselves: rounding differs between generating a token and reading it"""
+    """Mean loss of the exact answers themselves, because rounding differs between generating a token and reading it."""
     data_sha256: str
     engine: str
     num_documents: int
     policy: Policy | None
-    """with the certificate; None: no member passed"""
+    """Policy with the certificate. None where no member passed."""
 
     @property
     def certified(self) -> Outcome | None:
@@ -80,6 +80,7 @@ def certify(model: str, probe_set: Path, documents: Sequence[Document], family: 
     outcomes: list[Outcome] = []
 
     def test() -> Iterator[float]:
+        """Test the members one after the other, and yield their p-values."""
         for member, policy in zip(family, policies, strict=True):
             outcomes.append(_judge(member, *session.answer(policy, TIER, member.label), settings))
             yield outcomes[-1].p_value
@@ -142,10 +143,10 @@ class Observation:
     num_requests: int
     num_documents: int
     saved: float
-    """share of the MLP FLOPs of generated tokens"""
+    """Share of the MLP FLOPs of generated tokens that was saved."""
     mean_loss: float
     upper_limit: float
-    """of the mean loss of all such requests, at 1 - delta"""
+    """Upper limit of the mean loss of all such requests, at 1 - delta."""
     data_sha256: str
 
     @property

@@ -16,7 +16,7 @@ from sedac.policy.model import FULL, SKIP, Checkpoint, Policy, Tier
 from sedac.probe.manifest import LevelRecord, Manifest
 
 TIER = "certified"
-"""name of the tier that certification adds"""
+"""Name of the tier that certification adds."""
 _EXIT_SCALES = (0.25, 0.5, 1.0, 2.0)  # of the thresholds, for a probe set without levels
 
 
@@ -25,9 +25,9 @@ class Member:
     """One choice of what a bounded request gets."""
 
     floor: str
-    """level of every generated token"""
+    """Level of every generated token."""
     level: str
-    """level of confident tokens above the checkpoint; the floor itself: the probes have no say"""
+    """Level of confident tokens above the checkpoint. If it is the floor itself, the probes decide nothing."""
     threshold_scale: float = 1.0
 
     @property
@@ -57,6 +57,7 @@ def make_family(manifest: Manifest) -> list[Member]:
 
 def _find_front(levels: Sequence[LevelRecord]) -> list[LevelRecord]:
     def is_beaten(level: LevelRecord, other: LevelRecord) -> bool:
+        """Return whether the other level is better in saving or perplexity, and in neither worse."""
         better = other.saved > level.saved or other.perplexity_ratio < level.perplexity_ratio
         return better and other.saved >= level.saved and other.perplexity_ratio <= level.perplexity_ratio
 

@@ -21,11 +21,11 @@ class Exchange:
     """One request, both answers, and how far the full model's own choices were from the bounded answer's tokens."""
 
     prompt: list[int]
-    """token ids, as in the answers"""
+    """Token ids, as in the answers."""
     exact: list[int]
     bounded: list[int]
     gaps: list[float]
-    """per token of the bounded answer: the full model's highest log-probability there minus the token's, in nats; empty: not scored"""
+    """The full model's highest log-probability minus that of the token, in nats, per token of the bounded answer. Empty where not scored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,9 @@ class Request:
 
     document: str
     place: int
-    """first character, in the document"""
+    """Position of the first character in the document."""
     prompt: list[int]
-    """token ids"""
+    """Token ids of the prompt."""
 
 
 def cut_requests(documents: Sequence[Document], tokenizer: Any, *, num_requests: int, num_tokens: int, seed: int) -> list[Request]:

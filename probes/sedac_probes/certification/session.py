@@ -26,21 +26,21 @@ class Settings:
     """What is to be shown, and on which requests."""
 
     loss: str = "mismatch"
-    """see `losses.load_loss`"""
+    """Name of the loss, see `losses.load_loss`."""
     eps: float = 0.05
-    """mean loss at most, over 0 to below 1"""
+    """Limit of the mean loss, over 0 to below 1."""
     delta: float = 0.05
-    """share of runs that may be wrong, over 0 to below 1"""
+    """Share of runs that may be wrong, over 0 to below 1."""
     procedure: Procedure = "wsr"
     num_requests: int = 500
     prompt_tokens: int = 64
-    """tokens of every prompt"""
+    """Tokens of every prompt."""
     answer_tokens: int = 32
-    """tokens of an answer at most"""
+    """Limit of tokens of an answer."""
     temperature: float = 0.0
-    """0: greedy"""
+    """Temperature of the answers. 0 means greedy."""
     seed: int = 0
-    """of the choice of prompts, their order and, at a temperature, the draws"""
+    """Seed of the choice of prompts, their order and, at a temperature, the draws."""
 
     def check(self, model: str) -> None:
         """Raise ConfigError where a value is out of range or too long for the model."""

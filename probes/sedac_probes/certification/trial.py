@@ -24,7 +24,7 @@ from sedac_probes.certification.prompts import Request
 from sedac_probes.collecting.recording import LLM
 
 _MakeParams = Callable[[str, int], Any]
-"""tier and index of a request -> SamplingParams"""
+"""Makes SamplingParams of the tier and the index of a request."""
 _GROUP = 64  # requests handed to the engine at a time; a progress bar's step
 _ALONE = 16  # requests by which the saving is measured
 
@@ -34,11 +34,11 @@ class Answers:
     """What one tier answered."""
 
     tokens: list[list[int]]
-    """token ids, per request"""
+    """Token ids, per request."""
     saved: float
-    """share of the MLP FLOPs of generated tokens, of requests that have the engine for themselves; prompts run in full"""
+    """Share of the MLP FLOPs of generated tokens saved, of requests that have the engine for themselves. Prompts run in full."""
     gaps: list[list[float]] | None
-    """see `losses.Exchange`; None: not scored"""
+    """Gaps per request, see `losses.Exchange`. None where not scored."""
 
 
 class Trial:
@@ -80,9 +80,11 @@ class Trial:
         from vllm import SamplingParams
 
         def make(tier: str, index: int) -> Any:
+            """Return parameters that ask for the log-probabilities of the prompt's tokens."""
             return SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False, extra_args={TIER_KEY: tier})
 
         def read(output: Any) -> list[float]:
+            """Return the gap of every token of the answer, in nats."""
             found = list(zip(output.prompt_token_ids, output.prompt_logprobs, strict=True))[len(self._requests[0].prompt) :]
             return [max(c.logprob for c in candidates.values()) - candidates[token].logprob for token, candidates in found]
 

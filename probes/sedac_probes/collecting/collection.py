@@ -39,18 +39,18 @@ class Collection:
     layers: tuple[int, ...]
     num_documents: int
     max_length: int
-    """tokens per document at most"""
+    """Limit of tokens per document."""
     hidden_size: int
     num_layers: int
     data_digest: str
     weights_sha256: str = ""
-    """of the model; empty: unknown"""
+    """Digest of the model's weights. If empty, it is unknown."""
     top_k: int = 0
-    """most likely next tokens recorded with each token"""
+    """Number of most likely next tokens recorded with each token."""
     dtype: str = "auto"
     tensor_parallel_size: int = 1
     num_shards: int = 0
-    """0: as many as there are"""
+    """Number of shards. 0 means as many as there are."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON carries it."""

@@ -37,9 +37,9 @@ class Suggestion:
 
     layers: tuple[int, ...]
     spearman: tuple[float, ...]
-    """per layer: rank correlation of the ridge probe's risk with the entropy, on held-out documents"""
+    """Rank correlation of the ridge probe's risk with the entropy on held-out documents, per layer."""
     cost: float
-    """mean log1p entropy under the saved layers, against the mean of all tokens; below 1 is better than chance"""
+    """Mean log1p entropy under the saved layers, against the mean of all tokens. Below 1 is better than chance."""
 
 
 def choose(streams: dict[int, Tensor], entropy_N: Tensor, document_N: Tensor, num_layers: int) -> Suggestion:
@@ -79,6 +79,7 @@ def _judge(sets_SC: Tensor, rank_LN: Tensor, left_L: Tensor, true_N: Tensor) -> 
     low_S, high_S = torch.zeros(len(sets_SC), dtype=torch.float64), torch.ones(len(sets_SC), dtype=torch.float64)
 
     def get_saved(share_S: Tensor) -> Tensor:
+        """Return what each token saves under each set, where these shares of the tokens are let go."""
         leaves_SCN = rank_SCN < share_S[:, None, None]
         earliest_SCN = leaves_SCN & (leaves_SCN.cumsum(1) == 1)
         return (earliest_SCN * left_SC[:, :, None]).sum(1)

@@ -17,9 +17,9 @@ from sedac.errors import ConfigError
 from sedac_probes.corpus import Document
 
 MIN_CHARS = 40
-"""shorter documents are left out"""
+"""Least characters of a document. Shorter ones are left out."""
 DATASET = "hf:"
-"""what a source begins with that is a Hugging Face dataset: hf:NAME[:SPLIT[:FIELD]]"""
+"""Beginning of a source that is a Hugging Face dataset: hf:NAME[:SPLIT[:FIELD]]."""
 _SUFFIXES = (".txt", ".jsonl")
 _REMEDY = 'give each line an object with "text", with "messages" (a chat), or with "prompt" and "completion"'
 

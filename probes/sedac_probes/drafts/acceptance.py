@@ -27,9 +27,9 @@ class Guesses:
     """What a draft says at the places of one text from which it would draft."""
 
     agrees: list[bool]
-    """whether it is the model's own choice"""
+    """Whether the draft's token is the model's own choice."""
     confidence: list[float]
-    """the probability that the draft gives it, as in serving"""
+    """The probability that the draft gives its token, as in serving."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,11 @@ class Rollout:
 
     num_tokens: int
     lengths: tuple[int, ...]
-    """steps by number of draft tokens: 0, 1, 2, ..."""
+    """Steps by number of draft tokens: 0, 1, 2, ..."""
     accepted_at: tuple[int, ...]
-    """by position"""
+    """Draft tokens accepted, by position."""
     reached_at: tuple[int, ...]
-    """draft tokens by position, those before them accepted"""
+    """Draft tokens by position, where those before them were accepted."""
 
     @property
     def num_steps(self) -> int:
@@ -70,11 +70,11 @@ class StepCosts:
     """Seconds of the engine at batch 1, with one draft."""
 
     plain: float
-    """a step without drafts: T1"""
+    """Seconds of a step without drafts (T1)."""
     verify: float
-    """a step that verifies drafts, less what each of them adds"""
+    """Seconds of a step that verifies drafts, less what each of them adds."""
     row: float
-    """what each verified draft token adds"""
+    """Seconds that each verified draft token adds."""
     draft_pass: float
 
     @classmethod

@@ -36,13 +36,13 @@ from sedac_probes.drafts.trial import Job, Trial, from_dict, run_trial
 from sedac_probes.drafts.windows import Agreement, Windows, answer
 
 SEARCH, CHECK = "search", "check"
-"""answers that the search measures with, and those kept aside"""
+"""Names of the answers that the search measures with, and of those kept aside."""
 
 
 _NUM_TIMED, _TIMED_LENGTHS = 4, (1, 2, 4)
-"""prompts, and drafts per step, of engines that only measure costs"""
+"""Number of prompts, and drafts per step, of engines that only measure costs."""
 ROW_SHARE = 0.05
-"""of a plain step, that a verified row costs where no engine is started"""
+"""Share of a plain step that a verified row costs where no engine is started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +50,24 @@ class Settings:
     """How to calibrate."""
 
     num_prompts: int = 24
-    """to search with"""
+    """Number of prompts to search with."""
     num_heldout: int = 24
-    """prompts kept aside; the engine answers them too"""
+    """Number of prompts kept aside. The engine answers them too."""
     prompt_tokens: int = 64
     answer_tokens: int = 64
-    """of the answers to search with"""
+    """Tokens of the answers to search with."""
     check_tokens: int = 128
-    """of the answers kept aside"""
+    """Tokens of the answers kept aside."""
     max_tokens: int = 8
-    """drafts per step at most"""
+    """Limit of drafts per step."""
     max_trials: int = 300
-    """drafts that the search measures at most"""
+    """Limit of drafts that the search measures."""
     dtype: str = "auto"
     is_eager: bool = False
     is_measured: bool = True
-    """whether engines are started to measure costs and the draft that was found"""
+    """Whether engines are started to measure costs and the draft that was found."""
     seed: int = 0
-    """of the choice of prompts"""
+    """Seed of the choice of prompts."""
 
     def check(self) -> None:
         """Raise ConfigError where a value is out of range."""
@@ -194,6 +194,7 @@ class Bench:
             with tqdm(total=4 + len({level.reduction for level in self.levels}), desc="costs, measured in the engine", unit="engine") as bar:
 
                 def run(left_out: LeftOut) -> Trial:
+                    """Run one engine that measures costs."""
                     trial = self.run_engine(left_out, _TIMED_LENGTHS, num_prompts=_NUM_TIMED, num_rounds=2)
                     bar.update()
                     return trial

@@ -17,7 +17,7 @@ from sedac_probes.drafts.acceptance import Proposal, StepCosts
 from sedac_probes.drafts.fit import FitSettings
 
 POSITIONS = 4
-"""draft tokens whose acceptance the table shows, and that the engine is measured with"""
+"""Draft tokens whose acceptance the table shows, and that the engine is measured with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Job:
     documents: Sequence[Document]
     heldout: Sequence[Document]
     record: tuple[int, ...] = ()
-    """depths to record beside those of this run, for later ones"""
+    """Depths to record beside those of this run, for later runs."""
     samples: int = 1024
     heldout_samples: int = 128
     own_share: float = 0.5
@@ -38,7 +38,7 @@ class Job:
     dtype: str = "auto"
     settings: FitSettings = field(default_factory=FitSettings)
     probe_set: Path | None = None
-    """whose levels a reduced draft may use"""
+    """Probe set whose levels a reduced draft may use."""
     is_measured: bool = True
     is_eager: bool = False
 
@@ -52,23 +52,23 @@ class Candidate:
     depth: int
     num_parameters: int
     acceptance: tuple[float, ...]
-    """held out, by position: share of the draft tokens there that are accepted when those before were"""
+    """Share of the draft tokens at each position that are accepted when those before were, on held-out texts."""
     tokens_per_step: float
-    """with POSITIONS draft tokens in every step"""
+    """Output tokens of a step with POSITIONS draft tokens in every step."""
     costs: StepCosts
     is_measured: bool
-    """whether costs were measured in the engine, not estimated from parameters"""
+    """Whether costs were measured in the engine, not estimated from parameters."""
     predicted: float
-    """speed-up by the cost model with POSITIONS draft tokens in every step"""
+    """Speed-up by the cost model with POSITIONS draft tokens in every step."""
     proposal: Proposal
     heldout_loss: float | None = None
-    """soft cross-entropy to the full model, nats per token"""
+    """Soft cross-entropy to the full model on held-out texts, in nats per token."""
     losses: tuple[tuple[int, float], ...] = ()
-    """by step; at 0 the model's early exit without any training"""
+    """Held-out losses by step. At 0 it is that of the model's early exit without any training."""
     measured: float | None = None
-    """that speed-up in the engine, at batch 1"""
+    """Measured speed-up of the same in the engine, at batch 1."""
     measured_acceptance: tuple[float, ...] = ()
-    """in the engine, on fewer of the texts"""
+    """Acceptance in the engine, on fewer of the texts."""
 
     @property
     def draft_share(self) -> float:

@@ -28,17 +28,17 @@ class PartCosts:
     """Seconds at batch 1."""
 
     plain: float
-    """a step without drafts"""
+    """Seconds of a step without drafts."""
     verify: float
-    """a step that verifies drafts, less what each of them adds"""
+    """Seconds of a step that verifies drafts, less what each of them adds."""
     row: float
-    """what each verified draft token adds"""
+    """Seconds that each verified draft token adds."""
     base: float
-    """a draft pass without any layer: metadata, embedding, final norm, lm_head, drawing"""
+    """Seconds of a draft pass without any layer: metadata, embedding, final norm, lm_head, drawing."""
     attention: float
-    """one attention, with its norm"""
+    """Seconds of one attention, with its norm."""
     mlps: Mapping[str, float]
-    """one MLP, with its norm, by level"""
+    """Seconds of one MLP, with its norm, by level."""
 
     def get(self, left_out: LeftOut, num_layers: int) -> StepCosts:
         """Return what a draft costs: the sum of its parts."""

@@ -52,9 +52,9 @@ def make_reduced(job: Job, kind: str, depths: Sequence[int]) -> list[Candidate]:
 
 Maker = Callable[[Job, str, Sequence[int]], list[Candidate]]
 MAKERS: dict[str, Maker] = {ADAPTER: make_heads, EXIT_HEAD: make_heads, REDUCED: make_reduced}
-"""by kind: makes candidates from a job, the kind and the depths asked for, each in `drafts/<name>` with `write_candidate`"""
+"""Makes candidates of each kind from a job, the kind and the depths asked for, each in `drafts/<name>` with `write_candidate`."""
 DEPTHS = {ADAPTER: (0.17, 0.25, 0.33), EXIT_HEAD: (0.5, 0.67)}
-"""usual depths, in shares of the model's layers"""
+"""Usual depths, in shares of the model's layers."""
 
 
 def distill(job: Job, kind: str, depths: Sequence[int] = ()) -> list[Candidate]:

@@ -36,12 +36,12 @@ class FitSettings:
 
     epochs: int = 3
     batch_size: int = 8
-    """pieces per step"""
+    """Pieces per step."""
     lr: float = 2e-3
-    """AdamW's, at its highest; cosine down to a twentieth"""
+    """Highest learning rate of AdamW. It falls along a cosine to a twentieth."""
     weight_decay: float = 0.01
     evaluations: int = 10
-    """looks at the held-out loss, and states kept"""
+    """Number of looks at the held-out loss, and of states kept."""
     seed: int = 0
 
     def check(self) -> None:

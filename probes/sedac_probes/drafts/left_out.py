@@ -17,7 +17,7 @@ from sedac_probes.calibration.reduced import Batch, Form, Plain
 
 Kind = Literal["attention", "mlp"]
 Part = tuple[Kind, int]
-"""an attention or MLP, and its layer"""
+"""An attention or MLP, and its layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

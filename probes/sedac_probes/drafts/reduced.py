@@ -32,13 +32,13 @@ class Made:
     costs: PartCosts
     found: Found
     fixed: Rollout
-    """generating the answers kept aside with POSITIONS drafts in every step, by the reference in fp32"""
+    """Steps that generate the answers kept aside with POSITIONS drafts in each, by the reference in fp32."""
     rollout: Rollout
-    """the same at the limits that were chosen"""
+    """The same at the limits that were chosen."""
     fixed_trial: Trial | None
-    """POSITIONS drafts in every step, in the engine, on the same prompts; None: no engine was asked for"""
+    """Trial with POSITIONS drafts in every step, in the engine, on the same prompts. None where no engine was asked for."""
     trial: Trial | None
-    """at the limits that were chosen"""
+    """The same at the limits that were chosen."""
 
     @property
     def predicted(self) -> float:
@@ -100,6 +100,7 @@ def make_reduced_draft(
 
 def _count(judge: Callable[[LeftOut], Judged], bar: Any) -> Callable[[LeftOut], Judged]:
     def counted(left_out: LeftOut) -> Judged:
+        """Judge a draft, and show it in the progress bar."""
         judged = judge(left_out)
         bar.update()
         bar.set_postfix_str(f"{left_out.num_parts} parts left out, {judged.longest.acceptance[0]:.0%} of first drafts accepted")

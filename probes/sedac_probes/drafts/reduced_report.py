@@ -17,7 +17,7 @@ from sedac_probes.drafts.search import Choice
 
 _NUM_ALONE, _NUM_PATH = 12, 12
 _LINES = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.5)
-"""speed-ups drawn"""
+"""Speed-ups that are drawn as lines."""
 
 
 def print_report(made: Made) -> None:
@@ -93,6 +93,7 @@ def _draw(path: Path, made: Made) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
 
     def place(choices: Sequence[Choice]) -> tuple[list[float], list[float]]:
+        """Return the cost of a draft pass in plain steps, and the acceptance of the first draft, of each draft."""
         return [c.costs.draft_pass / c.costs.plain for c in choices], [c.judged.longest.acceptance[0] for c in choices]
 
     axes.plot(*place(made.found.tried), "o", markersize=2.5, color="0.7", label=f"{len(made.found.tried)} drafts tried")

@@ -21,16 +21,16 @@ from sedac_probes.drafts.left_out import LeftOut, Part
 from sedac_probes.drafts.windows import Agreement
 
 _WIDTH = 4
-"""parts whose effect is measured anew before the next one goes; the others keep the last that was measured"""
+"""Number of parts whose effect is measured anew before the next one is left out. The others keep the effect that was last measured."""
 _MIN_ACCEPTANCE = 0.25
-"""of the first draft, below which leaving out more is given up"""
+"""Acceptance of the first draft below which leaving out more is given up."""
 _MIN_GAIN = 1e-3
-"""relative speed-up for which a swap is made"""
+"""Least relative speed-up for which a swap is made."""
 _NUM_SWAPPED = 5
-"""of the parts that are best to leave out, and of those best to take back: each with each is tried"""
+"""Number of parts that are best to leave out, and of those best to take back. Each is tried with each."""
 
 Move = Part | str
-"""leave a part out, or run the MLPs at this level"""
+"""Leaves a part out, or runs the MLPs at this level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Judged:
 
     left_out: LeftOut
     rollouts: Mapping[tuple[int, float], Rollout]
-    """the steps from every start, by draft tokens per step at most and stopping confidence; see `Agreement.sum_up`"""
+    """The steps from every start, by limit of draft tokens per step and stopping confidence, see `Agreement.sum_up`."""
 
     @classmethod
     def from_agreement(cls, left_out: LeftOut, agreement: Agreement) -> Judged:
@@ -100,12 +100,12 @@ class Found:
     """What the search saw."""
 
     alone: list[Choice]
-    """each part, and each level, on its own"""
+    """Each part, and each level, on its own."""
     path: list[Choice]
-    """one part after the other, from nothing left out on"""
+    """One part after the other, from nothing left out on."""
     best: Choice
     tried: list[Choice]
-    """all drafts, in the order of their measurement"""
+    """All drafts, in the order of their measurement."""
 
 
 class Search:

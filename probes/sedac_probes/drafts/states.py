@@ -35,11 +35,11 @@ from sedac_probes.collecting.collection import (
 from sedac_probes.collecting.recording import LLM, read_config, start_engine
 
 TEMPERATURE = 0.8
-"""of every second piece that the model goes on with"""
+"""Temperature of every second piece that the model goes on with."""
 _NUM_SEQUENCES = 64
-"""that the engine serves at once"""
+"""Number of sequences that the engine serves at once."""
 _LEAST_TOKENS = 32
-"""shorter ends of texts are left out"""
+"""Least tokens at the end of a text. Shorter ends are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class StateCollection(Collection):
     """A collection for distillation; `num_documents` counts pieces."""
 
     own_share: float
-    """of the pieces, that the model goes on with"""
+    """Share of the pieces that the model goes on with."""
     prompt_length: int
-    """tokens of such a piece that are the text's"""
+    """Tokens of such a piece that are the text's."""
     greedy: bool = False
-    """whether all of those are continued greedily"""
+    """Whether all of those are continued greedily."""
     final: bool = True
 
 
@@ -60,15 +60,15 @@ class States:
     """A collection in memory, of one depth; pieces lie one after the other."""
 
     stream_ND: Tensor
-    """after layer depth-1, bf16"""
+    """Streams after layer depth-1, bf16."""
     final_ND: Tensor
-    """what the lm_head reads, bf16"""
+    """States that the lm_head reads, bf16."""
     next_N: Tensor
-    """the token that follows, int64"""
+    """The token that follows, int64."""
     is_own_N: Tensor
-    """bool: the model chose that token"""
+    """Whether the model chose that token, bool."""
     starts: list[int]
-    """first row of each piece, and the number of rows"""
+    """First row of each piece, and the number of rows."""
 
     @property
     def num_pieces(self) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sedac_probes.collecting.recording import read_config
 
 MAX_SHARE = 0.05
-"""of the model's parameters, that a draft's head may add"""
+"""Largest share of the model's parameters that a draft's head may add."""
 _STEP = 64  # widths are multiples of it
 
 
@@ -32,9 +32,9 @@ class Target:
     config: dict[str, Any]
     num_parameters: int
     lm_head_VD: Tensor
-    """fp32"""
+    """Weight of the lm_head, fp32."""
     norm_D: Tensor
-    """weight of the final norm, fp32"""
+    """Weight of the final norm, fp32."""
 
     @property
     def budget(self) -> int:

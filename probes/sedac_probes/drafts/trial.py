@@ -29,14 +29,14 @@ class Job:
 
     model: str
     draft: str
-    """directory"""
+    """Directory of the draft."""
     probe_set: str = ""
-    """directory; empty: none attached"""
+    """Directory of the probe set. If empty, none is attached."""
     prompts: Sequence[Sequence[int]]
     num_tokens: int
-    """output tokens per prompt"""
+    """Output tokens per prompt."""
     lengths: Sequence[int]
-    """drafts per step at most; each is tried beside none"""
+    """Limits of drafts per step. Each is tried beside none."""
     min_confidence: float = 0.0
     num_rounds: int = 3
     dtype: str = "auto"
@@ -51,13 +51,13 @@ class Decoding:
     num_tokens: int
     num_drafted: int
     accepted_at: tuple[int, ...]
-    """by position"""
+    """Drafts accepted, by position."""
     reached_at: tuple[int, ...]
-    """drafts verified, by position"""
+    """Drafts verified, by position."""
     num_passes: int
     draft_seconds: float
     seconds: float
-    """drafting included"""
+    """Seconds of the steps, drafting included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Trial:
     """What was measured."""
 
     decodings: dict[int, Decoding]
-    """by drafts per step at most; 0: none"""
+    """Totals by limit of drafts per step. 0 means none."""
 
     @property
     def plain(self) -> float:
@@ -149,9 +149,11 @@ def _measure(job: Job) -> Trial:
     params = SamplingParams(temperature=0, max_tokens=job.num_tokens, ignore_eos=True, detokenize=False)
 
     def get_totals() -> DraftingStats:
+        """Return the engine's totals of drafting."""
         return DraftingStats.from_dict(llm.collective_rpc("sedac_get_stats")[0]["drafting"])
 
     def decode(length: int, prompts: Sequence[Sequence[int]]) -> DraftingStats:
+        """Answer the prompts with up to so many drafts per step, and return what that added to the totals."""
         knobs = Speculation(enabled=length > 0, max_tokens=length, min_confidence=job.min_confidence, adaptive=False)
         answer = llm.collective_rpc("sedac_apply", args=(Policy(speculation=knobs).to_dict(), 1))[0]
         assert not answer["violations"], answer

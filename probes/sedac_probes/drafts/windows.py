@@ -25,7 +25,7 @@ from sedac_probes.calibration.reduced import Batch, Form, Plain, ReducedModel
 from sedac_probes.drafts.acceptance import Rollout
 
 _MAX_LOGITS = 48 * 2**20
-"""of one pass, so that it takes at most 200 MB"""
+"""Limit of logits of one pass, so that it takes at most 200 MB."""
 
 
 @torch.inference_mode()
@@ -54,9 +54,9 @@ class Agreement:
     """Which drafts the full model would accept, from every start."""
 
     agrees_NIK: Tensor
-    """bool: draft k of start i is the answer's token; start i is after answer token i"""
+    """Whether draft k of start i is the answer's token, bool. Start i is after answer token i."""
     confidence_NIK: Tensor
-    """fp32, the draft's probability of its own choice; meaningless after the first that disagrees"""
+    """The draft's probability of its own choice, fp32. It is meaningless after the first that disagrees."""
 
     def count(self, max_tokens: int, min_confidence: float) -> tuple[Tensor, Tensor]:
         """Return the drafts made and accepted from each start (N, I) under these limits.

@@ -29,7 +29,7 @@ from sedac_probes.legacy import layout as legacy
 Part = Literal["probes", "streams"]
 TARGET = "final entropy, as trained by an earlier version"
 ROWS_PER_DOCUMENT = 512
-"""where the source has no document bounds: rows in order, cut there, so that training still holds out whole stretches"""
+"""Where the source has no document bounds, rows in order are cut after so many, so that training still holds out whole stretches."""
 _ROWS_PER_SHARD = 16 * ROWS_PER_DOCUMENT
 _SUPPOSED_BOUNDS = f"no {legacy.DOCUMENTS}: every {ROWS_PER_DOCUMENT} rows are taken for one document"
 
@@ -39,12 +39,12 @@ class Converted:
     """What was written."""
 
     kind: str
-    """probe set, collection, earlier probes or earlier streams"""
+    """One of probe set, collection, earlier probes and earlier streams."""
     layers: tuple[int, ...]
     sha256: str
-    """of the probe set, or of the data that the streams are from"""
+    """Digest of the probe set, or of the data that the streams are from."""
     notes: tuple[str, ...] = ()
-    """what the operator must know"""
+    """What the operator must know."""
 
 
 def convert(

@@ -22,7 +22,7 @@ from torch import Tensor
 PROBES, STREAMS, ENTROPIES = "sedac_probe_layer{}.pth", "hidden_states_layer{}.pt", "entropies_layer{}.pt"
 THRESHOLDS, THRESHOLDS_KEY = "sedac_config.json", "v6_thresholds"
 DOCUMENTS = "documents.pt"
-"""ours: document and position of every row, so that a collection comes back as it was; the earlier versions don't read it"""
+"""File of ours: document and position of every row, so that a collection comes back as it was. The earlier versions don't read it."""
 
 _NESTED = ("state_dict", "model_state_dict", "probe_state_dict", "model")
 _NAMES = {

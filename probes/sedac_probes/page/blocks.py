@@ -29,7 +29,7 @@ class Table:
     rows: tuple[tuple[str | Markup, ...], ...]
     caption: str = ""
     marked: frozenset[int] = frozenset()
-    """rows to stand out"""
+    """Numbers of the rows to stand out."""
     kind: str = "table"
 
     @property
@@ -69,7 +69,7 @@ class HeatMap:
     rows: tuple[tuple[str, tuple[float, ...]], ...]
     caption: str
     most: float = 1.0
-    """the share that is drawn at full strength"""
+    """The share that is drawn at full strength."""
     kind: str = "heat"
 
 

@@ -30,7 +30,7 @@ class Point:
     mechanism: str
     at: str
     saved: float
-    """share of MLP FLOPs"""
+    """Share of MLP FLOPs saved."""
     perplexity_ratio: float
 
 
@@ -42,9 +42,9 @@ class Interval:
     mean: float
     upper_limit: float
     verdict: str
-    """certified, passed or failed"""
+    """One of certified, passed and failed."""
     note: str = ""
-    """beside the row, such as what it saves"""
+    """Text beside the row, such as what it saves."""
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", *, soft: bool = False, bold: bool = False) -> Markup:
@@ -112,6 +112,7 @@ def draw_front(points: Sequence[Point], front: Sequence[Point]) -> Markup:
     width, tall = _WIDTH - left - right, height - top - bottom
 
     def raise_(ratio: float) -> float:
+        """Return the increase of perplexity in percent, or the least that the axis shows."""
         return max(_FLOOR, ratio * 100 - 100)
 
     most = max(0.05, *(p.saved for p in points)) * 100 * 1.04
@@ -119,9 +120,11 @@ def draw_front(points: Sequence[Point], front: Sequence[Point]) -> Markup:
     low = math.log10(_FLOOR)
 
     def x_of(saved: float) -> float:
+        """Return the horizontal position of a saving."""
         return left + saved * 100 / most * width
 
     def y_of(ratio: float) -> float:
+        """Return the vertical position of a perplexity ratio."""
         return top + (high - math.log10(raise_(ratio))) / (high - low) * tall
 
     body = []
@@ -158,6 +161,7 @@ def draw_intervals(rows: Sequence[Interval], eps: float, exact: float | None, ax
     most = max(eps, *(max(r.mean, r.upper_limit) for r in rows)) * 1.12
 
     def x_of(loss: float) -> float:
+        """Return the horizontal position of a loss."""
         return left + loss / most * width
 
     body: list[Markup] = []
@@ -199,6 +203,7 @@ def draw_curves(curves: Sequence[Curve], x_label: str, y_label: str, *, diagonal
     most_x, most_y = max(1e-9, *xs) * 1.04, max(1e-9, *ys) * 1.06
 
     def scale(most: float, start: float, span: float) -> Callable[[float], float]:
+        """Return the function that maps values to positions on an axis."""
         return lambda value: start + value / most * span
 
     x_of, y_of = scale(most_x, left, width), scale(most_y, top + tall, -tall)

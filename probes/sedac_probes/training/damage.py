@@ -31,7 +31,7 @@ from sedac_probes.calibration.forms import AtLevel, Skip
 from sedac_probes.calibration.reduced import Batch, Form, Plain, ReducedModel
 
 HELDOUT_EVERY = 10
-"""every tenth document of a collection is held out"""
+"""Every tenth document of a collection is held out."""
 _BATCH = 8  # documents per pass
 _DOCUMENTS = 32  # per file
 

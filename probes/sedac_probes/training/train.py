@@ -37,21 +37,21 @@ class TrainedProbe:
 
     probe: LREProbe
     risk: Tensor
-    """its risk on the held-out tokens, fp32 (N,)"""
+    """Risk of the held-out tokens, fp32 (N,)."""
     spearman: float
-    """rank correlation of risk and the target, held out"""
+    """Rank correlation of risk and the target, held out."""
     spearman_damage: float | None
-    """rank correlation of risk and measured damage, held out; None: not measured"""
+    """Rank correlation of risk and measured damage, held out. None where not measured."""
     huber: float
-    """held-out loss"""
+    """Held-out loss."""
     calibration: tuple[dict[str, float], ...]
-    """by decile of risk: mean risk and mean clipped target, held out"""
+    """Mean risk and mean clipped target by decile of risk, held out."""
     overconfident: dict[str, float]
-    """share of held-out tokens whose risk is below the clipped target, and by how much on average (`size`)"""
+    """Share of held-out tokens whose risk is below the clipped target, and by how much on average (`size`)."""
     underconfident: dict[str, float]
-    """the same, above it"""
+    """The same for tokens whose risk is above it."""
     losses: tuple[float, ...]
-    """held-out loss after each epoch; training stopped after the last, the best one's weights are kept"""
+    """Held-out loss after each epoch. Training stopped after the last, and the best one's weights are kept."""
 
 
 def describe_target(target: Target, transform: Transform, level: str = "skip") -> str:
@@ -168,6 +168,7 @@ def describe_errors(risk_N: Tensor, target_N: Tensor) -> dict[str, object]:
     error_N = risk_N - target_N
 
     def describe(side_N: Tensor) -> dict[str, float]:
+        """Return the share of the tokens on one side, and the mean size of their errors."""
         return {"share": side_N.float().mean().item(), "size": error_N[side_N].abs().mean().item() if side_N.any() else 0.0}
 
     return {

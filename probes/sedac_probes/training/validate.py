@@ -37,13 +37,13 @@ class Exit:
     layer: int
     threshold: float
     exit_rate: float
-    """share of all tokens that become confident here"""
+    """Share of all tokens that become confident here."""
     entropy_exited: float | None
-    """mean entropy of the full model's prediction for those, nats; None: there are none"""
+    """Mean entropy of the full model's prediction for those, in nats. None where there are none."""
     entropy_rest: float | None
-    """the same for all others"""
+    """The same for all others."""
     saved: float
-    """share of all MLP FLOPs that these tokens would give up by hard exits here"""
+    """Share of all MLP FLOPs that these tokens would give up by hard exits here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +53,19 @@ class Validation:
     name: str
     exits: tuple[Exit, ...]
     saved: float
-    """share of all MLP FLOPs, counted per token by the reference"""
+    """Share of all MLP FLOPs saved, counted per token by the reference."""
     perplexity_ratio: float
-    """policy over full model, by the engine"""
+    """Ratio of the policy's perplexity to the full model's, by the engine."""
     agreement: float
-    """share of tokens whose most likely successor is the full model's, by the engine"""
+    """Share of tokens whose most likely successor is the full model's, by the engine."""
     reference_ratio: float
-    """perplexity ratio by the reference in fp32"""
+    """Perplexity ratio by the reference in fp32."""
     kl: float
-    """mean KL divergence of the policy's next-token distribution from the full model's, nats, by the reference"""
+    """Mean KL divergence of the policy's next-token distribution from the full model's, in nats, by the reference."""
     speedup_bytes: float
     speedup_flops: float
     num_tokens: int
-    """scored tokens"""
+    """Number of scored tokens."""
 
 
 class Traced(Decided):

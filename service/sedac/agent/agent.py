@@ -44,20 +44,20 @@ class Agent:
     metrics: EngineMetrics
     hello: control_pb2.EngineHello
     find_weights: Callable[[], str]
-    """returns the digest of the model's weights; may take seconds and block, and raises ConfigError where it can't be known"""
+    """Returns the digest of the model's weights. It may take seconds and block, and raises ConfigError where the digest can't be known."""
     auditor: Auditor | None = None
-    """None: no answers are audited"""
+    """If None, no answers are audited."""
     policy: Policy = field(default_factory=Policy)
     revision: int = 0
-    """in force in every worker; 0: the first policy, from the settings"""
+    """Revision in force in every worker. 0 is the first policy, from the settings."""
     candidate: Candidate | None = None
-    """in force beside it"""
+    """Candidate in force beside the policy. None where there is none."""
     stats: Stats = field(default_factory=Stats)
     _is_bounded: bool = False
     _offer: Candidate | None = None
-    """the candidate that requests may get now"""
+    """The candidate that requests may get now."""
     _books: dict[int, Book] = field(default_factory=dict)
-    """by roll-out; 0: of the policy in force"""
+    """Books by the number of their roll-out. 0 is the book of the policy in force."""
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _follower: Follower = field(init=False)
     _preparation: Preparation = field(init=False)
@@ -181,6 +181,7 @@ class Agent:
 
     async def _follow_orders(self, orders: Orders, fetch: Fetch) -> None:
         async def prepare() -> None:
+            """Make ready what the orders need, within the time limit."""
             async with asyncio.timeout(_PREPARE_SECONDS):
                 await self._preparation.prepare(orders, self.layout, fetch)
 

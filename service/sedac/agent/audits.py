@@ -35,12 +35,12 @@ class Auditor:
 
     client: Any
     max_model_len: int
-    """tokens"""
+    """Longest sequence that the engine takes, in tokens."""
     on_result: Callable[[Page, Loss | Failure], None]
     patience_seconds: float = 5.0
-    """how long an audit waits for a moment without waiting prompts"""
+    """How long an audit waits for a moment without waiting prompts."""
     timeout_seconds: float = 60.0
-    """how long an audit may take in the engine"""
+    """How long an audit may take in the engine."""
     _queue: deque[tuple[Page, Answer]] = field(default_factory=deque)
     _num_tokens: int = 0
     _own: set[str] = field(default_factory=set)

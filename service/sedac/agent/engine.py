@@ -39,7 +39,7 @@ class AttachedEngine:
     client: EngineClient
     num_workers: int = 0
     num_ranks: int = 0
-    """data-parallel ones"""
+    """Number of data-parallel ranks."""
 
     async def describe(self) -> Layout:
         """Return what is attached, the same in every worker.

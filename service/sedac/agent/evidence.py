@@ -63,9 +63,9 @@ class Book:
     side: str
     policy: Policy
     revision: int = 0
-    """side stable: of the policy"""
+    """On the stable side, the revision of the policy."""
     rollout: int = 0
-    """side candidate: its number"""
+    """On the candidate side, the number of the roll-out."""
     pages: dict[str, Page] = field(default_factory=dict)
 
     def get_page(self, tier: str) -> Page:

@@ -28,7 +28,7 @@ from sedac.probe.manifest import FORMAT, MAX_MANIFEST_BYTES
 from sedac.probe.verify import WEIGHTS, Verified, verify
 
 NUM_KEPT = 8
-"""sets that stay in a cache, the newest used"""
+"""Number of probe sets that stay in a cache, the last used ones."""
 _MAX_CHUNK_BYTES = 1 << 20
 _SILENCE_SECONDS = 30.0
 _LEFTOVER_SECONDS = 3600.0

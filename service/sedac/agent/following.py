@@ -53,20 +53,20 @@ class Follower:
     make_hello: Callable[[], control_pb2.EngineHello]
     make_report: Callable[[], control_pb2.EngineReport]
     apply: Callable[[Orders, Fetch], Awaitable[None]]
-    """puts a push into force, or raises and leaves what was"""
+    """Puts a push into force, or raises and leaves everything as it was."""
     find_outcome: Callable[[], Outcome]
     make_fetch: MakeFetch
     report_seconds: float
     on_connected: Callable[[bool], None]
     on_answered: Callable[[bool, float], None]
-    """gets whether a push was applied, and the seconds it took"""
+    """Gets whether a push was applied, and the seconds that it took."""
     connected: bool = False
     refusal: str = ""
-    """why the newest push was refused; empty once a push is applied"""
+    """Why the newest push was refused. Empty once a push is applied."""
     reached: asyncio.Event = field(default_factory=asyncio.Event)
-    """set once the service has pushed anything"""
+    """Set once the service has pushed anything."""
     answered: asyncio.Event = field(default_factory=asyncio.Event)
-    """set once a push was applied or refused"""
+    """Set once a push was applied or refused."""
 
     async def run(self) -> None:
         """Follow until cancelled."""

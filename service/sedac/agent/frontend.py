@@ -72,11 +72,13 @@ def hook_inputs(input_processor: Any, on_request: Callable[[Any], None]) -> None
 
     @functools.wraps(process)
     def process_inputs(*args: Any, **kwargs: Any) -> Any:
+        """Let vLLM process a request, and tell `on_request` of it."""
         request = process(*args, **kwargs)
         on_request(request)
         return request
 
     async def process_inputs_async(*args: Any, **kwargs: Any) -> Any:
+        """Let vLLM process a request, and tell `on_request` of it."""
         request = await process_async(*args, **kwargs)
         on_request(request)
         return request
@@ -94,6 +96,7 @@ def hook_outputs(output_processor: Any, on_begin: Callable[[Any, Any], None], on
 
     @functools.wraps(add)
     def add_request(request: Any, *args: Any, **kwargs: Any) -> None:
+        """Let vLLM add a request, and tell `on_begin` of a new one."""
         is_new = request.request_id not in output_processor.request_states
         add(request, *args, **kwargs)
         if is_new:
@@ -101,6 +104,7 @@ def hook_outputs(output_processor: Any, on_begin: Callable[[Any, Any], None], on
 
     @functools.wraps(finish)
     def update_stats_from_finished(state: Any, reason: Any, stats: Any) -> None:
+        """Let vLLM count a finished request, and tell `on_finish` of it."""
         finish(state, reason, stats)
         on_finish(state, reason)
 

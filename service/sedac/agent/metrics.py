@@ -60,7 +60,7 @@ _LAST_CONTACT = Gauge("sedac_control_last_contact_timestamp_seconds", "Unix time
 
 
 _SPECULATION = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "generation_tokens")
-"""vLLM's counters (v1/spec_decode/metrics.py and v1/metrics/loggers.py, 0.32)"""
+"""Names of vLLM's counters (v1/spec_decode/metrics.py and v1/metrics/loggers.py, 0.32)."""
 
 
 class EngineMetrics:

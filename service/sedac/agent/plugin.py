@@ -39,6 +39,7 @@ class AgentPlugin:
 
         @contextlib.asynccontextmanager
         async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+            """Run the server's own lifespan, and stop the agent at its end."""
             async with inner(app) as state:
                 try:
                     yield state

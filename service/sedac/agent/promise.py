@@ -23,10 +23,10 @@ from sedac.policy.request_keys import AUDIT_KEY, CERTIFICATE_KEY, LEVEL_KEY, REQ
 
 BOUNDED_SALT = "sedac-bounded:"
 ASKED, KEPT = "asked", "kept"
-"""values of AUDIT_KEY: log-probabilities were asked for by the user as well, or are kept for the audit alone"""
+"""Values of AUDIT_KEY: log-probabilities were asked for by the user as well, or are kept for the audit alone."""
 _TAKEN = (SCALE_KEY, LEVEL_KEY, CERTIFICATE_KEY, REQUEST_KEY, ROLLOUT_KEY, AUDIT_KEY, SPECULATION_KEY)
 _YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-"""what a flag of a request may be, in any case; JSON's true and false arrive as numbers (entrypoints/openai, 0.32: `vllm_xargs`)"""
+"""Words for a flag of a request, in any case. JSON's true and false arrive as numbers (entrypoints/openai, 0.32: `vllm_xargs`)."""
 _MAX_KEY_CHARS = 1024
 
 
@@ -35,12 +35,12 @@ class Terms:
     """What requests that arrive now are promised by."""
 
     policy: Policy
-    """not enabled: every request of the stable side is exact"""
+    """The policy in force. While it is not enabled, every request that it serves is exact."""
     levels: tuple[str, ...]
-    """of the engine, that a request may choose from where the policy allows overrides"""
+    """Levels of the engine, from which a request may choose where the policy allows overrides."""
     candidate: Candidate | None = None
     can_audit: bool = False
-    """whether this engine's log-probabilities can be compared"""
+    """Whether this engine's log-probabilities can be compared."""
 
 
 def stamp(request: Any, terms: Terms, draw: Callable[[], float] = random.random) -> None:

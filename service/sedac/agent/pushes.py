@@ -47,7 +47,7 @@ class Orders:
     revision: int
     candidate: Candidate | None = None
     references: dict[str, control_pb2.ProbeSetReference] = field(default_factory=dict)
-    """the probe sets that the control service has, by name"""
+    """The probe sets that the control service has, by name."""
 
 
 def read_push(push: control_pb2.PolicyPush) -> Orders:
@@ -90,7 +90,7 @@ class Preparation:
 
     engine: AttachedEngine
     _in_force: dict[str, FetchedSet] = field(default_factory=dict)
-    """by digest"""
+    """Probe sets that the orders in force name, by digest."""
     _made_ready: dict[str, FetchedSet] = field(default_factory=dict)
 
     def note_applied(self) -> None:
@@ -166,6 +166,7 @@ class ProbeSetSource:
         """Return what fetches over one connection."""
 
         async def fetch_one(reference: control_pb2.ProbeSetReference) -> FetchedSet:
+            """Fetch one probe set into the cache."""
             if self._cache is None:
                 self._cache = await asyncio.to_thread(find_probe_cache, self._settings)
             return await fetch(channel, reference, self._cache, metadata=credentials.make_call_metadata())

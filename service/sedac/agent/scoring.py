@@ -14,7 +14,7 @@ from sedac.errors import SedacError
 
 Failure = Literal["dropped", "failed"]
 FAILURES: tuple[Failure, ...] = ("dropped", "failed")
-"""why an audit gave no result: pushed out of the queue by newer answers, or not scored"""
+"""Why an audit gave no result: newer answers pushed it out of the queue, or it was not scored."""
 
 
 class AuditFailed(SedacError):
@@ -28,9 +28,9 @@ class Answer:
     prompt_ids: list[int]
     token_ids: list[int]
     logprobs: list[float]
-    """of the tokens when they were generated"""
+    """Log-probabilities of the tokens when they were generated."""
     is_greedy: bool
-    """every token was the reduced model's own top choice"""
+    """Whether every token was the reduced model's own top choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class Loss:
 
     num_tokens: int
     num_mismatches: int | None
-    """tokens that the full model would not choose after the same text; None where the request was not greedy"""
+    """Tokens that the full model would not choose after the same text. None where the request was not greedy."""
     nll_difference: float
-    """mean over the tokens of log-probability when generated minus log-probability in full; nats, not NaN"""
+    """Mean over the tokens of the log-probability when generated minus the log-probability in full, in nats. It is never NaN."""
 
 
 def is_auditable(request: Any) -> bool:

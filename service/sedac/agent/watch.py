@@ -27,7 +27,7 @@ _MARK = "sedac_watched"
 class _Watched:
     page: Page
     kept: KeptLogprobs | None
-    """None: not audited"""
+    """Log-probabilities kept for the audit. None where the answer is not audited."""
     is_greedy: bool
 
 

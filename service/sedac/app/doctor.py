@@ -37,7 +37,7 @@ class Finding:
     state: Literal["ok", "absent", "bad"]
     detail: str
     touches: tuple[Checked, ...] = ()
-    """what SEDAC relies on inside vLLM, row by row"""
+    """What SEDAC relies on inside vLLM, one entry per place."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON's form."""

@@ -38,7 +38,7 @@ _SHIPPED = sedac_demo.DIRECTORY
 _PLUGINS = ("sedac", "sedac_agent")
 _NO_DRAFT = Path("none")
 _SPECULATION_FLAGS = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
-"""vLLM's own, 0.32; --speculative-config.KEY too"""
+"""Flags of vLLM's own for speculation, 0.32. `--speculative-config.KEY` is one too."""
 _MAX_BACKOFF_SECONDS = 30.0
 _STOP_SECONDS = 30.0
 
@@ -197,7 +197,7 @@ class Launch:
     engine_command: list[str]
     engine_env: dict[str, str]
     control_command: list[str] | None
-    """None: the control service is elsewhere, or there is none"""
+    """Command that starts the control service. None where it runs elsewhere, or there is none."""
     control_env: dict[str, str] = field(default_factory=dict)
     _stopping: bool = False
 
@@ -207,6 +207,7 @@ class Launch:
         engine = subprocess.Popen(self.engine_command, env=self.engine_env)
 
         def stop(signum: int, frame: FrameType | None) -> None:
+            """Note that the end was asked for, and end the engine."""
             self._stopping = True
             engine.send_signal(signal.SIGTERM)
 

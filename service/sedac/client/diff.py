@@ -9,7 +9,7 @@ from typing import Any
 from sedac.policy.model import Policy
 
 _KEYS = ("layer", "name", "engine_id")
-"""what tells the members of a list apart, so that one put in before them doesn't change them all"""
+"""Keys that tell the members of a list apart, so that one put in before them doesn't change them all."""
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,11 @@ class Change:
     """One field that differs."""
 
     field: str
-    """its path, such as `checkpoints[5].threshold` or `tiers[night].floor`"""
+    """Path of the field, such as `checkpoints[5].threshold` or `tiers[night].floor`."""
     before: Any
-    """None: it was not there"""
+    """Value before the change. None where the field was not there."""
     after: Any
-    """None: it is gone"""
+    """Value after the change. None where the field is gone."""
 
     def __str__(self) -> str:
         return f"{self.field}: {_show(self.before)} -> {_show(self.after)}"

@@ -16,10 +16,10 @@ from sedac.errors import ArtifactError
 from sedac.probe.manifest import read_manifest
 
 CHUNK_BYTES = 512 << 10
-"""of weights in one message; the contract allows 1 MiB"""
+"""Bytes of weights in one message. The contract allows 1 MiB."""
 _MANIFEST, _WEIGHTS = "manifest.json", "probes.safetensors"
 Progress = Callable[[int, int], None]
-"""called with the bytes sent or received so far, and with all there are"""
+"""Called with the number of bytes sent or received so far, and with the number of all bytes."""
 
 
 class ProbeSetUpload:

@@ -27,9 +27,9 @@ class Call(Generic[_T]):
     service: Service
     method: str
     request: Any
-    """the message; for an upload a function that makes the stream of them, anew for each attempt"""
+    """The message. For an upload, a function that makes the stream of messages, anew for each attempt."""
     is_repeatable: bool = True
-    """whether it may be sent again after UNAVAILABLE: it changes nothing, or the service knows it again"""
+    """Whether it may be sent again after UNAVAILABLE, because it changes nothing or the service recognises it."""
 
     def make_request(self) -> Any:
         """Return what the stub takes."""
@@ -40,21 +40,21 @@ class Knobs(TypedDict, total=False):
     """How a roll-out is run; what is left out gets the service's defaults."""
 
     shares: Sequence[float]
-    """of the requests, ascending, over 0 to 1, a step each; 0.05, 0.25, 0.5"""
+    """Shares of the requests that the candidate serves, one per step, ascending, over 0 to 1. The default is 0.05, 0.25, 0.5."""
     interval_seconds: float
-    """between two analyses; 60"""
+    """Seconds between two analyses. The default is 60."""
     min_requests: int
-    """in each step before a verdict; 100"""
+    """Requests that each step needs before a verdict. The default is 100."""
     max_mismatch: float
-    """of the candidate's audited answers, 0 to 1"""
+    """Limit of the mismatch of the candidate's audited answers, 0 to 1."""
     max_nll_difference: float
-    """of the candidate's audited answers, nats per token"""
+    """Limit of what the candidate's audited answers lose in log-probability, in nats per token."""
     max_latency_ratio: float
-    """of the candidate's seconds per token to those of the policy in force"""
+    """Limit of the ratio of the candidate's seconds per token to those of the policy in force."""
     max_error_share: float
-    """of the candidate's finished requests, 0 to 1"""
+    """Limit of the share of errors among the candidate's finished requests, 0 to 1."""
     confidence: float
-    """of the verdicts, 0.5 to below 1; 0.95"""
+    """Confidence of the verdicts, 0.5 to below 1. The default is 0.95."""
     comment: str
     request_id: str
 

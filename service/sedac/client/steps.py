@@ -24,7 +24,7 @@ from sedac.policy.model import Policy
 _T = TypeVar("_T")
 _MIN_POLL_SECONDS, _MAX_POLL_SECONDS = 0.05, 0.5
 ENDED = frozenset({rollouts_pb2.ROLLOUT_STATE_PROMOTED, rollouts_pb2.ROLLOUT_STATE_ABORTED})
-"""states of a roll-out that is over"""
+"""States of a roll-out that is over."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Position:
     """Where a watch of the policy stands, so that a broken one goes on without a gap."""
 
     revision: int
-    """the next one wanted; 0: the one in force"""
+    """The next revision wanted. 0 means the one in force."""
 
     def make_call(self) -> Call[control_pb2.Policy]:
         """Ask for what is still to come."""

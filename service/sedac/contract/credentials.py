@@ -35,17 +35,17 @@ class Credentials(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=_PREFIX, env_ignore_empty=True, frozen=True, extra="ignore")
 
     tls: bool | None = None
-    """whether to speak TLS; unset: where a CA or a client certificate is named"""
+    """Whether to speak TLS. If unset, TLS is spoken where a CA or a client certificate is named."""
     ca: Path | None = None
-    """PEM file of the authorities that may have signed the service's certificate; unset: those that gRPC brings"""
+    """PEM file of the authorities that may have signed the service's certificate. If unset, those that gRPC brings."""
     client_cert: Path | None = None
-    """PEM file of the certificate to show, with its chain (mTLS)"""
+    """PEM file of the certificate to show, with its chain (mTLS)."""
     client_key: Path | None = None
-    """PEM file of its key"""
+    """PEM file of the key of that certificate."""
     server_name: str = ""
-    """name that the service's certificate must carry; empty: the host of the address"""
+    """Name that the service's certificate must carry. If empty, the host of the address."""
     token_file: Path | None = None
-    """file with a bearer token; read again when it changes"""
+    """File with a bearer token. It is read again when it changes."""
     _token: tuple[tuple[int, int, int], str] | None = PrivateAttr(default=None)
 
     @property
@@ -123,7 +123,7 @@ class Credentials(BaseSettings):
 
 
 VARIABLES = frozenset(_PREFIX + name.upper() for name in Credentials.model_fields)
-"""the environment variables that are read here"""
+"""The environment variables that are read here."""
 
 
 def read_credentials(**overrides: Any) -> Credentials:

@@ -25,12 +25,12 @@ import numpy.typing as npt
 _Array = npt.NDArray[np.float64]
 _UNIT = 1000
 _BETS = 1 / (1 + np.exp2(np.arange(-7.0, 11.0)))
-"""shares of the stake on each value: 0.992 for large gaps and few requests down to 0.001 for small gaps and many"""
+"""Shares of the stake on each value, from 0.992 for large gaps and few requests down to 0.001 for small gaps and many."""
 _NUM_HALVINGS = 40
 _MIN_MEAN, _MAX_SUM = 1e-12, 1e30
-"""beyond which floating point would decide"""
+"""Smallest mean and largest sum. Beyond them the rounding of floating point would decide."""
 _TUNED_FOR = 200
-"""requests of the smaller side at which the limit of a ratio is as tight as it can be"""
+"""Number of requests of the smaller side at which the limit of a ratio is as tight as it can be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Limits:
 
     lower: float
     mean: float
-    """NaN where nothing was counted"""
+    """The mean. NaN where nothing was counted."""
     upper: float
 
 

@@ -21,7 +21,7 @@ from sedac.policy.knob import Field, list_fields
 _M = TypeVar("_M", bound=Message)
 _T = TypeVar("_T")
 UNKNOWN = "unknown"
-"""the word for an enum's number that this version does not know, in fields that take any word"""
+"""The word for an enum's number that this version does not know, in fields that take any word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class _Way:
     is_list: bool
     is_map: bool
     is_part: bool
-    """of other messages, one or a list of them"""
+    """Whether the field holds another message, or a list of them."""
     has_presence: bool
     words: dict[int, str]
-    """of an enum's numbers; empty: it is none"""
+    """Words for the numbers of an enum. Empty where the field is none."""
     numbers: dict[str, int]
     enum_names: tuple[str, ...]
 

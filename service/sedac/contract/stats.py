@@ -26,13 +26,13 @@ class CheckpointStats:
 
     layer: int
     num_evaluated: int
-    """tokens whose risk was computed"""
+    """Tokens whose risk was computed."""
     num_exited: int
-    """tokens that exited here"""
+    """Tokens that exited here."""
     threshold: float = 0.0
-    """in force now, adapted or not"""
+    """Threshold in force now, adapted or not."""
     exit_rate: float = 0.0
-    """moving average of exits over evaluated tokens"""
+    """Moving average of exits over evaluated tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class TierStats:
     num_tokens: int
     num_exited: int
     num_mlp_blocks_computed: float
-    """in full MLPs of single tokens; num_tokens times the number of layers is everything"""
+    """MLPs computed, in full MLPs of single tokens. All of them would be num_tokens times the number of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +60,18 @@ class ControllerStats:
     """What is known of drafting for one size of batch."""
 
     num_sequences: int
-    """the size, up to which from half of it"""
+    """Largest number of sequences of this size. The smallest is just over half of it."""
     state: str
-    """one of CONTROLLER_STATES; measuring: plain steps"""
+    """One of CONTROLLER_STATES. While `measuring`, steps run without drafts."""
     gain: float
-    """rate of tokens with drafting to the rate without; 0: unknown"""
+    """Ratio of the rate of tokens with drafting to the rate without. 0 means unknown."""
     plain_seconds: float
-    """a step without drafts"""
+    """Seconds of a step without drafts."""
     step_seconds: float
-    """a step that verified drafts, without the time of drafting"""
+    """Seconds of a step that verified drafts, without the time of drafting."""
     draft_pass_seconds: float
     tokens_per_step: float
-    """output tokens of a sequence in a step that verified drafts"""
+    """Output tokens of a sequence in a step that verified drafts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +79,21 @@ class DraftingStats:
     """Totals of self-speculation since the worker started, and its state now."""
 
     kind: str
-    """adapter, exit-head or reduced"""
+    """Kind of the draft: adapter, exit-head or reduced."""
     num_drafted: int = 0
-    """draft tokens that were verified"""
+    """Draft tokens that were verified."""
     num_accepted: int = 0
     num_verified_steps: int = 0
-    """sequences times steps in which a sequence had drafts verified"""
+    """Steps in which a sequence had drafts verified, summed over the sequences."""
     lengths: tuple[int, ...] = ()
-    """of these, by number of draft tokens: 0, 1, 2, ..."""
+    """Steps of single sequences by number of draft tokens: 0, 1, 2, ..."""
     accepted_at: tuple[int, ...] = ()
-    """draft tokens accepted, by position"""
+    """Draft tokens accepted, by position."""
     num_passes: int = 0
     draft_seconds: float = 0.0
-    """spent drafting"""
+    """Seconds spent drafting."""
     step_seconds: float = 0.0
-    """of all steps, drafting included"""
+    """Seconds of all steps, drafting included."""
     controller: tuple[ControllerStats, ...] = ()
 
     @classmethod
@@ -166,25 +166,25 @@ class Stats:
 
     active_revision: int = 0
     active_rollout: int = 0
-    """whose candidate is in force beside the policy; 0: none"""
+    """Number of the roll-out whose candidate is in force beside the policy. 0 means none."""
     num_steps: int = 0
-    """forward passes with at least one request"""
+    """Forward passes with at least one request."""
     num_torn_steps: int = 0
-    """forward passes that saw two revisions; anything but 0 is a bug"""
+    """Forward passes that saw two revisions. Anything but 0 is a bug."""
     num_tokens: int = 0
     num_decode_tokens: int = 0
-    """tokens that were allowed to exit"""
+    """Tokens that were allowed to exit."""
     num_mlp_blocks_computed: float = 0
-    """MLPs of single tokens, a reduced one counted by its share"""
+    """Computed MLPs of single tokens, a reduced one counted by its share."""
     num_mlp_blocks_skipped: float = 0
     checkpoints: tuple[CheckpointStats, ...] = field(default=())
     tiers: tuple[TierStats, ...] = field(default=())
     num_adaptations: int = 0
-    """changes of thresholds by adaptation since it was last reset"""
+    """Changes of thresholds by adaptation since it was last reset."""
     ranks: tuple[RankStats, ...] = field(default=())
-    """of the data-parallel ranks; empty: one"""
+    """Entries of the data-parallel ranks. Empty where there is only one."""
     drafting: DraftingStats | None = None
-    """None: the engine has no draft of its own"""
+    """Totals of drafting. None where the engine has no draft of its own."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Stats:
@@ -200,27 +200,27 @@ class Evidence:
     """What was measured of one tier's requests on one side, since the side's policy came into force; grows as requests finish."""
 
     side: str
-    """stable or candidate"""
+    """Either stable or candidate."""
     tier: str
     revision: int = 0
-    """side stable: of its policy"""
+    """On the stable side, the revision of its policy."""
     rollout: int = 0
-    """side candidate: its number"""
+    """On the candidate side, the number of its roll-out."""
     num_requests: int = 0
-    """finished; each choice of a request with several counts"""
+    """Finished requests. Each choice of a request with several counts."""
     num_errors: int = 0
-    """of these, ended by an error of the engine"""
+    """Those of the finished requests that an error of the engine ended."""
     first_token_seconds: Moments = field(default_factory=Moments)
-    """from arrival to the first token"""
+    """Seconds from arrival to the first token."""
     token_seconds: Moments = field(default_factory=Moments)
-    """per output token after the first, a mean per request"""
+    """Seconds per output token after the first, one mean per request."""
     num_audited_tokens: int = 0
     num_audit_failures: int = 0
-    """audits that gave no result"""
+    """Audits that gave no result."""
     mismatch_counts: Counter[int] = field(default_factory=Counter)
-    """answers of greedy requests by their share of tokens that the full model would not choose, in thousandths rounded down"""
+    """Answers of greedy requests by their share of tokens that the full model would not choose, in thousandths rounded down."""
     nll_difference_counts: Counter[int] = field(default_factory=Counter)
-    """answers by what their tokens lost in log-probability on average, in thousandths of a nat rounded down and cut to -1000..1000"""
+    """Answers by what their tokens lost in log-probability on average, in thousandths of a nat rounded down and cut to -1000..1000."""
 
 
 def add_up(parts: Sequence[Stats]) -> Stats:

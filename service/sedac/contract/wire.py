@@ -20,7 +20,7 @@ from sedac.policy.layout import Layout
 from sedac.policy.model import Candidate, Policy, Speculation
 
 AUTHOR_METADATA = "sedac-author"
-"""request metadata: who asks for a change, in percent-encoded UTF-8"""
+"""Key of the request metadata that says who asks for a change, in percent-encoded UTF-8."""
 _DOMAIN = "sedac"
 _MAX_VIOLATIONS, _MAX_FIELD_CHARS, _MAX_DESCRIPTION_CHARS, _MAX_MESSAGE_CHARS = 8, 64, 256, 1000  # gRPC refuses trailers from 8 KiB on
 

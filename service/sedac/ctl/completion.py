@@ -23,11 +23,12 @@ TIMEOUT_SECONDS = 1.0
 _MAX_READ, _MAX_VALUES = 500, 50
 _MAX_NOTE_CHARS = 60  # typer wraps longer notes, and shells take the second line for another word
 Values = Iterable[tuple[str, str]]
-"""words and what they mean"""
+"""Words and what they mean."""
 
 
 def _complete(find_values: Callable[[ControlClient], Values]) -> Callable[[typer.Context, str], list[tuple[str, str]]]:
     def complete(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+        """Return the values that begin as typed, each with a note."""
         found: list[tuple[str, str]] = []
         with contextlib.suppress(SedacError), open_client(_find_options(ctx), timeout_seconds=TIMEOUT_SECONDS, num_retries=0) as client:
             values = islice(find_values(client), _MAX_READ)

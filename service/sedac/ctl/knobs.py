@@ -24,7 +24,7 @@ class KnobOption:
     """One option: the knob that it sets, and how a command takes it."""
 
     path: str
-    """of the knob, such as `audit.share`"""
+    """Path of the knob, such as `audit.share`."""
     field: Field
     flags: tuple[str, ...]
     parameter: inspect.Parameter
@@ -68,8 +68,11 @@ def with_knobs(options: Sequence[KnobOption]) -> Callable[[Callable[..., None]],
     """Give a command these options; it takes what was given as a dict by path, its second argument."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        """Give the command the options of the knobs."""
+
         @functools.wraps(command)
         def run(client: Any, **arguments: Any) -> None:
+            """Call the command with the knobs that were given, by path."""
             given = {option.path: arguments.pop(option.name) for option in options}
             command(client, {path: value for path, value in given.items() if value is not None and value != []}, **arguments)
 

@@ -26,7 +26,7 @@ _DESCRIBED = frozenset(
         *(f"speculation.{name}" for name in ("enabled", "max_tokens", "min_confidence", "adaptive", "tiers")),
     }
 )
-"""the knobs that a row of the table puts into words; any other gets a row of its own where it is turned"""
+"""Knobs that a row of the table puts into words. Any other gets a row of its own where its value is not the default."""
 _AUDIT_BOUNDS = (("max_mismatch", "mismatch"), ("max_nll_difference", "NLL difference"))
 
 

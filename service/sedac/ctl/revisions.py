@@ -88,6 +88,7 @@ def watch_policy(
     last: list[Policy] = []
 
     def render(made: control_pb2.Policy) -> RenderableType:
+        """Return the title of a revision and its changes from the one before."""
         policy = wire.policy_from_proto(made)
         changes = find_policy_changes(last[0], policy) if last else ()
         last[:] = [policy]

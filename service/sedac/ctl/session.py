@@ -48,7 +48,7 @@ _CONNECTION = (
 )
 
 CONNECTION_NAMES = tuple(parameter.name for parameter in _CONNECTION)
-"""of the connection's options, as commands know them"""
+"""Names of the connection's options, as commands know them."""
 
 
 def connected(command: Callable[..., None]) -> Callable[..., None]:
@@ -56,6 +56,7 @@ def connected(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
+        """Open a client by the connection's options, and call the command with it."""
         options = {name: arguments.pop(name) for name in CONNECTION_NAMES}
         with exiting(), open_client(options) as client:
             command(client, **arguments)

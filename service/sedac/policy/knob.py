@@ -21,9 +21,9 @@ from pydantic import ConfigDict
 from sedac.errors import FieldViolation
 
 FORBID_UNKNOWN = ConfigDict(extra="forbid")
-"""of the classes that have knobs: a name that is none of their fields is refused"""
+"""Configuration of the classes that have knobs: a name that is none of their fields is refused."""
 _UNREADABLE = 2**53
-"""from here on an upper limit is a size of storage, which no message spells out"""
+"""From here on an upper limit is a size of storage, which no message spells out."""
 _MAX_SHOWN_CHARS = 80
 
 
@@ -32,7 +32,7 @@ class Knob:
     """One knob; limits of a list of numbers or words hold for each of its entries, lengths for the list."""
 
     help: str
-    """a sentence or part of one for people; {limits}, {Limits} and {default} are filled in"""
+    """A sentence or part of one for people, in which {limits}, {Limits} and {default} are filled in."""
     unit: str = ""
     ge: float | None = None
     gt: float | None = None
@@ -40,39 +40,39 @@ class Knob:
     lt: float | None = None
     min_length: int = 0
     max_length: int | None = None
-    """characters of a word, entries of a list"""
+    """Most characters of a word, or most entries of a list."""
     pattern: str = ""
-    """of the whole word"""
+    """Pattern of the whole word."""
     check: Callable[[Any], str] | None = None
-    """returns what else is wrong with a value, with the remedy; empty: nothing"""
+    """Returns what else is wrong with a value, with the remedy. Empty means nothing."""
     wrong: str = ""
-    """what is said of a value out of limits where its range says too little: `is no sha256`"""
+    """What is said of a value out of limits where its range says too little, such as `is no sha256`."""
     remedy: str = ""
-    """what to do about a value out of limits, or which value is usual"""
+    """What to do about a value out of limits, or which value is usual."""
     entries: str = ""
-    """what the entries of a list are called; empty: as the field"""
+    """What the entries of a list are called. If empty, they are called as the field is."""
     option: str | None = None
-    """flags of `sedac ctl policy set`; None: made of the field's name; empty: it has none"""
+    """Flags of `sedac ctl policy set`. If None, they are made of the field's name. If empty, there are none."""
     form: str = ""
-    """the option's help where it takes another form than the value's, with {help} and {limits} in it"""
+    """Help of the option where it takes another form than the value's, with {help} and {limits} in it."""
     panel: str = ""
-    """of the options, in the help; of a part: of all its knobs"""
+    """Panel of the options in the help. In the knob of a part, the panel of all its knobs."""
     help_for_all: str = ""
-    """of a tier's knob: the help of an option that sets it in every tier; empty: there is none"""
+    """For a tier's knob: help of an option that sets it in every tier. If empty, there is no such option."""
     word_for_none: str = ""
-    """what the option takes for None"""
+    """Word that the option takes for None."""
     variable: str = ""
-    """the environment variable, without SEDAC_, that sets it in an engine's first policy; empty: none does"""
+    """Environment variable, without SEDAC_, that sets it in an engine's first policy. If empty, none does."""
     earlier: tuple[str, ...] = ()
-    """the earlier versions' names of the variable; all of them are read"""
+    """Names of the variable in earlier versions. All of them are read."""
     published: str = ""
-    """the earlier versions' default, where it is known"""
+    """Default in earlier versions, where it is known."""
     first: Any = None
-    """default of the first policy made from variables, where it is not the policy's"""
+    """Default of the first policy made from variables, where it is not the policy's."""
     decides: bool = True
-    """whether it decides how a request is computed, so that certificates are for its value"""
+    """Whether it decides how a request is computed, so that certificates are for its value."""
     since: str = ""
-    """version of SEDAC that brought it; empty: it was there before certificates. At its default it is in no digest"""
+    """Version of SEDAC that brought it. If empty, it was there before certificates. At its default it is in no digest."""
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -104,9 +104,9 @@ class Field:
 
     name: str
     type: Any
-    """without list and None; str where there are `words`"""
+    """Type without list and None. It is str where there are `words`."""
     words: tuple[str, ...] = ()
-    """the values that it may have; empty: any"""
+    """Values that it may have. If empty, any."""
     is_optional: bool = False
     is_list: bool = False
     default: Any = dataclasses.MISSING

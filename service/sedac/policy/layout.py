@@ -19,17 +19,17 @@ class Layout:
     probe_set: str
     levels: tuple[str, ...] = (FULL, SKIP)
     weights_sha256: str = ""
-    """see sedac.policy.weights; empty: unknown, so that no certificate can be checked"""
+    """Digest of the model's weights, see sedac.policy.weights. If empty, it is unknown, so that no certificate can be checked."""
     probe_set_sha256: str = ""
-    """empty: unknown"""
+    """Digest of the probe set's weights. If empty, it is unknown."""
     max_rank: int = 0
-    """of probes that can be loaded without a restart; 0: none can"""
+    """Largest rank of probes that can be loaded without a restart. 0 means that none can."""
     levels_sha256: str = ""
-    """of the reduced levels attached, see sedac.probe.verify; empty: none"""
+    """Digest of the reduced levels attached, see sedac.probe.verify. If empty, there are none."""
     draft: str = ""
-    """kind of its own draft, see sedac.probe.draft_manifest; empty: none"""
+    """Kind of the engine's own draft, see sedac.probe.draft_manifest. If empty, there is none."""
     max_draft_tokens: int = 0
-    """of a sequence per step, fixed at the start; 0: no draft"""
+    """Limit of draft tokens of one sequence per step, fixed at the start. 0 means no draft."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +38,15 @@ class ProbeSetSummary:
 
     name: str
     sha256: str
-    """of the weights"""
+    """Digest of the weights."""
     size_bytes: int
-    """of the weights"""
+    """Size of the weights."""
     num_layers: int
     hidden_size: int
     rank: int
     checkpoint_layers: tuple[int, ...]
     levels_sha256: str = ""
-    """of its reduced levels, see sedac.probe.verify; empty: it has none"""
+    """Digest of the set's reduced levels, see sedac.probe.verify. If empty, it has none."""
 
 
 def find_fit_problem(probe_set: ProbeSetSummary, layout: Layout) -> str:

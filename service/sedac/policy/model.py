@@ -26,13 +26,13 @@ MAX_TIERS = 31
 MAX_LEVELS = 16
 MAX_GENERATION = 2**31 - 1
 MAX_DRAFT_TOKENS = 16
-"""of a sequence per step"""
+"""Limit of draft tokens of one sequence per step."""
 FULL, SKIP = "full", "skip"
-"""the levels that every engine has, in this order; a probe set may add others after them"""
+"""The levels that every engine has, in this order. A probe set may add others after them."""
 EXACT = "exact"
-"""the tier that always exists and that no policy may redefine"""
+"""The tier that always exists and that no policy may redefine."""
 STABLE, CANDIDATE = "stable", "candidate"
-"""the two sides of a roll-out: the policy in force, and the candidate beside it"""
+"""The two sides of a roll-out: the policy in force, and the candidate beside it."""
 _CHECKPOINTS, _DECISION, _TIERS = "Checkpoints: after which layers a probe reads the stream", "Decision", "Tiers"
 _AUDIT = "Audit: answers scored again in full, and the guard"
 _SPECULATION = "Self-speculation: drafts that the whole model verifies, where engines have a draft"
@@ -109,7 +109,7 @@ class Tier:
             help_for_all="In every tier: less the more confident; needs --rule accumulate.", variable="SOFT_EXIT", earlier=("SOFT_EXIT",),
         ),
     ] = False  # fmt: skip
-    """ratio = tanh(2C - 1) / 2 + 1/2 of the accumulated confidence C"""
+    """With soft exit, ratio = tanh(2C - 1) / 2 + 1/2 of the accumulated confidence C."""
 
 
 @dataclass(frozen=True, kw_only=True, config=FORBID_UNKNOWN)
@@ -196,7 +196,7 @@ class Audit:
         SkipValidation[GuardAction],
         Knob(help="On a breach: rollback to the last good revision, or exact, the same policy disabled.", option="--guard"),
     ] = "rollback"
-    """to exact too where there is no good revision"""
+    """Where there is no good revision, a rollback goes to exact too."""
 
 
 @dataclass(frozen=True, kw_only=True, config=FORBID_UNKNOWN)

@@ -34,11 +34,11 @@ class ProbeSet:
     manifest: Manifest
     probes: dict[int, LREProbe]
     levels: tuple[Level, ...] = ()
-    """in the manifest's order"""
+    """Reduced levels, in the manifest's order."""
     neurons: dict[int, Neurons] = field(default_factory=dict)
-    """of every layer, where the set has levels"""
+    """Neurons of every layer, where the set has levels."""
     levels_sha256: str = ""
-    """see verify.py; empty: no levels"""
+    """Digest of the reduced levels, see verify.py. If empty, there are none."""
 
 
 def save(

@@ -19,7 +19,7 @@ class Knobs:
     """What one checkpoint decides by."""
 
     threshold: float
-    """risk below it counts as confident; 0: the checkpoint is off"""
+    """A risk below it counts as confident. 0 means that the checkpoint is off."""
     weight: float = 1.0
     target: float = 0.5
     rule: Rule = "first"

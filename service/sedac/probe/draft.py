@@ -66,6 +66,7 @@ class DraftHead(nn.Module):
         m, (num_texts, length, _) = self.manifest, h_BTD.shape
 
         def split(projected: Tensor, heads: int) -> Tensor:
+            """Return a projection by heads: (texts, heads, length, head size)."""
             return projected.view(num_texts, length, heads, m.head_size).transpose(1, 2)
 
         cos_TH, sin_TH = get_rotation(torch.arange(length, device=h_BTD.device), m.head_size, m.rope_theta)

@@ -37,29 +37,29 @@ class DraftManifest:
     hidden_size: int
     num_layers: int
     depth: int
-    """layers of the model that a draft runs, from the first one on; all of them where kind is `reduced`"""
+    """Layers of the model that a draft runs, from the first one on. All of them where kind is `reduced`."""
     skip_attention: tuple[int, ...] = ()
-    """layers, 0-based, whose attention a draft leaves out"""
+    """Layers whose attention a draft leaves out, 0-based."""
     skip_mlp: tuple[int, ...] = ()
-    """layers, 0-based, whose MLP a draft leaves out"""
+    """Layers whose MLP a draft leaves out, 0-based."""
     level: str = "full"
-    """of the other MLPs, as in the probe set"""
+    """Level of the other MLPs, as in the probe set."""
     intermediate_size: int = 0
-    """neurons of the head's own MLP; 0: it has none"""
+    """Neurons of the head's own MLP. 0 means that it has none."""
     num_heads: int = 0
-    """of the head's attention; 0: it has none"""
+    """Number of heads in the attention of the draft's head. 0 means that it has no attention."""
     num_kv_heads: int = 0
     head_size: int = 0
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
     max_tokens: int = 4
-    """proposed draft tokens per step at most"""
+    """Proposed limit of draft tokens per step."""
     min_confidence: float = 0.4
-    """proposed: a sequence stops drafting when the product of its drafts' confidences falls below it"""
+    """Proposed: a sequence stops drafting when the product of its drafts' confidences falls below it."""
     sha256: str = ""
-    """of head.safetensors; empty: there is none"""
+    """Digest of head.safetensors. If empty, there is no such file."""
     acceptance: tuple[float, ...] = ()
-    """on held-out text, by position: share of the drafts there that the model accepts when those before were accepted"""
+    """Share of the drafts at each position that the model accepts when those before were accepted, on held-out text."""
     training: dict[str, Any] = field(default_factory=dict)
     format: str = FORMAT
 

@@ -25,7 +25,7 @@ class Level:
     name: str
     reduction: Reduction
     parameters_L: Tensor
-    """`width`: int32, leading neurons in order of importance (F: all, 0: none); `contextual`: float32, threshold of the score (0: all, inf: none)"""
+    """For `width`: leading neurons by importance, int32 (F: all, 0: none). For `contextual`: threshold of the score, float32 (0: all, inf: none)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +33,11 @@ class Neurons:
     """What calibration knows about one layer's neurons, in the model's own order."""
 
     order_F: Tensor
-    """int32: neuron numbers, the most important first"""
+    """Neuron numbers, the most important first, int32."""
     scale_F: Tensor
-    """float32: a neuron's score is abs(gate) * scale"""
+    """Scale of each neuron, float32. A neuron's score is abs(gate) * scale."""
     repair_FD: Tensor | None
-    """bfloat16: the down projection refitted for reduced levels, row n belongs to neuron n; None: the model's own serves"""
+    """The down projection refitted for reduced levels, bfloat16. Row n belongs to neuron n. None where the model's own serves."""
 
 
 def activate(gate: Tensor, activation: str) -> Tensor:

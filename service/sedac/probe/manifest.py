@@ -32,11 +32,11 @@ class ProbeRecord:
     """One checkpoint of a set."""
 
     layer: int
-    """decoder layer, 0-based"""
+    """Number of the decoder layer, 0-based."""
     threshold: float
-    """the threshold that the set's author proposes"""
+    """The threshold that the set's author proposes."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """what training measured on held-out text"""
+    """What training measured on held-out text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,11 @@ class LevelRecord:
 
     name: str
     reduction: str
-    """width or contextual"""
+    """Either width or contextual."""
     saved: float
-    """share of all MLP FLOPs, when every token takes it; on calibration text, 0 to 1"""
+    """Share of all MLP FLOPs saved when every token takes it, on calibration text, 0 to 1."""
     perplexity_ratio: float
-    """to the full model, the same way"""
+    """Ratio of the perplexity to the full model's, measured the same way."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -73,21 +73,21 @@ class Manifest:
     num_layers: int
     rank: int
     target: str
-    """what risk predicts, for example `log1p(final entropy)`"""
+    """What risk predicts, for example `log1p(final entropy)`."""
     probes: tuple[ProbeRecord, ...]
     sha256: str = ""
-    """of probes.safetensors"""
+    """Digest of probes.safetensors."""
     training: dict[str, Any] = field(default_factory=dict)
-    """data digest, number of tokens, hyper-parameters"""
+    """Data digest, number of tokens and hyper-parameters."""
     format: str = FORMAT
     intermediate_size: int = 0
-    """neurons of each MLP; 0: the set has no reduced levels"""
+    """Neurons of each MLP. 0 means that the set has no reduced levels."""
     activation: str = ""
-    """of the calibrated model's MLPs: silu, gelu or gelu_tanh"""
+    """Activation of the calibrated model's MLPs: silu, gelu or gelu_tanh."""
     score: str = "gate"
-    """what a neuron's score is made from: gate (the projection's output) or activation"""
+    """What a neuron's score is made from: gate (the projection's output) or activation."""
     levels: tuple[LevelRecord, ...] = ()
-    """in ascending order of saving"""
+    """Reduced levels, in ascending order of saving."""
     tiers: tuple[TierRecord, ...] = ()
 
 

@@ -26,7 +26,7 @@ from sedac.probe.manifest import FORMAT, Manifest, parse_manifest, refuse_duplic
 
 WEIGHTS = "probes.safetensors"
 PARAMETERS = {"width": "neurons", "contextual": "threshold"}
-"""what the tensor of a level's parameters is called, by reduction"""
+"""Name of the tensor of a level's parameters, by reduction."""
 _PIECE_BYTES = 1 << 20
 _HEADER_BYTES, _HEADER_BYTES_PER_TENSOR = 4096, 512
 _AGAIN, _TRAIN, _CALIBRATE = "copy the probe set again", "train the probe again", "calibrate the set again"
@@ -44,9 +44,9 @@ class Verified:
 
     manifest: Manifest
     size_bytes: int
-    """of the weights"""
+    """Size of the weights."""
     levels_sha256: str
-    """over all that its levels and neurons are; empty: it has none"""
+    """Digest over all that its levels and neurons are. If empty, it has none."""
 
     @property
     def summary(self) -> ProbeSetSummary:
@@ -71,7 +71,7 @@ class _Promise:
     dtype: str
     shape: tuple[int, ...]
     find_problem: Callable[[Iterator[np.ndarray[Any, Any]]], str]
-    """of its values, given in pieces; empty: they are right"""
+    """Returns what is wrong with its values, given in pieces. Empty means that they are right."""
     remedy: str
     is_optional: bool = False
     is_level: bool = False
@@ -147,6 +147,7 @@ def _make_promises(manifest: Manifest) -> dict[str, _Promise]:
     def promise(
         name: str, dtype: str, shape: tuple[int, ...], find: Callable[[Iterator[np.ndarray[Any, Any]]], str], is_optional: bool = False
     ) -> None:
+        """Note a tensor of the levels that the manifest promises."""
         promises[name] = _Promise(dtype=dtype, shape=shape, find_problem=find, remedy=_CALIBRATE, is_optional=is_optional, is_level=True)
 
     for level in manifest.levels:

@@ -68,6 +68,7 @@ class Gate(grpc.aio.ServerInterceptor):
         is_stream = handler.request_streaming or handler.response_streaming
 
         async def run(raw: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> Any:
+            """Let one call in, read its first message, and answer it."""
             async with answering(context), self._let_in(method, is_stream, context):
                 messages, parse = aiter(raw), functools.partial(_parse, deserialize=handler.request_deserializer)
                 first = await self._read_first(messages)

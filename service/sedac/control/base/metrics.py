@@ -94,6 +94,7 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
         metrics, inner = self._metrics, handler.unary_unary or handler.unary_stream or handler.stream_stream or handler.stream_unary
 
         async def stream(request: Any, context: grpc.aio.ServicerContext) -> None:
+            """Answer one call with a stream, and count it."""
             with metrics.observe(service, method, context):
                 if inspect.isasyncgenfunction(inner):
                     async with contextlib.aclosing(inner(request, context)) as responses:
@@ -103,6 +104,7 @@ class MetricsInterceptor(grpc.aio.ServerInterceptor):
                     await inner(request, context)
 
         async def unary(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            """Answer one call, count it and measure its time."""
             with metrics.observe(service, method, context), metrics.seconds.labels(service, method).time():
                 return await inner(request, context)
 

@@ -25,7 +25,7 @@ _OTHER_PATH = "name another file in SEDAC_CONTROL_DATABASE"
 Step = tuple[str, ...]
 
 APPLICATION_ID = 0x53444143
-"""`PRAGMA application_id` of the databases that are ours: "SDAC" in ASCII"""
+"""Value of `PRAGMA application_id` in the databases that are ours: "SDAC" in ASCII."""
 
 _VERSION_1: Step = (
     """CREATE TABLE IF NOT EXISTS revisions (

@@ -31,9 +31,9 @@ class ControlSettings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     """Address of the Prometheus endpoint."""
     metrics_port: int = Field(default=9464, ge=0, le=65535)
-    """Prometheus port; 0: none"""
+    """Port of the Prometheus endpoint. 0 means that there is none."""
     database: Path = Path("var/control.sqlite3")
-    """SQLite file of the revisions; made with its directory"""
+    """SQLite file of the revisions. It is made with its directory."""
     keep_revisions: int = Field(default=KEEP_REVISIONS, ge=10)
     """How many of the newest revisions are kept; older ones only as long as a roll-out or the guard needs them."""
     probe_sets: Path | None = None
@@ -49,11 +49,11 @@ class ControlSettings(BaseSettings):
     max_message_bytes: int = Field(default=(1 << 20) + (1 << 16), ge=1 << 12)
     """Bytes; largest gRPC message taken; a chunk of a probe set has up to 1 MiB."""
     tls_cert: Path | None = None
-    """PEM file of the service's certificate, with its chain; read again when it changes"""
+    """PEM file of the service's certificate, with its chain. It is read again when it changes."""
     tls_key: Path | None = None
-    """PEM file of its key, unencrypted; read again when it changes"""
+    """PEM file of the key of that certificate, unencrypted. It is read again when it changes."""
     tls_client_ca: Path | None = None
-    """PEM file of the authorities whose certificates callers must show (mTLS); unset: nobody is asked for one"""
+    """PEM file of the authorities whose certificates callers must show (mTLS). If unset, nobody is asked for one."""
     principals: Path | None = None
     """Who may call, in which role: one JSON object per line; read again when it changes; unset: everybody may do everything."""
     insecure: bool = False

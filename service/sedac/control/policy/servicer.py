@@ -102,6 +102,7 @@ class ControlServicer(WatchServicer):
         _check_lengths(comment=sent.comment, request_id=request.request_id, probe_set=sent.probe_set)
 
         def make(newest: Revision | None) -> Policy:
+            """Return the newest policy with the request's fields."""
             return _merge(newest.policy if newest else Policy(), request)
 
         if not request.validate_only:
@@ -118,6 +119,7 @@ class ControlServicer(WatchServicer):
         _check_lengths(comment=request.comment, request_id=request.request_id)
 
         def make(_: Revision | None) -> Policy:
+            """Return the policy of the revision that was asked for."""
             return self._store.get(request.revision).policy
 
         comment = request.comment or f"rollback to revision {request.revision}"

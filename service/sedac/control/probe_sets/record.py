@@ -26,7 +26,7 @@ class StoredProbeSet:
     levels: tuple[str, ...]
     author: str
     created: datetime.datetime
-    """UTC"""
+    """Time of its creation, in UTC."""
 
     @classmethod
     def from_row(cls, row: Row) -> Self:

@@ -37,7 +37,7 @@ class Revision:
     author: str
     comment: str
     created: datetime.datetime
-    """UTC"""
+    """Time of its creation, in UTC."""
 
     def to_proto(self) -> control_pb2.Policy:
         """Write the revision as the contract shows it."""

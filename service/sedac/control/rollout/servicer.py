@@ -79,6 +79,7 @@ class RolloutServicer(rollouts_pb2_grpc.RolloutsServicer):
         """Keep the share and stop the analysis."""
 
         async def pause(rollout: Rollout, request: rollouts_pb2.ChangeRolloutRequest, caller: Caller) -> Rollout:
+            """Pause the roll-out, and store that."""
             after = rollout.pause(_tell("paused", request, caller))
             return await self._changes.change_rollout(rollout, after, "PauseRollout", caller, request.comment)
 
@@ -88,6 +89,7 @@ class RolloutServicer(rollouts_pb2_grpc.RolloutsServicer):
         """Go on from the same share with a new interval."""
 
         async def resume(rollout: Rollout, request: rollouts_pb2.ChangeRolloutRequest, caller: Caller) -> Rollout:
+            """Resume the roll-out, and store that."""
             after = rollout.resume(_tell("resumed", request, caller), self._driver.list_engines())
             return await self._changes.change_rollout(rollout, after, "ResumeRollout", caller, request.comment)
 
@@ -97,6 +99,7 @@ class RolloutServicer(rollouts_pb2_grpc.RolloutsServicer):
         """Give all requests back to the policy in force."""
 
         async def abort(rollout: Rollout, request: rollouts_pb2.ChangeRolloutRequest, caller: Caller) -> Rollout:
+            """End the roll-out, and store that."""
             after = rollout.end("aborted", _tell("aborted", request, caller))
             return await self._changes.change_rollout(rollout, after, "AbortRollout", caller, request.comment)
 

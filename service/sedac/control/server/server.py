@@ -151,6 +151,7 @@ class ControlServer:
             raise ConfigError(f"metrics port {host}:{port} can't be listened on ({error}); change SEDAC_CONTROL_METRICS_PORT") from error
 
         def close() -> None:
+            """Stop the metrics endpoint."""
             server.shutdown()
             server.server_close()
 

@@ -31,49 +31,49 @@ class Left(NamedTuple):
     """What a pass left in which something was reduced or decided."""
 
     saved_T: Array
-    """float32: MLPs saved per token"""
+    """MLPs saved per token, float32."""
     done_T: Array
-    """uint8: 1 where a decision was final"""
+    """Is 1 where a decision was final, uint8."""
     risk_CT: Array
-    """float32, NaN where not evaluated"""
+    """Risks, float32. NaN where not evaluated."""
     counts_SC2: list[Any] | None = None
-    """each side's totals (evaluated, exited) after the pass; None: as its buffers say now"""
+    """Totals (evaluated, exited) of each side after the pass. If None, its buffers have them now."""
 
 
 Count = Callable[["Tokens | None", Left | None], None]
-"""takes a pass's tokens (None: nothing could be reduced) and what it left (None: nothing was)"""
+"""Takes a pass's tokens (None where nothing could be reduced) and what it left (None where nothing was reduced)."""
 Action = Callable[..., None]
-"""takes its arguments, and behind them the MLPs saved per token (T,) of a pass, None: none"""
+"""Takes its own arguments, and behind them the MLPs saved per token (T,) of a pass, or None where none were saved."""
 
 
 class Checkpoint(Protocol):
     """What a decoder layer with a checkpoint says of it."""
 
     layer: int
-    """of the decoder, 0-based"""
+    """Number of the decoder layer, 0-based."""
     name: str
-    """of the decoder layer in the model"""
+    """Name of the decoder layer in the model."""
     index: int
-    """among the checkpoints, 0-based"""
+    """Number among the checkpoints, 0-based."""
     is_recorded: bool
-    """whether the state itself must see the stream"""
+    """Whether the state itself must see the stream."""
 
 
 class GatedMlp(ABC):
     """What a backend keeps of one MLP, held by the module as `mlp.sedac`; `module` is (T, D) -> (T, D), row by row."""
 
     kind_V: Tensor
-    """uint8, after `finish`: kind of each level as this MLP computes it"""
+    """Kind of each level as this MLP computes it, uint8. It is there after `finish`."""
     parameter_V: Tensor
-    """fp32, after `finish`; written in place it takes effect at the next pass"""
+    """Parameter of each level, fp32. It is there after `finish`, and what is written in place takes effect at the next pass."""
     needs_warm_up = True
-    """whether vLLM's own code computes it, some of which is compiled by size when it first runs"""
+    """Whether vLLM's own code computes it, some of which is compiled by size when it first runs."""
 
     def __init__(self, backend: Backend, module: Any, name: str, layer: int) -> None:
         self.backend, self.module, self.name, self.layer = backend, module, name, layer
         base: Any = type(module)
         self.base: Callable[[Tensor], Tensor] = functools.partial(base.forward, module)
-        """the module as vLLM has it"""
+        """The module's forward, as vLLM has it."""
 
     def gate(self, make_class: Callable[[Any], type[nn.Module]]) -> None:
         """Put the module under this object: it keeps its weights and names and gets the class that `make_class` makes of its own."""
@@ -100,20 +100,20 @@ class DraftLayer:
     """One decoder layer of a draft, part by part."""
 
     layer: Any
-    """holds the norms before the parts"""
+    """The decoder layer, which holds the norms before the parts."""
     attention: Any
-    """None: left out"""
+    """None where the draft leaves it out."""
     mlp: Any
-    """None: left out"""
+    """None where the draft leaves it out."""
     is_head: bool
-    """whether it is the draft's own"""
+    """Whether the layer is the draft's own."""
 
 
 class DraftPass(Protocol):
     """A draft's layers as one operation."""
 
     num_outputs: int
-    """logits per row; 0: `run` gives states, and the model's own lm_head must follow"""
+    """Logits per row. 0 means that `run` gives states, and that the model's own lm_head must follow."""
 
     def run(self, ids_N: Tensor, positions_N: Tensor, metadata: Any) -> Tensor:
         """Return logits (N, V), or normed states (N, D), of one new token per sequence; `metadata`: of attention, as vLLM builds it."""
@@ -126,11 +126,11 @@ class Backend(ABC):
     """One model's computing; see the module's docstring for who calls what, and when."""
 
     label: ClassVar[str]
-    """of its kernels, in the log"""
+    """Name of its kernels in the log."""
     kinds: ClassVar[frozenset[str]]
-    """names of the kinds of levels that it computes"""
+    """Names of the kinds of levels that it computes."""
     observes_idle: ClassVar[bool] = False
-    """whether checkpoints run between two steps too, where passes warm up or are captured"""
+    """Whether checkpoints run between two steps too, where passes warm up or are captured."""
 
     def __init__(self, buffers: TokenBuffers, table: LevelTable, sides: Sequence[SideBuffers], counts_SC2: Tensor, count: Count) -> None:
         """`counts_SC2` (int64) holds the sides' counts, one behind the other; `count` is called once for each pass, in their order.
@@ -147,9 +147,9 @@ class Backend(ABC):
         self.buffers, self.table, self.sides = buffers, table, tuple(sides)
         self._counts_SC2, self._count = counts_SC2, count
         self.is_active = False
-        """whether any token of the running pass is or may get reduced"""
+        """Whether any token of the running pass is or may get reduced."""
         self.num_tokens = 0
-        """of the running step; 0 between steps"""
+        """Tokens of the running step. 0 between steps."""
         self.mlps: list[GatedMlp] = []
 
     @abstractmethod
@@ -211,6 +211,7 @@ class Backend(ABC):
         self.is_active = True
 
         def end() -> None:
+            """Put the buffers back to rest."""
             buffers.role_T[:num_tokens] = roles_T
             buffers.level_T[:num_tokens], buffers.saved_T[:num_tokens] = 0, 0
             buffers.active.zero_()

@@ -20,7 +20,7 @@ from sedac.engine.vllm.parts import Attention, RMSNorm, find_handler
 
 _NONE = torch.empty(0)
 _LAYERS = ("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer")
-"""vLLM's decoder layers that have no parts beside those above"""
+"""Classes of vLLM's decoder layers that have no parts beside those of the usual form."""
 
 
 class CpuDraftPass:
@@ -36,7 +36,7 @@ class CpuDraftPass:
         self._norm, self._eps = _get_norm(norm, "norm")
         self._head = _get_head(target)
         self.num_outputs = target.config.vocab_size if self._head.numel() else 0
-        """logits per row; 0: `run` gives states, and the model's own lm_head must follow"""
+        """Logits per row. 0 means that `run` gives states, and that the model's own lm_head must follow."""
         parts = [_describe(layer, gated=gated) for layer in layers]
         torch.ops.sedac.draft_clear()
         for tensors, sizes, numbers, isa in parts:

@@ -22,6 +22,7 @@ def _with_kernels(gated: Any) -> type[nn.Module]:
     base = gated.__bases__[0]
 
     def forward(self: Any, x_TD: Tensor) -> Tensor:
+        """Leave the MLP out where all rows skip it, else compute it as the base class does."""
         if not torch.compiler.is_compiling() and self.sedac.backend.is_active:
             skipped: Tensor | None = torch.ops.sedac.skip_all(x_TD, self.sedac.layer)
             if skipped is not None:
@@ -57,9 +58,9 @@ class CpuMlp(TorchMlp):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.has_kernels = False
-        """whether the operators compute it, after `finish`"""
+        """Whether the operators compute it, known after `finish`."""
         self.handlers: dict[str, Tensor | None] = {}
-        """oneDNN's, by part"""
+        """Handlers of oneDNN, by part."""
         super().__init__(*arguments, **keywords)
 
     def replace_methods(self) -> None:

@@ -24,7 +24,7 @@ class LevelTable:
     def __init__(self, num_layers: int, levels: Sequence[Level], shares: Sequence[float], intermediate_size: int, device: torch.device) -> None:
         self.names = (FULL, SKIP, *(level.name for level in levels))
         self.kind_names = {FULL: FULL, SKIP: SKIP, **{level.name: level.reduction for level in levels}}
-        """by level"""
+        """Names of the kinds, by level."""
         self.kind_LV = torch.zeros(num_layers, MAX_LEVELS, dtype=torch.uint8)
         self.parameter_LV = torch.zeros(num_layers, MAX_LEVELS, dtype=torch.float32)  # dtype given: models are built under their own default
         self.share_V = torch.zeros(MAX_LEVELS, dtype=torch.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sedac.probe.levels import Neurons
 
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
-"""the kernels' number of each activation"""
+"""Number that the kernels have for each activation."""
 
 
 @dataclass(kw_only=True)
@@ -23,11 +23,11 @@ class NeuronWeights:
     gate_FD: Tensor
     up_FD: Tensor
     down_FD: Tensor
-    """row n is the neuron's column of the down projection, repaired where the probe set says so"""
+    """Each row is its neuron's column of the down projection, repaired where the probe set says so."""
     scale_F: Tensor
-    """fp32, in order of importance: score = abs(gate) * scale"""
+    """Scales in order of importance, fp32. The score is abs(gate) * scale."""
     order_F: Tensor
-    """int64: the model's own neuron (of this rank) of each row"""
+    """The model's own neuron (of this rank) of each row, int64."""
     repaired: bool
     activation: str
     scores_activation: bool

@@ -24,14 +24,15 @@ class ProbeBuffer:
 
     def __init__(self, hidden_size: int, max_rank: int, device: torch.device) -> None:
         def make(*shape: int) -> Tensor:
+            """Return zeros on the device, fp32."""
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self.down_RD, self.norm_weight_R, self.norm_bias_R = make(max_rank, hidden_size), make(max_rank), make(max_rank)
         self.out_weight_1R, self.out_bias = make(1, max_rank), make(1)
         self.rank = torch.zeros(1, dtype=torch.int64, device=device)
-        """leading rows in use; 0: no probe"""
+        """Number of leading rows in use. 0 means that there is no probe."""
         self.probe: LREProbe | None = None
-        """reads the rows in use, where they lie"""
+        """The probe, which reads the rows in use where they lie."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -59,11 +60,11 @@ class SideBuffers:
 
     def __init__(self, number: int, layout: Layout, knobs_CK: Tensor, counts_C2: Tensor, device: torch.device) -> None:
         self.number = number
-        """0: the policy in force; 1: the candidate"""
+        """Number of the side: 0 is the policy in force, 1 the candidate."""
         self.role = OF_CANDIDATE * number
-        """bit of its tokens' roles"""
+        """Bit of the side in its tokens' roles."""
         self.knobs_CK, self.counts_C2 = knobs_CK, counts_C2
-        """threshold, weight, target; evaluated, exited since the worker started"""
+        """Threshold, weight and target per checkpoint, and the counts of evaluated and exited tokens since the worker started."""
         self.probes = [ProbeBuffer(layout.hidden_size, layout.max_rank, device) for _ in layout.checkpoint_layers]
         self.rule: Rule
         self.scope: Scope

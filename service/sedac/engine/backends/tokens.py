@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 DECIDES, SOFT, OBSERVED, OF_CANDIDATE = 1, 2, 4, 8
-"""bits of a token's role: checkpoints decide about it; softly; its risk is only looked at; by the candidate of a roll-out"""
+"""Bits of a token's role: checkpoints decide about it, they do so softly, its risk is only looked at, a roll-out's candidate serves it."""
 
 Array = np.ndarray[Any, Any]
 
@@ -25,17 +25,17 @@ class Tokens:
     """What the step's tokens may get; arrays of length T."""
 
     role_T: Array
-    """uint8, DECIDES | SOFT | OBSERVED | OF_CANDIDATE"""
+    """Role of each token, uint8: DECIDES | SOFT | OBSERVED | OF_CANDIDATE."""
     floor_T: Array
-    """uint8: level at the first layer"""
+    """Level at the first layer, uint8."""
     goal_T: Array
-    """uint8: level when confident"""
+    """Level when confident, uint8."""
     scale_T: Array
-    """float32: multiplies the thresholds"""
+    """Factor on the thresholds, float32."""
     tier_T: Array
-    """int: row of the tier counters"""
+    """Row of the tier counters, int."""
     decides_T: Array = field(init=False)
-    """bool"""
+    """Whether checkpoints decide about the token, bool."""
     num_decides: int = field(init=False)
     has_floor: bool = field(init=False)
     tier_counts: Array = field(init=False)
@@ -52,24 +52,25 @@ class TokenBuffers:
 
     def __init__(self, num_checkpoints: int, max_num_tokens: int, device: torch.device) -> None:
         def make(dtype: torch.dtype, *shape: int, fill: float = 0) -> Tensor:
+            """Return a tensor on the device, filled with one value."""
             return torch.full(shape, fill, dtype=dtype, device=device)
 
         self.level_T = make(torch.uint8, max_num_tokens)
-        """of the layers from here on; rows past the step's tokens stay 0"""
+        """Level in the layers from here on. Rows past the step's tokens stay 0."""
         self.role_T, self.done_T, self.goal_T = (make(torch.uint8, max_num_tokens) for _ in range(3))
         self.scale_T, self.confidence_T = (make(torch.float32, max_num_tokens) for _ in range(2))
         self.saved_T = make(torch.float32, max_num_tokens)
-        """MLPs saved so far in this step, in full MLPs of the token"""
+        """MLPs saved so far in this step, in full MLPs of the token."""
         self.risk_CT = make(torch.float32, num_checkpoints, max_num_tokens, fill=float("nan"))
-        """NaN: not evaluated"""
+        """Risks. NaN where not evaluated."""
         self.active = make(torch.uint8, 1)
         self._written = [self.level_T, self.role_T, self.goal_T, self.scale_T]
         self._cleared = [self.level_T, self.done_T, self.confidence_T, self.saved_T]
         self._read = [self.saved_T, self.done_T, self.risk_CT]
         self._arrays = {id(t): t.numpy() for t in self.tensors} if device.type == "cpu" else {}
-        """the very memory, as the host sees it on the CPU"""
+        """On the CPU, the same memory as the host sees it, by tensor."""
         self._num_rows = 0
-        """that the last step wrote"""
+        """Number of rows that the last step wrote."""
 
     @property
     def tensors(self) -> list[Tensor]:

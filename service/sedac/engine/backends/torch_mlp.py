@@ -26,7 +26,7 @@ from sedac.engine.vllm.parts import (
 from sedac.probe.levels import Neurons
 
 _MLPS: dict[str, GatedMlp] = {}
-"""by module name; operators can carry names, not objects"""
+"""MLPs by module name, because operators can carry names, not objects."""
 
 
 def _gated_mlp(x_TD: Tensor, level_T: Tensor, mlp_name: str) -> Tensor:
@@ -44,6 +44,7 @@ direct_register_custom_op("sedac_gated_mlp", _gated_mlp, fake_impl=_gated_mlp_fa
 @functools.cache
 def _gated(base: Any) -> type[nn.Module]:
     def forward(self: Any, x_TD: Tensor) -> Tensor:
+        """Compute the MLP, every row at its level."""
         if torch.compiler.is_compiling():
             out_TD: Tensor = torch.ops.vllm.sedac_gated_mlp(x_TD, self.sedac_level_T, self.sedac.name)
             return out_TD
@@ -73,7 +74,7 @@ class TorchMlp(GatedMlp):
     def __init__(self, backend: Backend, module: Any, name: str, layer: int, source: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
         super().__init__(backend, module, name, layer)
         self.neurons: NeuronWeights | None = None
-        """where the probe set has reduced levels, after `finish`"""
+        """Weights by neuron. They are there after `finish`, where the probe set has reduced levels."""
         self._source, self._scores_activation, self._whole_rows = source, scores_activation, lora
         self._copies: dict[str, Tensor] = {}
         _MLPS[name] = self

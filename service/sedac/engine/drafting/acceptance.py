@@ -10,9 +10,9 @@ from __future__ import annotations
 
 _NUM_BUCKETS = 16
 _PRIOR = 4.0
-"""outcomes' worth of the belief at the start, that confidence is the acceptance"""
+"""Number of outcomes that the belief at the start counts for, that confidence is the acceptance."""
 _MOST = 400.0
-"""outcomes remembered of each bucket; older ones fade"""
+"""Most outcomes remembered of each bucket. Older ones fade."""
 
 
 class Acceptance:
@@ -20,7 +20,7 @@ class Acceptance:
 
     def __init__(self) -> None:
         self.expected = [(i + 0.5) / _NUM_BUCKETS for i in range(_NUM_BUCKETS)]
-        """by bucket"""
+        """Expected acceptance, by bucket."""
         self._counts = [_PRIOR] * _NUM_BUCKETS
 
     def get(self, confidence: float) -> float:

@@ -22,7 +22,7 @@ class DraftAttention:
         wanted = set(layer_names)
         self._runner = runner
         self._groups: list[tuple[int, Any, list[str]]] = []
-        """number of the KV cache group, metadata builder, names of the layers"""
+        """Number of the KV cache group, metadata builder and names of the layers, per group."""
         for number, groups in enumerate(runner.attn_groups):
             for group in groups:
                 names = [name for name in group.layer_names if name in wanted]

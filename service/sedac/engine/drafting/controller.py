@@ -20,20 +20,20 @@ from dataclasses import dataclass, field
 from sedac.contract.stats import ControllerStats
 
 _PACE = 0.02
-"""weight of the newest step in the moving averages"""
+"""Weight of the newest step in the moving averages."""
 _FIRST_STEPS = 4
-"""plain steps before the first draft: their cost is what drafting is held against"""
+"""Plain steps before the first draft. Drafting is held against their cost."""
 _TRIAL_STEPS, _MIN_TRIAL_STEPS = 12, 4
-"""of one sequence; more sequences need fewer steps"""
+"""Steps of a trial with one sequence, and the least with more sequences, which need fewer steps."""
 _PLAIN_EVERY, _PLAIN_STEPS = 256, 1
-"""while drafting pays: look again at what a plain step costs"""
+"""While drafting pays: steps until the cost of plain steps is looked at again, and plain steps of such a look."""
 _PLAIN_KEPT = 15
 _MIN_PAUSE, _MAX_PAUSE = 40, 640
-"""steps without drafting after a trial that did not pay, doubled each time: the first is made again whole, for first drafts are slow ones"""
+"""Pause after a trial that did not pay, in steps: first and longest, doubled each time. The first is made again whole, as first drafts are slow."""
 _COLD_STEPS = 1
-"""that verify drafts and are left out of the costs: the first of a size"""
+"""Number of first steps of a size that verify drafts and are left out of the costs."""
 _MIN_GAIN, _LEAST_GAIN = 1.01, 0.99
-"""drafting begins where its rate is at least the first times the plain rate, and goes on until it is below the second"""
+"""Drafting begins where its rate is at least the first times the plain rate, and goes on until it is below the second."""
 
 
 @dataclass
@@ -73,13 +73,13 @@ class Limits:
     """What one step may draft."""
 
     max_tokens: int
-    """per sequence; 0: none"""
+    """Limit of draft tokens per sequence. 0 means none."""
     min_confidence: float
-    """product of the drafts' confidences below which a sequence stops"""
+    """A sequence stops when the product of its drafts' confidences falls below it."""
     min_sum: float = 0.0
-    """sum of those products over the sequences below which all stop"""
+    """All sequences stop when the sum of those products over the sequences falls below it."""
     is_adaptive: bool = False
-    """the products are of expected acceptances (acceptance.py), not of confidences as they are"""
+    """Whether the products are of expected acceptances (acceptance.py), not of confidences as they are."""
 
 
 @dataclass(kw_only=True)
@@ -87,26 +87,26 @@ class Model:
     """Costs and rates of one size of batch; seconds."""
 
     num_trials: int
-    """steps of a trial"""
+    """Number of steps of a trial."""
     plain: Usual = field(default_factory=Usual)
-    """a step that verified nothing, which gives each sequence one token"""
+    """Seconds of a step that verified nothing, which gives each sequence one token."""
     step: Mean = field(default_factory=Mean)
-    """a step that verified drafts, without the time of drafting"""
+    """Seconds of a step that verified drafts, without the time of drafting."""
     draft_pass: Mean = field(default_factory=Mean)
     drafted_tokens: Mean = field(default_factory=Mean)
-    """output tokens of a sequence in such a step"""
+    """Output tokens of a sequence in such a step."""
     drafted_seconds: Mean = field(default_factory=Mean)
-    """all of such a step"""
+    """Seconds of all of such a step."""
     rows: Mean = field(default_factory=Mean)
-    """rows verified beyond one per sequence"""
+    """Rows verified beyond one per sequence."""
     confidence: Mean = field(default_factory=Mean)
-    """expected acceptance of a draft token"""
+    """Expected acceptance of a draft token."""
     state: str = "measuring"
     steps_left: int = _FIRST_STEPS
     pause: int = _MIN_PAUSE // 2
     cold_steps_left: int = _COLD_STEPS
     trials_left: int = 0
-    """steps of the next trial; after one that did not pay they are made one at a time"""
+    """Steps left of the next trial. After a trial that did not pay they are made one at a time."""
 
     @property
     def gain(self) -> float:

@@ -38,12 +38,12 @@ class _Step:
     num_tokens: int
     positions_T: Tensor
     slots_T: Tensor | None
-    """of the head's layer; None where it has no cache"""
+    """Cache slots of the tokens in the head's layer. None where it has no cache."""
     request_ids: list[str]
     num_rows: int
     is_decode: bool
     num_drafts: list[int]
-    """verified, by row"""
+    """Number of drafts verified, by row."""
 
 
 class Drafter:
@@ -79,9 +79,9 @@ class Drafter:
         self._step: _Step | None = None
         self._generators: dict[str, torch.Generator] = {}
         self._acceptance = {samples: Acceptance() for samples in (False, True)}
-        """by whether tokens are sampled"""
+        """Expected acceptance, by whether tokens are sampled."""
         self._unverified: dict[str, tuple[bool, list[float]]] = {}
-        """by request: whether its drafts were sampled, and their confidences"""
+        """Whether a request's drafts were sampled, and their confidences, by request."""
         self._ended = 0.0
         self._last_ids: set[str] = set()
         self._draft_seconds, self._num_passes = 0.0, 0
@@ -218,6 +218,7 @@ class Drafter:
         samples = [False] * len(rows) if sampling is None else (sampling.temperature_N > 0).tolist()
 
         def expect(is_sampled: bool, confidence: float) -> float:
+            """Return the expected acceptance of a draft token, or its confidence where limits are not adaptive."""
             return self._acceptance[is_sampled].get(confidence) if limits.is_adaptive else confidence
 
         drafted = self.passes.run(

@@ -25,11 +25,11 @@ class Draws:
     """Sampling parameters of the drafting sequences."""
 
     temperature_N: Tensor
-    """0: greedy"""
+    """Temperatures of the sequences. 0 means greedy."""
     top_k_N: Tensor | None
     top_p_N: Tensor | None
     generators: dict[int, torch.Generator]
-    """of the sequences with a seed, by number"""
+    """Generators of the sequences with a seed, by number."""
 
     @classmethod
     def from_batch(cls, sampling: Any, rows: list[int], num_reqs: int, generators: dict[int, torch.Generator]) -> Draws | None:
@@ -39,6 +39,7 @@ class Draws:
         index_N = None if len(rows) == num_reqs else torch.tensor(rows, device=sampling.temperature.device)
 
         def take(values: Tensor | None) -> Tensor | None:
+            """Return the values at the drafting rows; None: there are none."""
             return values if values is None or index_N is None else values[index_N]
 
         temperature_N = take(sampling.temperature)

@@ -45,12 +45,12 @@ class Drafted:
 
     tokens: list[list[int]]
     confidences: list[list[float]]
-    """of the tokens, 0..1"""
+    """Confidences of the tokens, 0 to 1."""
     probs_NKV: Tensor | None = None
-    """what they were drawn from, fp32; None: all sequences are greedy"""
+    """Distributions that the tokens were drawn from, fp32. None where all sequences are greedy."""
     num_passes: int = 0
     expected: list[float] = field(default_factory=list)
-    """acceptance expected of each token, of all sequences"""
+    """Expected acceptance of each token, of all sequences."""
 
 
 class Passes:
@@ -76,7 +76,7 @@ class Passes:
         device = next(target.parameters()).device
         self.head: HeadLayer | None = None
         self._pass: DraftPass | None = None
-        """the backend's own; None: passes run as vLLM's modules"""
+        """Draft pass of the backend's own. None where passes run as vLLM's modules."""
         with set_current_vllm_config(vllm_config), set_default_torch_dtype(config.dtype), device, set_model_tag("sedac_draft"):
             norm: nn.Module | None = None
             if manifest.kind != REDUCED:

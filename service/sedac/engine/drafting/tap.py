@@ -28,6 +28,7 @@ direct_register_custom_op("sedac_tap", _tap, mutates_args=["kept_TD"], fake_impl
 @functools.cache
 def _with_tap(base: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, and keep the residual stream after it."""
         hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
             # the sum in fp32, for the reason given in engine/step/checkpoint.py

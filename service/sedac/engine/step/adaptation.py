@@ -32,7 +32,7 @@ class Adapter:
         self._rates: dict[int, float] = {}
         self._recent: list[np.ndarray[Any, Any]] = [np.zeros(0, dtype=np.float32) for _ in range(num_checkpoints)]
         self._asked: list[float] = [0.0] * num_checkpoints
-        """quantile that each threshold follows: its rate, corrected"""
+        """Quantile that each threshold follows: its rate, corrected."""
         self._num_steps = 0
         self._fresh = False
 

@@ -16,7 +16,7 @@ from sedac.engine.step.state import State
 from sedac.engine.vllm.parts import direct_register_custom_op
 
 _STATES: dict[str, State] = {}
-"""by layer name; operators can carry names, not objects"""
+"""States by layer name, because operators can carry names, not objects."""
 
 
 def _checkpoint(stream_TD: Tensor, level_T: Tensor, layer: int, layer_name: str) -> None:
@@ -39,12 +39,13 @@ class Checkpoint:
         self.layer, self.name, self.state = layer, name, state
         self.index = state.index_of_layer[layer]
         self.is_recorded = state.recorder is not None
-        """whether the state itself must see the stream"""
+        """Whether the state itself must see the stream."""
 
 
 @functools.cache
 def _with_checkpoint(base: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, and hand the residual stream after it to the state."""
         hidden_TD, residual_TD = base.forward(self, *args, **kwargs)
         checkpoint: Checkpoint = self.sedac
         if torch.compiler.is_compiling():

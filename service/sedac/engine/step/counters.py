@@ -18,9 +18,9 @@ class Counters:
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = self.num_decode_tokens = 0
         self.num_torn_steps = 0
-        """in which the policy changed"""
+        """Number of steps in which the policy changed."""
         self.num_saved = 0.0
-        """MLPs, in full ones of a token"""
+        """MLPs saved, in full MLPs of a token."""
         self._tier_rows: dict[str, int] = {}
         self._tier_totals: Array = np.zeros((0, 3))
 

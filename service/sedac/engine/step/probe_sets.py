@@ -33,10 +33,10 @@ class _Entry:
     state: Literal["loading", "ready", "failed"] = "loading"
     problem: str = ""
     summary: ProbeSetSummary | None = None
-    """of whatever could be read, also where it does not fit"""
+    """Summary of whatever could be read, also where it does not fit."""
     loaded: Loaded | None = None
     is_fresh: bool = True
-    """asked for since the last policy came into force"""
+    """Whether it was asked for since the last policy came into force."""
 
 
 @dataclass(kw_only=True)

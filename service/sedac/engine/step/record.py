@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 _LOGIT_ROWS = 256  # bounds the fp32 logits held at once
 NO_TOKEN = -1
-"""in place of the next token where the request has none yet"""
+"""Stands in place of the next token where the request has none yet."""
 
 
 class Recorder:
@@ -26,9 +26,9 @@ class Recorder:
         """`keeps_final`: entries hold streams and final states in bf16, and nothing of logits or neurons."""
         self.top_k, self.keeps_final = top_k, keeps_final
         self.layers: frozenset[int] | None = None
-        """whose streams are kept; None: those of all checkpoints"""
+        """Layers whose streams are kept. None means those of all checkpoints."""
         self.left_out: dict[int, str] = {}
-        """layers without neuron statistics, and why"""
+        """Layers without neuron statistics, and why."""
         self._entries: list[dict[str, Any]] = []
         self._streams: dict[int, Tensor] = {}
         self._up_F: dict[int, Tensor] = {}
@@ -52,11 +52,13 @@ class Recorder:
             return
 
         def see_up(module: Any, inputs: Any, output: Any) -> None:
+            """Add what the up projection gives to the sums."""
             if num_rows := count_rows():
                 up_TF = (output[0] if isinstance(output, tuple) else output)[:num_rows].chunk(2, dim=-1)[1]
                 _add(self._up_F, layer, up_TF)
 
         def see_hidden(module: Any, inputs: Any) -> None:
+            """Add what the down projection takes to the sums."""
             if num_rows := count_rows():
                 _add(self._hidden_F, layer, inputs[0][:num_rows])
 

@@ -33,17 +33,17 @@ class _Request:
     level: str | None
     scale: float
     certificate: str
-    """its knobs' digest, as promised; empty: uncertified, from the start or since other knobs were in force"""
+    """Digest of its knobs, as promised. Empty where it is uncertified, from the start or since other knobs were in force."""
     rollout: int = 0
-    """whose candidate shall serve it while it is in force; 0: none"""
+    """Number of the roll-out whose candidate shall serve it while it is in force. 0 means none."""
     version: int = -1
-    """of what is in force, for which the fields below were resolved"""
+    """Version of what is in force, for which the fields below were resolved."""
     revision: int = 0
     side: Side | None = None
     probe_set_sha256: str = ""
-    """of the certificate that it was first computed under"""
+    """Digest of the probe set of the certificate under which it was first computed."""
     may_draft: bool = True
-    """whether its sampling parameters and its own wish allow drafts"""
+    """Whether its sampling parameters and its own wish allow drafts."""
     tier_row: int = 0
     is_bounded: bool = False
     floor: int = 0
@@ -55,7 +55,7 @@ class _Request:
     prompt_risk: float = 0.0
     num_prompt_risks: int = 0
     difficulty: float | None = None
-    """factor on the thresholds from the prompt's own risk, once the prompt is over"""
+    """Factor on the thresholds from the prompt's own risk, known once the prompt is over."""
 
 
 class Requests:
@@ -109,6 +109,7 @@ class Requests:
         num_full = np.where([p.phase == "all" for p in policies], 0, np.clip(num_prompt - num_computed, 0, counts))
 
         def gather(values: Iterable[float], dtype: type) -> Array:
+            """Return each request's value, repeated for each of its rows."""
             return np.repeat(np.fromiter(values, dtype=dtype, count=len(requests)), counts)
 
         offset_T = np.arange(bounds[-1]) - np.repeat(bounds[:-1], counts)

@@ -19,7 +19,7 @@ from sedac.policy.layout import Layout
 from sedac.policy.model import CANDIDATE, STABLE, Policy
 
 SIDES = (STABLE, CANDIDATE)
-"""by number"""
+"""Names of the sides, by number."""
 _RATE_ALPHA = 0.05  # of the exit rates that status shows
 
 
@@ -30,9 +30,9 @@ class Side(SideBuffers):
         super().__init__(number, layout, knobs_CK, counts_C2, device)
         self.layout, self.policy = layout, Policy()
         self._probe_set: str | None = None
-        """digest of the set in the buffers; None: none yet"""
+        """Digest of the probe set in the buffers. None where there is none yet."""
         self._learned_from: str | None = None
-        """digest of the set whose risks the adapter and the difficulty know"""
+        """Digest of the probe set whose risks the adapter and the difficulty know."""
         self.adapter = Adapter(len(layout.checkpoint_layers))
         self.difficulty = Difficulty()
         self.has_thresholds = False

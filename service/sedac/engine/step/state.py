@@ -54,9 +54,9 @@ class State:
         self.recorder: Recorder | None = None
         self.revision = 0
         self.rollout = 0
-        """whose candidate is in force beside the policy; 0: none"""
+        """Number of the roll-out whose candidate is in force beside the policy. 0 means none."""
         self.version = 0
-        """counts what came into force"""
+        """Number of times that something came into force."""
         self.index_of_layer = {layer: i for i, layer in enumerate(layout.checkpoint_layers)}
         num_checkpoints = max(1, len(layout.checkpoint_layers))
         self.buffers = TokenBuffers(num_checkpoints, max_num_tokens, device)
@@ -67,9 +67,9 @@ class State:
         self.stable.configure(Policy(), self.probe_sets.attached)
         self._tokens: Tokens | None = None
         self.last_tokens: Tokens | None = None
-        """of the last step in which anything was decided or observed"""
+        """Tokens of the last step in which anything was decided or observed."""
         self.observed_tokens: Tokens | None = None
-        """of the last step whose results the host has read, with its risks (C, T), NaN where not evaluated"""
+        """Tokens of the last step whose results the host has read. Its risks are in `risk_CT` (C, T), NaN where not evaluated."""
         self.risk_CT: Array = np.zeros((num_checkpoints, 0), dtype=np.float32)
         self._step_version = 0
         self.counters = Counters()

@@ -31,7 +31,7 @@ class SedacWorker(runner.BaseWorker):
 
     sedac_state: State
     sedac_drafter: Drafter | None = None
-    """None: this engine drafts with another method of vLLM, or not at all"""
+    """None where this engine drafts with another method of vLLM, or not at all."""
 
     def init_device(self) -> Any:
         """Make the device and the runner ready."""

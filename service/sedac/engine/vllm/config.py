@@ -10,7 +10,7 @@ from sedac.errors import ConfigError
 from sedac.settings import MIN_WEIGHT_MIB, why_not_min_weight_mib
 
 CONFIG_KEY = "sedac"
-"""the entry of `--additional-config`; it enters vLLM's config hash, so that compiled graphs of another layout are not reused"""
+"""Entry of `--additional-config`. It enters vLLM's config hash, so that compiled graphs of another layout are not reused."""
 
 
 def find_entry(vllm_config: Any) -> dict[str, Any] | None:
@@ -24,26 +24,26 @@ class StaticConfig:
     """What can't change while the engine runs."""
 
     probe_set: str = ""
-    """directory of the probe set; may be empty only with `record` or `draft`"""
+    """Directory of the probe set. It may be empty only with `record` or `draft`."""
     checkpoint_layers: tuple[int, ...] = ()
-    """decoder layers, 0-based; empty: all that the probe set has"""
+    """Decoder layers with a checkpoint, 0-based. If empty, all that the probe set has."""
     levels: bool = True
-    """offer the probe set's reduced levels, not only `full` and `skip`"""
+    """Whether to offer the probe set's reduced levels, not only `full` and `skip`."""
     max_rank: int = 0
-    """largest rank of probes that can be swapped in later: two probes of it are held per checkpoint (fp32, rank x hidden size);
-    0: 128, or the attached set's rank where that is larger"""
+    """Largest rank of probes that can be swapped in later. Two probes of it are held per checkpoint (fp32, rank x hidden size).
+    0 means 128, or the attached set's rank where that is larger."""
     min_weight_mib: int = MIN_WEIGHT_MIB
-    """MLPs of fewer MiB on a rank keep their own products at few rows on a GPU, 0 to 65536; 0: none are too small"""
+    """An MLP of fewer MiB on a rank keeps its own products at few rows on a GPU. From 0, where none is too small, to 65536."""
     draft: str = ""
-    """directory of the draft of self-speculation; empty: none"""
+    """Directory of the draft of self-speculation. If empty, there is none."""
     draft_sha256: str = ""
-    """of its manifest, filled in by the drafter, so that compiled graphs of another draft are not reused"""
+    """Digest of the draft's manifest, filled in by the drafter, so that compiled graphs of another draft are not reused."""
     record: bool = False
-    """record streams at the checkpoints instead of serving decisions"""
+    """Whether to record streams at the checkpoints instead of serving decisions."""
     record_top_k: int = 8
-    """how many of the most likely next tokens to record with each token"""
+    """How many of the most likely next tokens to record with each token."""
     record_final: bool = False
-    """record the normed states that the lm_head reads, in place of what it says of them"""
+    """Whether to record the normed states that the lm_head reads, in place of what it makes of them."""
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> StaticConfig | None:

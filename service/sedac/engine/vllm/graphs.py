@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 NONE = "NONE"
-"""vLLM's name of the mode without graphs"""
+"""Name that vLLM gives to the mode without graphs."""
 WITHOUT_GRAPHS = '--compilation-config \'{"cudagraph_mode": "NONE"}\''
-"""the flag that serves without graphs, as a user types it"""
+"""The flag that serves without graphs, as a user types it."""
 _WITHOUT_PIECES = {"PIECEWISE": NONE, "FULL_AND_PIECEWISE": "FULL_DECODE_ONLY"}
-"""what becomes of a mode where the model isn't compiled in pieces"""
+"""What becomes of a mode where the model isn't compiled in pieces."""
 _NUMBERED = {0: NONE, 1: "PIECEWISE", 2: "FULL"}
 _USUAL_LEVEL = 2
 _COMPILED = ("VLLM_COMPILE", 3)
 _JETSON = ("/etc/nv_tegra_release", "/sys/class/tegra-firmware")
-"""machines of NVIDIA's whose driver may have no NVML"""
+"""Files of NVIDIA's machines whose driver may have no NVML."""
 
 
 def is_cuda(environ: Mapping[str, str] = os.environ) -> bool:

@@ -222,7 +222,7 @@ TOUCHES = (
     Touch(target="vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p", why="draws drafts by a request's own parameters",
           used_by=_DRAFTING, expects=(Takes("logits", "k", "p"),), where="worker"),
 )  # fmt: skip
-"""in the order in which they come into play"""
+"""All touches, in the order in which they come into play."""
 
 
 def check_all(*wheres: Where) -> list[Checked]:

@@ -45,6 +45,7 @@ def _refuse_engines(reason: str) -> None:
 
     @functools.wraps(finish)
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse a configuration that asks for SEDAC, and finish any other."""
         if find_entry(self) is not None:
             raise UnsupportedModel(reason)
         finish(self, *args, **kwargs)

@@ -47,11 +47,11 @@ class StepBatch:
 
     request_ids: list[str]
     bounds: Array
-    """(N + 1,): first rows of the requests, and the end"""
+    """First rows of the requests, and the end, (N + 1,)."""
     starts: Array
-    """(N,): tokens computed before this step"""
+    """Tokens computed before this step, (N,)."""
     num_prompt: Array
-    """(N,): tokens of the prompts"""
+    """Tokens of the prompts, (N,)."""
 
 
 def read_batch(runner: Any) -> StepBatch:

@@ -57,10 +57,12 @@ def mend_seeds(runner: Any) -> None:
     sample, bookkeep = runner._sample, runner._bookkeeping_sync
 
     def find_dropped() -> dict[int, torch.Generator]:
+        """Return the generators of rows whose tokens are dropped, by row."""
         dropped = runner.discard_request_mask.np
         return {row: generator for row, generator in runner.input_batch.generators.items() if dropped[row]}
 
     def keep_states(*args: Any, **kwargs: Any) -> Any:
+        """Sample, and give these generators back the states that they had."""
         states = [(generator, generator.get_state()) for generator in find_dropped().values()]
         result = sample(*args, **kwargs)
         for generator, state in states:
@@ -68,6 +70,7 @@ def mend_seeds(runner: Any) -> None:
         return result
 
     def hide_dropped(*args: Any, **kwargs: Any) -> Any:
+        """Let vLLM do its bookkeeping without these generators."""
         dropped, generators = find_dropped(), runner.input_batch.generators
         for row in dropped:
             del generators[row]
@@ -90,6 +93,7 @@ def skip_empty_verification(runner: Any) -> None:
 
     @functools.cache
     def make_parts(num: int) -> dict[str, torch.Tensor]:
+        """Return the metadata's parts for so many requests without drafts."""
         empty, rows_N = (torch.arange(n, dtype=torch.int32, device=runner.device) for n in (0, num))
         return {
             "draft_token_ids": empty, "cu_num_draft_tokens": torch.zeros_like(rows_N), "cu_num_sampled_tokens": rows_N + 1,
@@ -97,12 +101,14 @@ def skip_empty_verification(runner: Any) -> None:
         }  # fmt: skip
 
     def calculate_step(num_draft_tokens: Any, cu_num_scheduled_tokens: Any) -> Any:
+        """Return the metadata of a step, with kept parts where the step has no drafts."""
         if num_draft_tokens.any():
             return calculate(num_draft_tokens, cu_num_scheduled_tokens)
         last_N = async_tensor_h2d(cu_num_scheduled_tokens - 1, device=runner.device)
         return SpecDecodeMetadata(num_draft_tokens=num_draft_tokens.tolist(), logits_indices=last_N, **make_parts(len(num_draft_tokens)))
 
     def sample_step(logits: Any, metadata: Any) -> Any:
+        """Sample, as without speculation where the step has no drafts."""
         return sample(logits, metadata if metadata is not None and metadata.max_spec_len else None)
 
     runner._sample, runner._calc_spec_decode_metadata = sample_step, calculate_step

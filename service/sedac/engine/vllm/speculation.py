@@ -21,9 +21,9 @@ from sedac.engine.vllm import patches
 from sedac.engine.vllm.config import find_entry
 
 DRAFTER = "sedac.engine.drafting.drafter.Drafter"
-"""`model` of the speculative configuration"""
+"""Value of `model` in the speculative configuration."""
 DRAFTS = "sedac_drafts"
-"""attribute of a step's result (ModelRunnerOutput): the drafts made in it, or None"""
+"""Attribute of a step's result (ModelRunnerOutput): the drafts made in it, or None."""
 
 
 def is_ours(speculative: Any) -> bool:
@@ -44,10 +44,12 @@ def prepare() -> None:
 
     @functools.wraps(count_slots)
     def count(self: Any) -> int:
+        """Return the number of slots to keep free for drafts."""
         return int(self.num_speculative_tokens if is_ours(self.speculative_config) else count_slots(self))
 
     @functools.wraps(finish)
     def finish_config(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Check what SEDAC relies on where it is asked for, and finish the configuration."""
         if find_entry(self) is not None:
             patches.refuse("front end")
         finish(self, *args, **kwargs)
@@ -56,6 +58,7 @@ def prepare() -> None:
 
     @functools.wraps(check)
     def validate(self: Any, speculative_config: Any) -> None:
+        """Let vLLM check a request, except where the drafts are SEDAC's."""
         if not is_ours(speculative_config):
             check(self, speculative_config)
 
@@ -74,6 +77,7 @@ def _take_drafts_from_results() -> None:
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample, and keep the drafts that come with the result."""
         result = sample(self, *args, **kwargs)
         vars(self).pop(DRAFTS, None)
         if hasattr(result, DRAFTS):
@@ -82,6 +86,7 @@ def _take_drafts_from_results() -> None:
 
     @functools.wraps(ask)
     def take_draft_token_ids(self: Any) -> Any:
+        """Return the drafts that came with the result, or ask for them."""
         return vars(self).pop(DRAFTS) if DRAFTS in vars(self) else ask(self)
 
     executor: Any = MultiprocExecutor
@@ -98,6 +103,7 @@ def restore_processors() -> None:
 
     @functools.wraps(build)
     def build_all(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build the processors; with SEDAC's drafts, as without speculation."""
         custom = args[3] if len(args) > 3 else kwargs.get("custom_logitsprocs")
         if custom or not is_ours(vllm_config.speculative_config):  # vLLM refuses custom ones by name: nobody knows whom they concern
             return build(vllm_config, *args, **kwargs)

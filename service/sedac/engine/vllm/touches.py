@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 Where = Literal["every process", "front end", "worker"]
-"""in which of vLLM's processes a touch is made; there its module is imported anyway"""
+"""In which of vLLM's processes a touch is made. Its module is imported there anyway."""
 
 
 class Expectation(Protocol):
@@ -81,15 +81,15 @@ class Touch:
     """One place where SEDAC reaches into vLLM."""
 
     target: str
-    """module:qualified name"""
+    """Name of the place, as module:qualified name."""
     why: str
-    """what SEDAC needs it for"""
+    """What SEDAC needs it for."""
     used_by: str
-    """the file of SEDAC's that does, under service/sedac"""
+    """The file of SEDAC that reaches there, under service/sedac."""
     expects: tuple[Expectation, ...]
     where: Where
     cpu_only: bool = False
-    """made on vLLM's CPU platform alone"""
+    """Whether it is made on vLLM's CPU platform alone."""
 
     def check(self) -> str:
         """Return what differs from what SEDAC expects; empty: nothing."""

@@ -58,6 +58,7 @@ class DeviceBackend(Backend):
         buffers, sides, device = self.buffers, self.sides, self.buffers.level_T.device
 
         def make(dtype: torch.dtype, *shape: int, fill: float = 0) -> Tensor:
+            """Return a tensor on the device, filled with one value."""
             return torch.full(shape, fill, dtype=dtype, device=device)
 
         self.device = device
@@ -66,21 +67,21 @@ class DeviceBackend(Backend):
         self.waiting = Waiting()
         self.min_weight_bytes = forms.MIN_WEIGHT_BYTES if min_weight_bytes is None else min_weight_bytes
         self.live = make(torch.int32, 1)
-        """tokens of the step; rows past it are padding of the graph"""
+        """Number of tokens of the step. Rows past it are padding of the graph."""
         self.dense_GL = make(torch.bool, NUM_FORMS, num_layers, fill=1)
-        """per form: whether the layer's own products run in this step"""
+        """Whether the layer's own products run in this step, per form."""
         self.repair_GL = make(torch.bool, NUM_FORMS, num_layers)
-        """whether reduced rows of theirs take a repaired down projection"""
+        """Whether reduced rows of these products take a repaired down projection, per form."""
         self.whole = make(torch.uint8, 1)
-        """1 where a token of the step was promised the model's own result, which only the dense products give"""
+        """Is 1 where a token of the step was promised the model's own result, which only the dense products give."""
         self.rules_S3 = make(torch.float32, len(sides), 3)
-        """rule (1: accumulate), scope (1: batch), decay"""
+        """Rule (1 is accumulate), scope (1 is batch) and decay."""
         self._z_TR = make(torch.float32, max(max_num_tokens, _MIN_ROOM), max(1, self.max_rank))
-        """parts of projections, one step's (S, T, R) from the start on"""
+        """Parts of projections. Those of one step (S, T, R) lie from the start on."""
         self._sure_T = make(torch.int8, max_num_tokens)
         self._arrived = make(torch.int32, max_num_tokens + 1)
         self.count_T = make(torch.int32, max_num_tokens)
-        """active neurons of contextual rows, from one launch to the next"""
+        """Number of active neurons of contextual rows, kept from one launch to the next."""
         self.arrived = make(torch.int32, _MAX_BLOCKS)
         self._outgoing = Outgoing(max_num_tokens, device)
         self._returned = Returned(len(sides), buffers.risk_CT.shape[0], max_num_tokens, device)
@@ -161,6 +162,7 @@ class DeviceBackend(Backend):
         self.launch_begin(num_tokens, is_active=True)
 
         def end_on_device() -> None:
+            """Put the buffers and the flags on the device back to rest."""
             end()
             self.launch_begin(0, is_active=False)
 

@@ -21,13 +21,13 @@ All limits follow from bytes and FLOPs alone and are to be measured: benchmarks/
 """
 
 FEW, MIDDLE, MANY = range(3)
-"""rows of the flags on the device"""
+"""The forms, numbered as the rows of the flags on the device."""
 NUM_FORMS = 3
 NAMES = ("few", "middle", "many")
 MAX_FEW = 16
 MIN_MANY = 128
 MIN_WEIGHT_BYTES = 16 << 20
-"""of one MLP on one rank: 3.5 us of reading at 4.8 TB/s, about what the two launches of the few form take"""
+"""Least bytes of one MLP on one rank. Reading so many takes 3.5 us at 4.8 TB/s, about what the two launches of the few form take."""
 
 
 def choose(num_tokens: int, *, has_neurons: bool, is_dense: bool, weight_bytes: int, min_weight_bytes: int = MIN_WEIGHT_BYTES) -> int:

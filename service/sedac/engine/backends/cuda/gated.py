@@ -32,7 +32,7 @@ from sedac.errors import UnsupportedModel
 from sedac.probe.levels import Neurons
 
 _MLPS: dict[str, CudaMlp] = {}
-"""by module name; operators can carry names, not objects"""
+"""MLPs by module name, because operators can carry names, not objects."""
 
 
 def _device_mlp(x_TD: Tensor, level_T: Tensor, mlp_name: str) -> Tensor:
@@ -50,6 +50,7 @@ direct_register_custom_op("sedac_device_mlp", _device_mlp, fake_impl=_device_mlp
 @functools.cache
 def _gated(base: Any) -> type[nn.Module]:
     def forward(self: Any, x_TD: Tensor) -> Tensor:
+        """Compute the MLP by the operator, and add up the ranks' parts behind it where that is left to do."""
         out_TD: Tensor = torch.ops.vllm.sedac_device_mlp(x_TD, self.sedac_level_T, self.sedac.name)
         return tensor_model_parallel_all_reduce(out_TD) if self.sedac.sums else out_TD
 
@@ -72,7 +73,7 @@ class CudaMlp(GatedMlp):
         super().__init__(backend, module, name, layer)
         base: Any = type(module)
         self.sums = False
-        """whether the ranks' parts are added up behind the operator"""
+        """Whether the ranks' parts are added up behind the operator."""
         if get_tensor_model_parallel_world_size() > 1:
             down = getattr(module, "down_proj", None)
             if down is None or not getattr(down, "reduce_results", False):
@@ -81,7 +82,7 @@ class CudaMlp(GatedMlp):
                 )
             down.reduce_results, self.sums = False, True
         self.device: DeviceMlp | None = None
-        """after `finish`"""
+        """The MLP on the device. It is there after `finish`."""
         self._source, self._scores_activation, self._lora = source, scores_activation, lora
         self._has_own_kernel, self._has_parts = _has_own_kernel(module), has_parts(base)
         _MLPS[name] = self
@@ -162,7 +163,10 @@ def has_parts(base: type) -> bool:
     used: list[str] = []
 
     def stand_in(name: str, *, is_linear: bool) -> Any:
+        """Return a stand-in for one part of the module."""
+
         def call(x: Any) -> Any:
+            """Note that the part was called, and return its value."""
             assert x == ("x", *used), "not the value of the step before"
             used.append(name)
             return (("x", *used), None) if is_linear else ("x", *used)

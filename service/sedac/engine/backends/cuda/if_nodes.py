@@ -23,7 +23,7 @@ from sedac.engine.backends.cuda.extension import IfNodesUnavailable, build
 
 _MAX_STREAMS = 4096
 _NUM_TRIED = 40
-"""bodies of the smoke test's graph, each with another in it: more than torch has streams (32)"""
+"""Number of bodies of the smoke test's graph, each with another in it. It is more than torch has streams (32)."""
 
 
 class Nodes(Protocol):
@@ -49,7 +49,7 @@ class TorchNodes:
         if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
             raise IfNodesUnavailable(f"torch {torch.__version__} has no CUDAGraph.begin_capture_to_if_node")
         self._turn = [torch.cuda.Stream()]
-        """torch's streams in the order in which it hands them out"""
+        """Streams of torch, in the order in which it hands them out."""
         while (stream := torch.cuda.Stream()).cuda_stream != self._turn[0].cuda_stream:
             self._turn.append(stream)
             if len(self._turn) > _MAX_STREAMS:
@@ -206,9 +206,11 @@ def _try_out(capture: Capture) -> None:
     counts_2 = torch.empty(2, device=device)
 
     def write(out: Tensor, factor: float) -> None:
+        """Write the product, times a factor, into `out`."""
         out.copy_((x * factor) @ w)  # allocates twice, and cuBLAS takes its workspace
 
     def run(when: Callable[[Tensor], contextlib.AbstractContextManager[None]]) -> None:
+        """Do the test's work, with its conditional parts under `when`."""
         for _ in range(_NUM_TRIED):
             with when(flags_2[0]):
                 write(outer, 1.0)

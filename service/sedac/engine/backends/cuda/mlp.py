@@ -20,7 +20,7 @@ from sedac.engine.backends.cuda.many import grouped_down_kernel, grouped_gate_up
 from sedac.engine.backends.cuda.rows import activation_kernel, compact_kernel, finish_kernel, merge_kernel
 
 MAX_HOST_ROWS = 512
-"""of a pass outside CUDA graphs: up to so many rows the host reads the flags, longer ones run dense and masked"""
+"""Most rows of a pass outside CUDA graphs for which the host reads the flags. Longer passes run dense and masked."""
 _FEW_K, _FEW_D, _DOWN_K, _DOWN_D, _PARTS = 16, 256, 32, 256, 32
 _MANY_M, _MANY_F, _MANY_D, _MANY_K = 64, 64, 128, 64
 _MANY_BLOCKS = 256  # that down's work is cut into where one block of rows is left: about two for each multiprocessor
@@ -32,15 +32,15 @@ class DeviceNeurons:
     """What reduced levels read beside the module's own weights."""
 
     order_F: Tensor
-    """int32: the model's own neuron (of this rank) of each place, the most important first"""
+    """The model's own neuron (of this rank) of each place, the most important first, int32."""
     rank_F: Tensor
-    """int32: the place of each neuron"""
+    """The place of each neuron, int32."""
     natural_scale_F: Tensor
-    """fp32, in the model's own order: score = abs(gate) * scale"""
+    """Scales in the model's own order, fp32. The score is abs(gate) * scale."""
     scale_F: Tensor
-    """the same by importance"""
+    """The same scales in order of importance."""
     down_FD: Tensor
-    """row n is neuron n's column of the down projection, repaired where the probe set says so"""
+    """Row n is neuron n's column of the down projection, repaired where the probe set says so."""
     repaired: bool
     scores_activation: bool
 
@@ -50,15 +50,15 @@ class Parts:
     """A module that is two plain products and an activation: down(act(gate) * up)."""
 
     weights: tuple[Tensor, Tensor]
-    """gate and up (2F, D) and down (D, F) in nn.Linear's layout"""
+    """Gate and up (2F, D) and down (D, F) in nn.Linear's layout."""
     gate_up: Callable[[Tensor], Tensor]
-    """(T, D) -> (T, 2F)"""
+    """Maps (T, D) to (T, 2F)."""
     down: Callable[[Tensor], Tensor]
-    """(T, F) -> (T, D), without the sum over ranks"""
+    """Maps (T, F) to (T, D), without the sum over ranks."""
     activation: int
-    """of neurons.ACTIVATIONS"""
+    """Number of the activation in neurons.ACTIVATIONS."""
     own_activation: Callable[[Tensor], Tensor] | None = None
-    """(T, 2F) -> (T, F): vLLM's own kernel, where it uses that; None: it leaves the activation to the compiler, whose bits are ours too"""
+    """Kernel of vLLM's own, (T, 2F) -> (T, F), where vLLM uses it. If None, vLLM leaves the activation to the compiler, whose bits are ours too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +68,19 @@ class DeviceMlp:
     backend: DeviceBackend
     layer: int
     kind_V: Tensor
-    """uint8, as this module computes levels"""
+    """Kind of each level as this module computes it, uint8."""
     parameter_V: Tensor
-    """fp32: neurons of a width (of this rank), threshold of a score"""
+    """Parameter of each level, fp32: neurons of a width (of this rank), or threshold of a score."""
     falling_V: Tensor
-    """int32: levels by falling width"""
+    """Numbers of the levels by falling width, int32."""
     base: Callable[[Tensor], Tensor]
-    """the module as vLLM has it, (T, D) -> (T, D), without the sum over ranks"""
+    """The module as vLLM has it, (T, D) -> (T, D), without the sum over ranks."""
     parts: Parts | None
-    """what the module is made of; None: another one (quantised, LoRA, experts), only `full` and `skip`"""
+    """What the module is made of. None for another kind of module (quantised, LoRA, experts), which has only `full` and `skip`."""
     neurons: DeviceNeurons | None
-    """None: the probe set has no reduced levels; needs `parts`"""
+    """What reduced levels read, which needs `parts`. None where the probe set has no reduced levels."""
     form: int | None = None
-    """for benchmarks: this form, whatever the number of rows"""
+    """For benchmarks: the form to take, whatever the number of rows. If None, the number of rows decides."""
 
     def choose_form(self, num_tokens: int) -> int:
         """Return the form for so many rows."""

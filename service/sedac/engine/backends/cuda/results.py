@@ -27,9 +27,9 @@ class StepResults:
     tokens: Tokens | None
     event: torch.cuda.Event | None = None
     then: list[Action] = field(default_factory=list)
-    """called with the MLPs saved per token (T,), None: none"""
+    """Called with the MLPs saved per token (T,), or with None where none were saved."""
     unpack: Callable[[], tuple[Array, ...]] | None = None
-    """makes arrays of what has arrived; None: nothing was reduced or decided"""
+    """Makes arrays of what has arrived. None where nothing was reduced or decided."""
 
     def read(self) -> tuple[Array, ...]:
         """Return the arrays, complete; waits where the device has not got so far."""

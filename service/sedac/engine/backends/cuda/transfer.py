@@ -15,7 +15,7 @@ from sedac.engine.backends.tokens import Tokens
 
 Array = np.ndarray[Any, Any]
 SENT_BYTES = 7
-"""per token: fp32 scale, then a byte each of floor, role and goal"""
+"""Bytes per token: an fp32 scale, then a byte each of floor, role and goal."""
 _NUM_SLOTS = 4
 
 
@@ -30,7 +30,7 @@ class Outgoing:
         is_cuda = device.type == "cuda"
         size = SENT_BYTES * max_num_tokens
         self.bytes = torch.zeros(-(-size // 4) * 4, dtype=torch.uint8, device=device)
-        """on the device: fp32 scales (T,), then floors, roles and goals (T,) each"""
+        """Buffer on the device: fp32 scales (T,), then floors, roles and goals (T,) each."""
         self.scales = self.bytes.view(torch.float32)
         self._slots = [torch.zeros(size, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(_NUM_SLOTS)]
         self._copied = [torch.cuda.Event() if is_cuda else None for _ in range(_NUM_SLOTS)]
@@ -59,7 +59,7 @@ class Returned:
         self.num_counts, self._num_checkpoints = num_sides * num_checkpoints * 2, num_checkpoints
         size = 8 * self.num_counts + (4 * (num_checkpoints + 1) + 1) * max_num_tokens
         self.bytes = torch.zeros(-(-size // 8) * 8, dtype=torch.uint8, device=device)
-        """on the device: counts (int64), saved and risks (fp32), decided (a byte each), without gaps"""
+        """Buffer on the device: counts (int64), saved and risks (fp32), decided (a byte each), without gaps."""
         self.counts = self.bytes.view(torch.int64)
         self.floats = self.bytes.view(torch.float32)[2 * self.num_counts :]
 

@@ -14,7 +14,7 @@ from sedac.engine.backends.neurons import NeuronWeights
 from sedac.policy.model import FULL, SKIP
 
 Base = Callable[[Tensor], Tensor]
-"""an MLP as vLLM has it, (N, D) -> (N, D)"""
+"""An MLP as vLLM has it, (N, D) -> (N, D)."""
 Compute = Callable[[Tensor, float, NeuronWeights | None, Base], tuple[Tensor, Tensor]]
 
 
@@ -31,15 +31,15 @@ class Kind:
     """How levels of one kind reduce an MLP, and their plain torch form."""
 
     name: str
-    """as levels of a probe set name it (`Level.reduction`)"""
+    """Name of the kind, as levels of a probe set have it (`Level.reduction`)."""
     needs_neurons: bool = True
-    """whether it computes from the neuron-major weights; an MLP without them is computed in full instead"""
+    """Whether it computes from the neuron-major weights. An MLP without them is computed in full instead."""
     find_end: Callable[[float, int], str] = lambda parameter, num_neurons: ""
-    """(a layer's parameter, neurons of the whole MLP) -> FULL or SKIP where that is what it comes to; empty: neither"""
+    """Maps (a layer's parameter, neurons of the whole MLP) to FULL or SKIP where that is what it comes to. Empty where it is neither."""
     localize: Callable[[float, Mapping[int, int]], float] = _keep
-    """(parameter of the whole MLP, this rank's among the leading k neurons by k) -> this rank's parameter"""
+    """Maps (parameter of the whole MLP, this rank's among the leading k neurons by k) to this rank's parameter."""
     compute: Compute = _refuse
-    """(rows (N, D), parameter, weights or None, the MLP as vLLM has it) -> (result (N, D), share of the MLP's work (N,))"""
+    """Maps (rows (N, D), parameter, weights or None, the MLP as vLLM has it) to (result (N, D), share of the MLP's work (N,))."""
 
 
 FULL_KIND = Kind(name=FULL, needs_neurons=False)
