@@ -12,9 +12,21 @@ from sedac.settings import EngineSettings
 COMPOSE = Path(__file__).resolve().parents[1] / "docker-compose.yml"
 BEGIN, END = "# from here on written by deploy/compose_variables.py\n", "# to here\n"
 ELSEWHERE = frozenset(
-    {"MODEL", "PROBE_DIR", "PROBE_LAYERS", "PROBE_RANK", "LOG_EVERY", "CONTROL_ADDRESS", "ENGINE_ID", "POLL_SECONDS", "JOIN_SECONDS", "PROBE_CACHE"}
+    [
+        "MODEL",
+        "POLICY",
+        "PROBE_DIR",
+        "PROBE_LAYERS",
+        "PROBE_RANK",
+        "LOG_EVERY",
+        "CONTROL_ADDRESS",
+        "ENGINE_ID",
+        "POLL_SECONDS",
+        "JOIN_SECONDS",
+        "PROBE_CACHE",
+    ]
 )
-"""what the images and the command say, or what a container has no use for"""
+"""what the images and the command say, paths that a container does not have, and what it has no use for"""
 
 
 def render(text: str) -> str:

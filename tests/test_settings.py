@@ -162,6 +162,16 @@ def test_a_file_and_variables_of_the_policy_are_refused_by_name(tmp_path):
         read_settings(policy=path, thresholds=(0.1,), alpha=0.5).make_policy(MANIFEST)
 
 
+@pytest.mark.parametrize("has_file", [False, True])
+def test_a_layer_that_is_named_twice_is_refused(monkeypatch, tmp_path, has_file):
+    monkeypatch.setenv("SEDAC_PROBE_LAYERS", "5,2,5")
+    if has_file:
+        (tmp_path / "policy.json").write_text("{}")
+        monkeypatch.setenv("SEDAC_POLICY", str(tmp_path / "policy.json"))
+    with pytest.raises(ConfigError, match=r"^SEDAC_PROBE_LAYERS names layer 5 twice; give each layer once$"):
+        read_settings().make_policy(MANIFEST)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,15 @@ def test_the_table_names_every_file_that_it_says_and_each_target_once():
     assert [touch.used_by for touch in TOUCHES if not (SEDAC / touch.used_by).is_file()] == []
     targets = [touch.target for touch in TOUCHES]
     assert len(targets) == len(set(targets))
+
+
+def test_a_vllm_without_its_platform_is_reported_by_name(monkeypatch):
+    from sedac.engine.vllm import patches
+
+    monkeypatch.setitem(sys.modules, "vllm.platforms", types.ModuleType("vllm.platforms"))
+    problems = {row.touch.target: row.problem for row in patches.check_all() if row.problem}
+    assert "vllm.platforms:current_platform" in problems
+    assert not any(row.touch.cpu_only for row in patches.check_all())
 
 
 def test_the_table_has_every_module_that_is_imported_by_the_adapters():

@@ -3,7 +3,7 @@
     python benchmarks/cuda/card.py --out DIR --seconds 300        on a GPU, then: python benchmarks/cuda/engine.py --out DIR --seconds 300
     python benchmarks/cuda/card.py --check                        anywhere: a dry run on tiny shapes under Triton's interpreter
 
-Needs torch, Triton and numpy, no network and no vLLM. In this order, each part until its share of the time is spent: the card and its
+Needs torch, Triton, numpy and pydantic, no network and no vLLM. In this order, each part until its share of the time is spent: the card and its
 ceilings, IF nodes (if they fail, all that follows is launched eagerly, and says so), captured graphs against float64, kernels at 7B, one
 decoder step at 7B, kernels at 0.5B and 70B/TP8, swaps. What time is left goes to rows that were left out. Every row is printed and
 written to DIR/card.jsonl as soon as it is there; DIR/card.json and DIR/card.md follow at the end, on an interrupt too; DIR/card.log has

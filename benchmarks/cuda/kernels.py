@@ -4,7 +4,7 @@
     python benchmarks/cuda/kernels.py --check                                   anywhere: tiny shapes under Triton's interpreter
     python benchmarks/cuda/kernels.py --shape 7B --tokens 1 16 --form few --seconds 60
 
-Needs torch, Triton and numpy. Rows run in a process of their own and are written to OUT.jsonl one by one (runner.py); OUT.json and
+Needs torch, Triton, numpy and pydantic. Rows run in a process of their own and are written to OUT.jsonl one by one (runner.py); OUT.json and
 OUT.md follow at the end. Each row captures its graph between two steps, poisons its outputs, replays it and compares with float64.
 Then it is timed: a graph holds as many MLPs of one shape as pass the L2 several times, so that every one finds its weights in memory,
 and repeats them until a replay takes a millisecond; a time is a replay's over their number, the median, least and largest of rounds in
@@ -15,6 +15,7 @@ which dense and reduced graphs take turns. `dense` is the vendor's library with 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -36,8 +37,17 @@ def add_arguments(
     parser.add_argument("--rounds", type=int, default=15, help="in which what is timed takes turns")
 
 
+_NEEDED = ("torch", "triton", "numpy", "pydantic")
+
+
 def make_runner(out: Path | None, arguments: argparse.Namespace) -> Runner:
-    """Return a runner as the arguments say."""
+    """Return a runner as the arguments say.
+
+    Raises:
+        SystemExit: this Python lacks a package.
+    """
+    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise SystemExit(f"this Python lacks {', '.join(missing)}; carry what is missing and put its folder on PYTHONPATH (docs/gpu.md)")
     row_seconds = arguments.row_seconds or (600.0 if arguments.check else 60.0)  # an interpreter on a busy machine is slow, and does not hang
     return Runner(
         out, is_check=arguments.check, is_eager=arguments.eager, seconds=arguments.seconds, row_seconds=row_seconds, rounds=arguments.rounds

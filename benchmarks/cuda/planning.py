@@ -80,5 +80,5 @@ def plan_swaps(count: int) -> list[Row]:
 
 
 def find_form(num_tokens: int) -> str:
-    """Return the form that a large MLP takes at so many tokens (sedac/engine/cuda/forms.py)."""
+    """Return the form that a large MLP takes at so many tokens (sedac/engine/backends/cuda/forms.py)."""
     return FORMS[0] if num_tokens <= 16 else FORMS[1] if num_tokens < 128 else FORMS[2]

@@ -3,7 +3,7 @@
     python benchmarks/cuda/step.py --out benchmarks/results/cuda-step         on a GPU: Qwen2.5 7B, 3B and 14B, cache of 1k and 8k
     python benchmarks/cuda/step.py --check                                    anywhere: a tiny decoder under Triton's interpreter
 
-Needs torch, Triton and numpy. All layers with random bf16 weights (14B: 40 GB with the neuron-major copies), three checkpoints of rank
+Needs torch, Triton, numpy and pydantic. All layers with random bf16 weights (14B: 40 GB with the neuron-major copies), three checkpoints of rank
 128, a static KV cache; embedding, rotary positions, logits and sampling are left out on all sides (model.py). Every row's graph is
 captured between two steps and its last stream compared with float64, closely in fp32 (--check) and coarsely in bf16 (stepped.py). Times
 are medians over rounds in which dense and reduced graphs take turns. `bound` is dense over what bytes and FLOPs leave by the card's own

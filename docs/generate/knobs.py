@@ -61,8 +61,8 @@ def _render_knobs() -> str:
 def _describe(path: str, field: Field) -> tuple[str, ...]:
     knob = field.knob
     assert knob
-    options = {option.path: "/".join(option.flags) for option in list_policy_options()}
-    options |= {f"tiers.{option.path}": f"{'/'.join(option.flags)} (`tier set`)" for option in list_tier_options()}
+    own = [f"`{'/'.join(option.flags)}`" for option in list_policy_options() if option.path == path]
+    of_tier = [f"`{'/'.join(option.flags)}` of `tier set`" for option in list_tier_options() if f"tiers.{option.path}" == path]
     if field.words:
         limits = ", ".join(field.words)
     else:
@@ -71,20 +71,19 @@ def _describe(path: str, field: Field) -> tuple[str, ...]:
     earlier = ", ".join(f"`SEDAC_{name}`" for name in knob.earlier)
     return (
         f"`{path}`",
-        _explain(field),
+        _explain(field, knob.describe(field.default)),
         knob.unit,
         limits,
         _show_default(field.default) if not field.is_required else "none: it must be given",
-        f"`{options[path]}`" if path in options else "",
+        "; ".join(own + of_tier),
         f"`SEDAC_{knob.variable}`" if knob.variable else "",
         "; ".join(filter(None, (earlier, f"published: {knob.published}" if knob.published else ""))),
     )
 
 
-def _explain(field: Field) -> str:
-    """Return a knob's help as a sentence."""
-    assert field.knob
-    text = field.knob.describe(field.default).rstrip(".") + "."
+def _explain(field: Field, text: str) -> str:
+    """Return a help as a sentence."""
+    text = text.rstrip(".") + "."
     return text if field.words else text[:1].upper() + text[1:]
 
 
@@ -120,7 +119,8 @@ def _list_knob_variables() -> Iterable[tuple[str, tuple[str, str]]]:
             other = "" if name == field.knob.variable else f" Another name of SEDAC_{field.knob.variable}."
             default = field.default if field.knob.first is None else field.knob.first
             shown = "the probe set's" if field.is_required else _show_default(default)
-            yield name.lower(), (f"{_explain(field)}{' One value per checkpoint.' if is_list else ''}{other} Knob `{path}`.", shown)
+            text = _explain(field, field.knob.describe_variable(field.default)) + (" One value per checkpoint." if is_list else "")
+            yield name.lower(), (f"{text}{other} Knob `{path}`.", shown)
 
 
 def _read_docstrings(settings: type[BaseSettings]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def _list_fields() -> dict[str, Any]:
         is_list = field.is_list or path.startswith(_PER_CHECKPOINT)
         kind: Any = Literal[field.words] if field.words else field.type
         for variable in field.knob.variables:
-            setting = Field(default=() if is_list else "" if kind is str else None, description=field.knob.describe(field.default))
+            setting = Field(default=() if is_list else "" if kind is str else None, description=field.knob.describe_variable(field.default))
             found[variable.lower()] = (Annotated[tuple[kind, ...], NoDecode] if is_list else kind if kind is str else kind | None, setting)
     return found
 
@@ -138,6 +138,8 @@ class EngineSettings(_FirstPolicy):
             ConfigError: names the file and the field, or the variables, that don't fit each other or the probe set.
         """
         proposed = {p.layer: p.threshold for p in manifest.probes}
+        if twice := [layer for layer in self.probe_layers if self.probe_layers.count(layer) > 1]:
+            raise ConfigError(f"SEDAC_PROBE_LAYERS names layer {twice[0]} twice; give each layer once")
         layers = tuple(sorted(self.probe_layers)) or tuple(proposed)
         if self.probe_rank not in (None, manifest.rank):
             raise ConfigError(

@@ -13,7 +13,8 @@ from typing import Any
 from google.protobuf import json_format
 from rich.console import Console
 from sedac.contract import wire
-from sedac.contract.v1 import control_pb2
+from sedac.contract.mapping import write
+from sedac.contract.v1 import control_pb2, drafting_pb2
 from sedac.ctl import tables
 from sedac.ctl.root import app
 from sedac.policy.model import Adaptation, Audit, Checkpoint, Policy, Speculation, Tier
@@ -412,7 +413,8 @@ def test_status_shows_what_tiers_cost_and_thresholds_in_force():
 
 
 def _make_drafting_status(steps: int, *generated: tuple[int, int], **state: Any) -> control_pb2.Status:
-    drafting = wire.drafting_to_proto(make_drafting(*generated, controller=(make_controller(1, **state), make_controller(4, "measuring", 0.0))))
+    controller = (make_controller(1, **state), make_controller(4, "measuring", 0.0))
+    drafting = write(make_drafting(*generated, controller=controller), drafting_pb2.Drafting())
     engine = control_pb2.EngineStatus(
         engine=control_pb2.EngineHello(engine_id="e1"), report=control_pb2.EngineReport(num_steps=steps, drafting=drafting)
     )
@@ -440,7 +442,7 @@ def test_engine_list_and_json_tell_how_an_engine_drafts(ctl, client, make_engine
     engine.pushes.get(timeout=5)
     assert re.search(r"e1 .* demo +- +1 ", ctl("engine", "list").output)
     for drafting, shown in ((make_drafting(), r"adapter "), (make_drafting((3, 1), (1, 1)), r"adapter: AR 50.0%, 2.00 tokens/step")):
-        report = control_pb2.EngineReport(num_steps=len(shown), drafting=wire.drafting_to_proto(drafting))
+        report = control_pb2.EngineReport(num_steps=len(shown), drafting=write(drafting, drafting_pb2.Drafting()))
         engine.send(control_pb2.EngineMessage(report=report))
         deadline = time.monotonic() + 5
         while client.get_status().engines[0].report != report and time.monotonic() < deadline:

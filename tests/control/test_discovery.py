@@ -7,8 +7,8 @@ import time
 import grpc
 import pytest
 from sedac.client.client import ControlClient
-from sedac.contract import wire
-from sedac.contract.v1 import control_pb2, control_pb2_grpc
+from sedac.contract.mapping import write
+from sedac.contract.v1 import control_pb2, control_pb2_grpc, drafting_pb2
 from sedac.errors import NotSynced
 from sedac.policy.model import Policy
 
@@ -166,7 +166,7 @@ def test_a_stopping_service_tells_its_engines(settings):
 def test_reports_are_shown(client, make_engine):
     engine = make_engine()
     engine.pushes.get(timeout=5)
-    drafting = wire.drafting_to_proto(make_drafting((3, 2), controller=(make_controller(4),)))
+    drafting = write(make_drafting((3, 2), controller=(make_controller(4),)), drafting_pb2.Drafting())
     engine.send(control_pb2.EngineMessage(report=control_pb2.EngineReport(num_steps=7, drafting=drafting)))
     deadline = time.monotonic() + 5
     while _get_engine(client).report.num_steps != 7 and time.monotonic() < deadline:

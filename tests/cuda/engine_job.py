@@ -22,6 +22,7 @@ def use_cuda_backend() -> None:
     from benchmarks.cuda.interpreter import use_interpreter
 
     use_interpreter()
+    import sedac.engine.vllm.runner  # noqa: F401  checks vLLM, before it is changed here
     from sedac.engine.backends import choice
     from sedac.engine.backends.cuda.backend import CudaBackend
     from vllm.model_executor.layers import utils

@@ -167,3 +167,20 @@ def test_timing_without_a_gpu_says_what_it_needs(script):
     assert done.returncode != 0
     assert "--check" in done.stderr
     assert "12.4" in done.stderr
+
+
+WITHOUT_PYDANTIC = """
+import importlib.util, runpy, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name == "pydantic" else find_spec(name)
+sys.path.insert(0, "benchmarks/cuda")
+sys.argv = ["benchmarks/cuda/card.py", "--check"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_package_that_is_missing_is_named_with_the_remedy():
+    _, environment = make_command("card")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_PYDANTIC], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "this Python lacks pydantic; carry what is missing and put its folder on PYTHONPATH" in done.stderr

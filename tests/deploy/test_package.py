@@ -78,6 +78,20 @@ def test_the_kernels_go_to_the_users_cache_where_the_package_can_not_be_written_
     assert found.read_text() == "compiled\n"
 
 
+@pytest.mark.usefixtures("no_library")
+def test_without_a_home_what_is_built_is_used_and_nothing_else_is_asked_for(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(sys, "argv", ["build"])
+    assert build.find_library() is None
+    with pytest.raises(SystemExit, match="set XDG_CACHE_HOME to a folder that can"):
+        build.main()
+    build.LIBRARY.parent.mkdir()
+    build.LIBRARY.write_text("built")
+    assert build.find_library() == build.LIBRARY
+    build.build_missing()
+
+
 def test_a_library_of_other_sources_is_built_again_and_used_no_more(tmp_path, no_library):
     build.LIBRARY.parent.mkdir()
     build.LIBRARY.write_text("current")

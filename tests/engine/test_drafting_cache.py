@@ -58,7 +58,7 @@ def test_no_slot_of_another_request_is_written(demo_model, demo_probes, drafts, 
 
 
 def test_the_check_sees_drafts_without_slots_of_their_own(demo_model, demo_probes, drafts, crowd):
-    """Without the slots that setup.py reserves, drafts past a block's edge go where they must not, and the check says so."""
+    """Without the slots that engine/vllm/speculation.py reserves, drafts past a block's edge go where they must not, and the check says so."""
     found = _stress(demo_model, demo_probes, drafts["exit-head"], crowd, {"do": "forget_lookahead"})[2]
     assert any("has no slot" in fault for fault in found["faults"])
     assert any("changed" in fault for fault in found["faults"])

@@ -3,7 +3,7 @@
 Its side is the policy in force, or a roll-out's candidate for that roll-out's share of the keys. A bounded request may be reduced; the KV
 it writes is kept apart from that of every other promise by a cache salt that names its tier, its roll-out, its own knobs and its
 certificate. An exact one is never reduced, whatever policy comes later, and never reads KV that was written under a bounded decision.
-The workers find the promise in `SamplingParams.extra_args`, under the keys of policy/model.py: TIER_KEY is always among them, and a request
+The workers find the promise in `SamplingParams.extra_args`, under the keys of policy/request_keys.py: TIER_KEY is always among them, and a request
 that reaches a worker without it, because it did not come through this server, is exact.
 """
 

@@ -1,4 +1,4 @@
-"""The typed Python client of the control service, and `sedac ctl` (ctl.py).
+"""The typed Python client of the control service, which `sedac ctl` (sedac/ctl) is built on.
 
     from sedac.client import ControlClient
 

@@ -75,11 +75,6 @@ def stats_to_report(stats: Stats) -> control_pb2.EngineReport:
     return write(stats, control_pb2.EngineReport())
 
 
-def drafting_to_proto(drafting: DraftingStats) -> drafting_pb2.Drafting:
-    """Write the totals of self-speculation and the controller's state."""
-    return write(drafting, drafting_pb2.Drafting())
-
-
 def drafting_from_proto(message: drafting_pb2.Drafting) -> DraftingStats:
     """Read the totals of self-speculation and the controller's state; a state that this version does not know reads `unknown`."""
     return read(DraftingStats, message, [])

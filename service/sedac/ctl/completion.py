@@ -76,10 +76,3 @@ def complete_rollout(client: ControlClient) -> Iterator[tuple[str, str]]:
     """The roll-outs, by number."""
     for rollout in client.list_rollouts():
         yield str(rollout.number), f"{get_state(rollout)} {rollout.comment}".strip()
-
-
-@_complete
-def complete_engine(client: ControlClient) -> Iterator[tuple[str, str]]:
-    """The engines, by id."""
-    for engine in client.list_engines():
-        yield engine.engine.engine_id, engine.engine.model

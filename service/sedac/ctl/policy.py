@@ -1,4 +1,4 @@
-"""`sedac ctl policy`: the policy in force, as a whole; policy_set_ctl.py has its knobs, revisions_ctl.py its history."""
+"""`sedac ctl policy`: the policy in force, as a whole; policy_set.py has its knobs, revisions.py its history."""
 
 from __future__ import annotations
 

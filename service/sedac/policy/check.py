@@ -35,8 +35,7 @@ def validate(policy: Policy, layout: Layout | None = None, available: Mapping[st
     if "adaptation.target_exit_rates" not in found.refused:
         bad += _check_adaptation(found)
     bad += _check_audit(found)
-    if "speculation.tiers" not in found.refused:
-        bad += _check_speculation(found)
+    bad += _check_speculation(found)
     named = available.get(policy.probe_set) if layout else None
     if policy.certificate and not any(field.startswith("certificate.") for field in found.refused):
         bad += _check_certificate(found, policy.certificate, named)
@@ -121,7 +120,7 @@ def _check_speculation(found: _Found) -> Iterator[FieldViolation]:
         room = f"{knobs.max_tokens} is over {layout.max_draft_tokens}, for which this engine was started"
         yield FieldViolation(path, f"{room}; give less, or restart it with a larger SEDAC_DRAFT_TOKENS")
     known = [EXACT, *(tier.name for tier in found.policy.get_tiers()[:MAX_TIERS])]
-    for i, name in enumerate(knobs.tiers):
+    for i, name in enumerate(() if "speculation.tiers" in found.refused else knobs.tiers):
         if name not in known:
             has = f"it has {', '.join(known)}; name one of them, or none for all"
             yield FieldViolation(f"speculation.tiers[{i}]", f"{name[:80]!r} is no tier of this policy, {has}")

@@ -61,6 +61,8 @@ class Knob:
     """For a tier's knob: help of an option that sets it in every tier. If empty, there is no such option."""
     word_for_none: str = ""
     """Word that the option takes for None."""
+    variable_help: str = ""
+    """Help of the variable where it does more than the option or takes another form, with {help} in it. If empty, it is the help."""
     variable: str = ""
     """Environment variable, without SEDAC_, that sets it in an engine's first policy. If empty, none does."""
     earlier: tuple[str, ...] = ()
@@ -92,6 +94,13 @@ class Knob:
     def describe_option(self, default: object = "") -> str:
         """Return the help of the option."""
         return self.form.format(help=self.describe(default), limits=self.limits) if self.form else self.describe(default)
+
+    def describe_variable(self, default: object = "") -> str:
+        """Return the help of the variable, in which None is an unset one."""
+        text = self.describe(default)
+        if self.word_for_none:
+            text = text.replace(f"{self.word_for_none}:", "unset:")
+        return self.variable_help.format(help=text) if self.variable_help else text
 
     def describe(self, default: object = "") -> str:
         """Return the help with limits and default filled in."""

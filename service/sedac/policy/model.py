@@ -107,6 +107,7 @@ class Tier:
         Knob(
             help="Spend less the more confident, up to the level; needs rule accumulate.", option="--soft-exit/--hard-exit",
             help_for_all="In every tier: less the more confident; needs --rule accumulate.", variable="SOFT_EXIT", earlier=("SOFT_EXIT",),
+            variable_help="In every tier: spend less the more confident, up to the level; makes the rule accumulate.",
         ),
     ] = False  # fmt: skip
     """With soft exit, ratio = tanh(2C - 1) / 2 + 1/2 of the accumulated confidence C."""
@@ -232,6 +233,7 @@ class Speculation:
         Knob(
             help="Tier whose requests speculate, exact too; may be repeated. Empty: every tier.",
             max_length=MAX_TIERS + 1, remedy="name each once, or none for all", option="--draft-tier", variable="DRAFT_TIERS",
+            variable_help="Tiers whose requests speculate, `exact` too; unset: every tier.",
         ),
     ] = ()  # fmt: skip
 
@@ -264,7 +266,8 @@ class Policy:
         SkipValidation[Rule],
         Knob(
             help="first: exit at the first confident checkpoint. accumulate: confidence adds up. single: one checkpoint decides.",
-            panel=_DECISION, variable="RULE", published="single (v5), first (v6.0), accumulate (v6.1)",
+            panel=_DECISION, variable="RULE", variable_help="{help} Unset beside SEDAC_SOFT_EXIT=1: accumulate.",
+            published="single (v5), first (v6.0), accumulate (v6.1)",
         ),
     ] = "first"  # fmt: skip
     decay: Annotated[
@@ -287,8 +290,11 @@ class Policy:
     ] = ()
     default_tier: Annotated[
         str,
-        Knob(help="Tier of requests that name none; `exact` makes reducing opt-in.", panel=_TIERS, variable="TIER", decides=False),
-    ] = "balanced"
+        Knob(
+            help="Tier of requests that name none; `exact` makes reducing opt-in.", panel=_TIERS, variable="TIER", decides=False,
+            variable_help="{help} Unset: balanced, or the first tier of a probe set that has none of this name.",
+        ),
+    ] = "balanced"  # fmt: skip
     allow_overrides: Annotated[
         bool,
         Knob(

@@ -1,6 +1,6 @@
 """Subclasses of vLLM's model classes that attach SEDAC in `__init__`: one per architecture, made on demand.
 
-vLLM's registry asks this module for `Sedac<Class>` (see registry.py). Without a `sedac` entry in `--additional-config` such a
+vLLM's registry asks this module for `Sedac<Class>` (see engine/vllm/registry.py). Without a `sedac` entry in `--additional-config` such a
 class is exactly its base, and nothing else of SEDAC's engine is imported: what that is built from may differ in another vLLM. With one,
 attach.py gives decoder layers and MLPs their gated classes.
 """

@@ -22,8 +22,12 @@ LIBRARY = HERE / "_kernels.so"
 _log = logging.getLogger(__name__)
 
 
-def get_cached_library() -> Path:
-    """Return the library's place in the user's cache, which names the sources and the torch that it is built from."""
+def get_cached_library() -> Path | None:
+    """Return the library's place in the user's cache, which names the sources and the torch that it is built from; None: no home, no cache."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     sources = sorted((HERE / "kernels").iterdir())
     try:
         torch_version = importlib.metadata.version("torch")
@@ -31,13 +35,15 @@ def get_cached_library() -> Path:
         torch_version = ""
     made_of = [torch_version.encode(), *(path.read_bytes() for path in sources)]
     digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sedac" / "kernels" / f"{digest}.so"
+    return cache / "sedac" / "kernels" / f"{digest}.so"
 
 
 def find_library() -> Path | None:
     """Return the built library, one made of these very sources where there is one; None: there is none."""
+    if _is_current(LIBRARY):
+        return LIBRARY
     cached = get_cached_library()
-    if cached.exists() and not _is_current(LIBRARY):
+    if cached is not None and cached.exists():
         return cached
     return LIBRARY if LIBRARY.exists() else None
 
@@ -49,7 +55,7 @@ def _is_current(library: Path) -> bool:
 
 def build_missing() -> None:
     """Build the library once where there is none of these sources; a warning tells where that can't be, and serving goes on without it."""
-    if _is_current(LIBRARY) or get_cached_library().exists():
+    if _is_current(LIBRARY) or ((cached := get_cached_library()) is not None and cached.exists()):
         return
     _log.info("building SEDAC's native kernels once, about a minute")
     done = subprocess.run([sys.executable, "-m", "sedac.engine.backends.build"], capture_output=True, text=True, check=False)
@@ -77,9 +83,11 @@ def main() -> None:
     """Compile; leaves an up-to-date library alone.
 
     Raises:
-        SystemExit: the compiler is missing or fails; carries its output.
+        SystemExit: the compiler is missing or fails, whose output it carries, or there is no folder to write to.
     """
     library = LIBRARY if os.access(HERE, os.W_OK) else get_cached_library()
+    if library is None:
+        raise SystemExit("kernels: neither the package's folder nor a user's cache can be written to; set XDG_CACHE_HOME to a folder that can")
     if _is_current(library) and "--force" not in sys.argv:
         print(f"kernels: {library.name} is up to date")
         return

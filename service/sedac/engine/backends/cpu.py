@@ -1,6 +1,7 @@
 """The backend on the CPU: the operators `sedac::*` of kernels/*.cpp, which `python -m sedac.engine.backends.build` has built.
 
-They are loaded once per worker and know one model, the last whose backend was made.
+They are loaded once per worker and know one model, the last whose backend was made. T tokens of the step, N rows, D hidden size, C checkpoints;
+V levels, or for logits the vocabulary.
 """
 
 from __future__ import annotations

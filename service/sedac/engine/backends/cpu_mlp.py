@@ -1,7 +1,7 @@
 """The gated MLP on the CPU: vLLM's two matrix products become the operators `sedac::gate_up` and `sedac::down` (kernels/mlp.cpp).
 
 Between them vLLM's own activation runs. Where the kernels can't take a module, it is computed as torch_mlp.py does.
-T tokens, D hidden size, F neurons.
+T tokens, D hidden size, F neurons, V levels.
 """
 
 from __future__ import annotations

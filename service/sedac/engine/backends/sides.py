@@ -1,7 +1,7 @@
 """What a backend reads of each side of a roll-out: the policy in force, and the candidate beside it.
 
 The kernels read buffers whose addresses stay for the life of the engine; the step (engine/step/sides.py) writes into them between two
-passes. C checkpoints, D hidden size, R the largest rank that can be loaded.
+passes. C checkpoints, D hidden size, R the largest rank that can be loaded; a 2 is (evaluated, exited), a K one of a checkpoint's three knobs.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Under torch.compile it is one opaque operator around the base class's forward, for every module that maps (T, D) to (T, D) row by row
 (quantised, LoRA, mixture of experts). Names, weights and the base class's own forward stay in use.
-T tokens, N rows, D hidden size, F neurons.
+T tokens, N rows, D hidden size, F neurons, V levels.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The draft runs on the target's own KV cache. What it writes there for the layers that it runs, verification writes again before any
 layer reads it, so a draft never changes what the target computes; slots past a sequence's own blocks are reserved by
 `engine/vllm/speculation.py`. A head with attention has a cache of its own in the same blocks, which every step of the target feeds.
-N drafting sequences, B sequences of the batch, T tokens of the step, D hidden size, V vocabulary.
+N drafting sequences, K draft tokens of each at most, T tokens of the step, V vocabulary.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class Drafter:
 
         drafted = self.passes.run(
             ids_N, positions_N, max_position=int(last.max()), rows=None if len(rows) == batch.num_reqs else rows, lengths=lengths, limits=limits,
-            sampling=sampling, expect=expect,
+            sampling=sampling, samples=samples, expect=expect,
         )  # fmt: skip
         self._num_passes = drafted.num_passes
         for row, tokens in zip(rows, drafted.tokens, strict=True):

@@ -144,17 +144,17 @@ class Passes:
         lengths: Sequence[int],
         limits: Limits,
         sampling: Draws | None,
+        samples: Sequence[bool],
         expect: Callable[[bool, float], float],
     ) -> Drafted:
         """Draft after the tokens `ids_N` (int32) at `positions_N` (int64) until every sequence has stopped.
 
-        `rows` of the batch, None: all; `lengths`: tokens that each may draft at most; `expect`: (whether it is sampled, confidence) -> the
-        acceptance that is expected of a token.
+        `rows` of the batch, None: all; `lengths`: tokens that each may draft at most; `samples`: whether each is sampled; `expect`:
+        (whether it is sampled, confidence) -> the acceptance that is expected of a token.
         """
         num = len(lengths)
         self._attention.begin(rows)
         live, joints = list(range(num)), [1.0] * num
-        samples = [False] * num if sampling is None else (sampling.temperature_N > 0).tolist()
         drafted = Drafted(tokens=[[] for _ in lengths], confidences=[[] for _ in lengths])
         restore = self._backend.begin_draft(self._level, num) if self._level else None
         for position in range(max(lengths)):

@@ -75,7 +75,7 @@ class Requests:
             level=extra.get(LEVEL_KEY),
             scale=float(extra.get(SCALE_KEY, 1.0)),
             certificate=str(extra.get(CERTIFICATE_KEY, "")),
-            rollout=int(extra.get(ROLLOUT_KEY, 0)),
+            rollout=rollout if isinstance(rollout := extra.get(ROLLOUT_KEY), int) else 0,
             may_draft=may_draft and str(extra.get(SPECULATION_KEY, "true")).lower() not in ("false", "0", "no", "off"),
         )
 

@@ -1,7 +1,8 @@
 """The sides of an engine: the stable policy, and while a roll-out is under way its candidate beside it.
 
 Each side has all that decides about its tokens: policy, knobs, probes, adapted thresholds and the difficulty of prompts. The `State`
-drives it between steps. Configuring a side writes into the buffers that the kernels read. C checkpoints.
+drives it between steps. Configuring a side writes into the buffers that the kernels read. C checkpoints, T tokens of
+the step; a 2 is (evaluated, exited), a K one of a checkpoint's three knobs.
 """
 
 from __future__ import annotations

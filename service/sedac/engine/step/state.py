@@ -3,7 +3,7 @@
 One `State` per model; the worker drives `apply`, `begin_step`, `end_step` and `get_stats`, the checkpoints `observe`. All of it runs
 on the thread that runs the model, so neither a policy nor a probe changes within a step. Buffers keep their addresses for the life of the
 engine and are written in place; backends read the same ones.
-T tokens of the step, C checkpoints, V levels, D hidden size, S sides.
+T tokens of the step, C checkpoints, D hidden size, S sides; a 2 is (evaluated, exited), a K one of a checkpoint's three knobs.
 """
 
 from __future__ import annotations

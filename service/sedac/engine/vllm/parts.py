@@ -1,7 +1,4 @@
-"""Parts of vLLM that SEDAC's step and backends are built from, under one roof: whoever moves to another vLLM looks here and in patches.py.
-
-T tokens, D hidden size.
-"""
+"""Parts of vLLM that SEDAC's step and backends are built from, under one roof: whoever moves to another vLLM looks here and in patches.py."""
 
 from __future__ import annotations
 

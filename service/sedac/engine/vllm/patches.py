@@ -17,9 +17,9 @@ from sedac.engine.vllm.touches import Checked, Does, Has, Takes, Touch, Where
 from sedac.errors import UnsupportedModel
 from sedac.versions import SUPPORTED_VLLM, find_vllm_version
 
-_REGISTRY, _PLUGIN, _ATTACH, _SPECULATION = (f"engine/vllm/{name}.py" for name in ("registry", "plugin", "attach", "speculation"))
+_REGISTRY, _PLUGIN, _SPECULATION = (f"engine/vllm/{name}.py" for name in ("registry", "plugin", "speculation"))
 _CONFIG, _RUNNER, _SAMPLING, _PARTS = (f"engine/vllm/{name}.py" for name in ("config", "runner", "sampling", "parts"))
-_DRAFTING, _FRONT = "engine/drafting/parts.py", "agent/frontend.py"
+_ATTACH, _DRAFTING, _FRONT = "engine/attach/attach.py", "engine/drafting/parts.py", "agent/frontend.py"
 
 
 def _list_architectures(found: Any) -> str:
@@ -106,7 +106,7 @@ TOUCHES = (
           used_by="agent/engine.py", expects=(Takes("method", "timeout", "args"),), where="front end"),
     Touch(target="vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", why="reaches the workers of every data-parallel rank",
           used_by=_FRONT, expects=(Takes("method", "args"),), where="front end"),
-    Touch(target="vllm.v1.engine.async_llm:AsyncLLM", why="where the agent finds both processors", used_by="agent/plugin.py",
+    Touch(target="vllm.v1.engine.async_llm:AsyncLLM", why="where the agent finds both processors", used_by="agent/start.py",
           expects=(Has("input_processor", "output_processor", "engine_core"),), where="front end"),
     Touch(target="vllm.v1.engine.input_processor:InputProcessor.process_inputs", why="wrapped: stamps every request with its promise",
           used_by=_FRONT, expects=(Takes("request_id", "params"),), where="front end"),
@@ -132,13 +132,13 @@ TOUCHES = (
     Touch(target="vllm.inputs:tokens_input", why="the prompt of an audit", used_by=_FRONT,
           expects=(Takes("prompt_token_ids", "cache_salt"), Does("keeps the salt", _keeps_salt)), where="front end"),
     # --- worker
-    Touch(target="vllm.v1.worker.gpu_worker:Worker", why="SEDAC's worker is a subclass", used_by="engine/step/worker.py", where="worker", expects=(
+    Touch(target="vllm.v1.worker.gpu_worker:Worker", why="SEDAC's worker is a subclass", used_by=_RUNNER, where="worker", expects=(
           Has("init_device", "load_model", "compile_or_warm_up_model", "take_draft_token_ids", "model_runner", "model_config", "vllm_config"),)),
     Touch(target="vllm.v1.worker.gpu_worker:Worker.execute_model", why="overridden: learns of new and finished requests",
           used_by="engine/step/worker.py", expects=(Takes("scheduler_output"),), where="worker"),
     Touch(target="vllm.v1.worker.gpu_worker:Worker.sample_tokens", why="overridden: sends drafts along",
           used_by="engine/step/worker.py", expects=(Takes("grammar_output"),), where="worker"),
-    Touch(target="vllm.v1.worker.cpu_worker:CPUWorker", why="SEDAC's worker is a subclass", used_by="engine/step/worker.py",
+    Touch(target="vllm.v1.worker.cpu_worker:CPUWorker", why="SEDAC's worker is a subclass", used_by=_RUNNER,
           expects=(Has("init_device", "load_model", "execute_model", "sample_tokens"),), where="worker", cpu_only=True),
     Touch(target="vllm.v1.core.sched.output:SchedulerOutput", why="which requests a step has",
           used_by="engine/step/worker.py", where="worker", expects=(
@@ -150,7 +150,7 @@ TOUCHES = (
           Has("get_model", "input_batch", "query_start_loc", "discard_request_mask", "attn_groups", "requests", "max_num_reqs", "max_model_len",
               "device", "drafter", "_draft_probs", "_draft_prob_req_ids", "_get_spec_decode_draft_probs"),)),
     Touch(target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter", why="replaced: lengths are bounded by sequence",
-          used_by=_RUNNER, expects=(Takes("common_attn_metadata"),), where="worker"),
+          used_by=_DRAFTING, expects=(Takes("common_attn_metadata"),), where="worker"),
     Touch(target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample", why="wrapped: keeps seeds of prompts in pieces; steps without drafts",
           used_by=_SAMPLING, expects=(Takes("logits", "spec_decode_metadata"),), where="worker"),
     Touch(target="vllm.v1.worker.gpu_model_runner:GPUModelRunner._bookkeeping_sync", why="wrapped: keeps seeds of prompts in pieces",
@@ -184,7 +184,7 @@ TOUCHES = (
     Touch(target="vllm.utils.torch_utils:vllm_lib", why="the operators are called as torch.ops.vllm.sedac_*", used_by=_PARTS,
           expects=(Does("named vllm", lambda found: "" if found.ns == "vllm" else f"is named {found.ns}"),), where="worker"),
     Touch(target="vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply", why="overridden: a product by levels",
-          used_by="engine/backends/torch_mlp.py", expects=(Takes("layer", "x", "bias"),), where="worker"),
+          used_by="engine/backends/cpu_mlp.py", expects=(Takes("layer", "x", "bias"),), where="worker"),
     Touch(target="vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading", why="overridden: copies neurons first",
           used_by="engine/backends/torch_mlp.py", expects=(Takes("layer"),), where="worker"),
     Touch(target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", why="finds the packed weights that native kernels multiply by",
@@ -232,9 +232,12 @@ def check_all(*wheres: Where) -> list[Checked]:
 
 
 def _is_cpu() -> bool:
-    from vllm.platforms import current_platform
+    try:
+        from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cpu())
+        return bool(current_platform.is_cpu())
+    except Exception:  # noqa: BLE001  whatever it lacks, the row of the platform says so
+        return False
 
 
 def why_not(*wheres: Where) -> str:

@@ -1,7 +1,7 @@
 """vLLM's worker and model runner as SEDAC's worker sees them: the class to extend, the running batch, where a step begins and ends.
 
 Importing this checks vLLM: only a worker that SEDAC was asked for does, before weights are loaded.
-N requests of the step.
+N requests of the step, T its tokens.
 """
 
 from __future__ import annotations

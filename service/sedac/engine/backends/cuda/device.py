@@ -2,7 +2,7 @@
 
 Every buffer is allocated once, so that graphs captured over it stay right: a new policy or probe is copied into place on the forward's
 stream and the next replay reads it. What a pass leaves is counted a step later (results.py).
-T tokens of the step, C checkpoints, L layers, D hidden size.
+T tokens of the step, C checkpoints, L layers, D hidden size, R largest rank, S sides, P parts of a projection.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class DeviceBackend(Backend):
         self.rules_S3 = make(torch.float32, len(sides), 3)
         """Rule (1 is accumulate), scope (1 is batch) and decay."""
         self._z_TR = make(torch.float32, max(max_num_tokens, _MIN_ROOM), max(1, self.max_rank))
-        """Parts of projections. Those of one step (S, T, R) lie from the start on."""
+        """Parts of projections. Those of one step (P, T, R) lie from the start on."""
         self._sure_T = make(torch.int8, max_num_tokens)
         self._arrived = make(torch.int32, max_num_tokens + 1)
         self.count_T = make(torch.int32, max_num_tokens)

@@ -1,6 +1,6 @@
 """What crosses between host and device in a step: one copy there before the pass, one copy back after it, both from and to pinned memory.
 
-`CudaBackend` packs and unpacks; the kernels at the two ends of a step (flags.py) scatter and gather. T tokens of the step, C checkpoints.
+`DeviceBackend` packs and unpacks; the kernels at the two ends of a step (flags.py) scatter and gather. T tokens of the step, C checkpoints.
 """
 
 from __future__ import annotations
