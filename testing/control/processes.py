@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 
 def make_environment(database: Path, **variables: str) -> dict[str, str]:
@@ -19,6 +20,11 @@ def make_environment(database: Path, **variables: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_")}
     places = {"SEDAC_CONTROL_PORT": "0", "SEDAC_CONTROL_METRICS_PORT": "0", "SEDAC_CONTROL_DATABASE": str(database)}
     return clean | places | variables
+
+
+def _read_to_end(stream: IO[str], lines: list[str]) -> None:
+    with stream:
+        lines.extend(stream)
 
 
 class ControlProcess:
@@ -47,7 +53,7 @@ class ControlProcess:
             self._log.append(line)
             if found := re.search(r"control service on (\S+),", line):
                 self.address = found[1]
-                self._reader = threading.Thread(target=self._log.extend, args=(self.process.stderr,), daemon=True)
+                self._reader = threading.Thread(target=_read_to_end, args=(self.process.stderr, self._log), daemon=True)
                 self._reader.start()  # a full pipe would stop it
                 return
         raise AssertionError(f"the control service did not start: {''.join(self._log)[-2000:]}")
