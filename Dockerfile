@@ -134,8 +134,12 @@ LABEL org.opencontainers.image.title="sedac" \
       org.opencontainers.image.revision="${REVISION}"
 
 FROM runtime AS cpu
-# vLLM's kernels load libnuma; its torch.compile calls a C++ compiler when the engine starts.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ libnuma1 && rm -rf /var/lib/apt/lists/*
+# vLLM's kernels load libnuma. Its torch.compile calls a C++ compiler when the engine starts, and what that compiles includes Python.h, which
+# a PYTHON_IMAGE with a distribution's Python has in a package of its own.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ libnuma1 \
+        $(python3 -c 'import pathlib, sysconfig; print("" if pathlib.Path(sysconfig.get_path("include"), "Python.h").exists() else "python3-dev")') \
+    && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-venv /opt/sedac /opt/sedac
 RUN --mount=type=bind,from=package,source=/dist,target=/dist pip install --no-cache-dir --no-deps /dist/*.whl \
     && python -m sedac.engine.backends.build
