@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def test_the_version_is_stated_once_and_in_the_changelog():
     assert project["project"]["dynamic"] == ["version"]
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     headings = [line for line in text.splitlines() if line.startswith("## [")]
-    assert headings[:2] == ["## [Unreleased]", f"## [{__version__}]"]
+    assert headings[0] == "## [Unreleased]"
+    assert re.fullmatch(rf"## \[{re.escape(__version__)}\] - \d{{4}}-\d\d-\d\d", headings[1]), "released with its day"
 
 
 @pytest.fixture
