@@ -137,13 +137,13 @@ def test_a_model_of_plain_vllm_needs_none_of_those_parts(tmp_path):
     """In a process of its own: the others have imported them before."""
     target = "vllm.utils.torch_utils:direct_register_custom_op"
     code = (
-        "import sys, vllm.model_executor.models.qwen2; from sedac.engine.vllm import models; "
+        "import sys, vllm.model_executor.models.qwen2; from sedac.engine.attach import models; "
         "del vllm.utils.torch_utils.direct_register_custom_op; print(models.SedacQwen2ForCausalLM.__mro__[1].__name__, "
         "[name for name in sys.modules if name.startswith('sedac.engine') and not name.startswith('sedac.engine.vllm')]); "
         "import sedac.engine.attach.attach"
     )
     done = subprocess.run([sys.executable, "-c", code], env=make_environment(tmp_path), capture_output=True, text=True, timeout=600)
-    assert done.stdout.splitlines()[-1] == "Qwen2ForCausalLM ['sedac.engine']"
+    assert done.stdout.splitlines()[-1] == "Qwen2ForCausalLM ['sedac.engine', 'sedac.engine.attach', 'sedac.engine.attach.models']"
     assert done.returncode == 1, "who asks for SEDAC needs them"
     assert "UnsupportedModel: vLLM 0.32." in done.stderr
     assert f"{target} (" in done.stderr
