@@ -36,7 +36,7 @@ from torch import Tensor
 DEMO = Path(__file__).resolve().parents[1] / "probes" / "sedac_demo"
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 _STD = 0.02
-"""of new weights that read"""
+"""Standard deviation of the new weights that read."""
 
 
 @dataclass(frozen=True, kw_only=True)

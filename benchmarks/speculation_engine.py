@@ -20,13 +20,13 @@ class Wave:
     """Requests that started together, from the step in which the last of them had its first token to that in which the first finished."""
 
     seconds: list[float] = field(default_factory=list)
-    """of each step, by the clock of vLLM's engine process"""
+    """Seconds of each step, by the clock of vLLM's engine process."""
     num_tokens: list[int] = field(default_factory=list)
-    """of each step, all requests together"""
+    """Tokens of each step, of all requests together."""
     num_turns: int = 0
-    """steps in which a request generated, summed over requests"""
+    """Steps in which a request generated, summed over requests."""
     answers: list[list[int]] = field(default_factory=list)
-    """token ids by request, whole"""
+    """Token ids by request, whole."""
 
 
 def run_wave(llm: Any, prompts: list[list[int]], num_tokens: int, temperature: float) -> Wave:

@@ -29,7 +29,7 @@ START_SECONDS = 180.0
 PREPARATION_SECONDS = 150.0
 """A row which the others rest on may take so many seconds, since a compiler may run."""
 GRACE_SECONDS = 15.0
-"""that the last row may run past the end of the whole"""
+"""Seconds that the last row may run past the end of the whole."""
 MAX_HANGS = 2
 """rows of one part and number of tokens that may end with a lost child before the others of their kind are left out"""
 CEILINGS = ("bytes per second", "flops per second")
@@ -59,7 +59,7 @@ class Runner:
         self.context: dict[str, Any] = {"is_check": is_check, "captures": not (is_check or is_eager), "rounds": rounds}
         self.rows: list[Row] = []
         self.pending: list[Row] = []
-        """of those given to `run` last, not done; at an interrupt the one that ran among them"""
+        """Rows of those given to `run` last that are not done. At an interrupt the one that ran is among them."""
         self.left_out: list[Row] = []
         self.is_interrupted = False
         self._start = time.monotonic()
@@ -70,7 +70,7 @@ class Runner:
         self._losses: Counter[tuple[Any, ...]] = Counter()
         self._handlers: dict[int, Any] = {}
         self._signal = 0
-        """that came and was not told yet; it ends the wait for a row at once, and nothing else in its middle"""
+        """Signal that came and was not told yet. It ends the wait for a row at once, and nothing else in its middle."""
         self._is_waiting = False
         self._lines = self._log = None
         if out is not None:

@@ -20,7 +20,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "step": ("shape", "tokens", "cache", "plan", "error", "dense us", "ours us", "ours min us", "ours max us", "speed-up", "bound"),
     "swaps": ("swaps", "mixed", "late", "moved"),
 }  # fmt: skip
-"""by part; a row that failed says so in place of its figures"""
+"""Columns by part. A row that failed says so in place of its figures."""
 
 
 def format_header(columns: Sequence[str]) -> str:

@@ -16,9 +16,9 @@ from replay import Replay
 from torch import Tensor
 
 MIN_SECONDS = 1e-3
-"""of one replay that is timed"""
+"""Seconds of one replay that is timed."""
 MAX_REPEATS = 64
-"""that one graph holds: more IF nodes take longer to capture than they tell"""
+"""Runs that one graph holds. More IF nodes take longer to capture than they tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
