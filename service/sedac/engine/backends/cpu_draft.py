@@ -1,7 +1,7 @@
 """Draft passes as one operator (kernels/draft.cpp), for decoder layers of the usual form.
 
 The usual form: RMSNorm, one packed qkv projection (with per-head norms or without), rotary embedding in halves, attention, output
-projection; RMSNorm, SwiGLU of two packed projections; dense weights that vLLM packed for oneDNN. Everything else drafts as vLLM's modules
+projection; RMSNorm, SwiGLU of two packed projections; dense weights in a form that `find_weights` knows. Everything else drafts as vLLM's modules
 (drafting/model.py), which give the same tokens, slower. N drafting sequences, T tokens, D hidden size, V vocabulary.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sedac.engine.backends.base import DraftLayer
 from sedac.engine.backends.cpu_mlp import CpuMlp
 from sedac.engine.backends.neurons import find_activation
-from sedac.engine.vllm.parts import Attention, RMSNorm, find_handler
+from sedac.engine.vllm.parts import Attention, RMSNorm, WeightForm, Weights, find_weights
 
 _NONE = torch.empty(0)
 _LAYERS = ("Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "MistralDecoderLayer")
@@ -35,7 +35,7 @@ class CpuDraftPass:
         self._embedding = _get_embedding(inner)
         self._norm, self._eps = _get_norm(norm, "norm")
         self._head = _get_head(target)
-        self.num_outputs = target.config.vocab_size if self._head.numel() else 0
+        self.num_outputs = target.config.vocab_size if self._head.tensor.numel() else 0
         """Logits per row. 0 means that `run` gives states, and that the model's own lm_head must follow."""
         parts = [_describe(layer, gated=gated) for layer in layers]
         torch.ops.sedac.draft_clear()
@@ -43,10 +43,10 @@ class CpuDraftPass:
             torch.ops.sedac.draft_add(tensors, sizes, numbers, isa)
 
     def run(self, ids_N: Tensor, positions_N: Tensor, metadata: Any) -> Tensor:
-        """Return logits (N, V), or normed states (N, D) where the lm_head is not packed; `metadata` is the CPU backend's."""
+        """Return logits (N, V), or normed states (N, D) where the lm_head's weights are not known; `metadata` is the CPU backend's."""
         result: Tensor = torch.ops.sedac.draft_pass(
             ids_N, positions_N, metadata.slot_mapping, metadata.block_table, metadata.seq_lens, metadata.query_start_loc,
-            metadata.scheduler_metadata, self._embedding, self._norm, self._eps, self._head,
+            metadata.scheduler_metadata, self._embedding, self._norm, self._eps, *self._head,
         )  # fmt: skip
         return result[:, : self.num_outputs] if self.num_outputs else result
 
@@ -55,12 +55,11 @@ class CpuDraftPass:
         torch.ops.sedac.draft_fill(stream_TD, positions_T, slots_T)
 
 
-def _get_head(target: Any) -> Tensor:
-    """Return the lm_head's handler, or an empty tensor where more than a product makes its logits."""
+def _get_head(target: Any) -> Weights:
+    """Return the lm_head's weights, or an empty tensor where more than a product makes its logits."""
     lm_head, processor = getattr(target, "lm_head", None), getattr(target, "logits_processor", None)
     plain = getattr(processor, "scale", None) == 1.0 and getattr(processor, "soft_cap", 1.0) is None and getattr(lm_head, "bias", None) is None
-    handler = find_handler(lm_head) if plain else None
-    return _NONE if handler is None else handler
+    return (find_weights(lm_head) if plain else None) or Weights(_NONE, WeightForm.HANDLER)
 
 
 def _get_embedding(inner: Any) -> Tensor:
@@ -78,11 +77,11 @@ def _get_norm(norm: Any, name: str) -> tuple[Tensor, float]:
     return norm.weight.data, norm.variance_epsilon
 
 
-def _take_handler(linear: Any, name: str) -> Tensor:
-    handler = find_handler(linear)
-    if handler is None:
-        raise ValueError(f"{name} is not packed for oneDNN")
-    return handler
+def _take_weights(linear: Any, name: str) -> Weights:
+    weights = find_weights(linear)
+    if weights is None:
+        raise ValueError(f"{name} has weights in a form that the kernels do not know")
+    return weights
 
 
 def _describe(layer: DraftLayer, *, gated: bool) -> tuple[list[Tensor], list[int], list[float], str]:
@@ -91,7 +90,7 @@ def _describe(layer: DraftLayer, *, gated: bool) -> tuple[list[Tensor], list[int
     if not layer.is_head and not any(base.__name__ in _LAYERS for base in type(module).__mro__):
         raise ValueError(f"{type(module).__name__} is not among {', '.join(_LAYERS)}")
     tensors = [_NONE] * 12
-    sizes, numbers, isa = [0, 0, 0, 0, -1, -1], [1.0, 0.0, 1e-6], ""
+    sizes, numbers, isa = [0, 0, 0, 0, -1, -1, 0, 0, 0, 0], [1.0, 0.0, 1e-6], ""
     if layer.attention is not None:
         tensors[0], numbers[2] = _get_norm(module.input_layernorm, "input_layernorm")
         isa = _describe_attention(layer.attention, tensors, sizes, numbers)
@@ -111,7 +110,7 @@ def _describe_attention(block: Any, tensors: list[Tensor], sizes: list[int], num
         raise ValueError("attention has a quantised cache, alibi or sinks")
     if getattr(block, "attn_type", "decoder") != "decoder" or attn.impl.head_size % 32:
         raise ValueError("attention is no decoder's")
-    tensors[1] = _take_handler(block.qkv_proj, "qkv_proj")
+    tensors[1], sizes[6] = _take_weights(block.qkv_proj, "qkv_proj")
     tensors[2] = block.qkv_proj.bias.data if getattr(block.qkv_proj, "bias", None) is not None else _NONE
     for i, name in ((3, "q_norm"), (4, "k_norm")):
         if getattr(block, name, None) is not None and getattr(block, "qk_norm", True):
@@ -119,7 +118,7 @@ def _describe_attention(block: Any, tensors: list[Tensor], sizes: list[int], num
     tensors[5] = rotary.cos_sin_cache.float().contiguous()
     if getattr(block.o_proj, "bias", None) is not None:
         raise ValueError("o_proj has a bias")
-    tensors[6] = _take_handler(block.o_proj, "o_proj")
+    tensors[6], sizes[7] = _take_weights(block.o_proj, "o_proj")
     blocks, kv_heads, size, _ = attn.kv_cache.shape
     tensors[7], tensors[8] = attn.kv_cache.view(blocks, kv_heads, size * 2, -1).chunk(2, dim=2)
     sizes[:3] = [attn.num_heads, attn.num_kv_heads, attn.head_size]
@@ -136,10 +135,9 @@ def _describe_mlp(mlp: Any, tensors: list[Tensor], sizes: list[int], *, gated: b
     if any(getattr(getattr(mlp, name), "bias", None) is not None for name in ("gate_up_proj", "down_proj")):
         raise ValueError("an MLP has biases")
     own = getattr(mlp, "sedac", None)
-    known = own.handlers if isinstance(own, CpuMlp) else {}
-    for i, part in ((10, "gate_up"), (11, "down")):
-        handler = known.get(part)
-        tensors[i] = _take_handler(getattr(mlp, f"{part}_proj"), f"{part}_proj") if handler is None else handler
+    known = own.weights if isinstance(own, CpuMlp) else {}
+    for i, part in ((0, "gate_up"), (1, "down")):
+        tensors[10 + i], sizes[8 + i] = known.get(part) or _take_weights(getattr(mlp, f"{part}_proj"), f"{part}_proj")
     sizes[3] = sum(mlp.gate_up_proj.output_partition_sizes) // 2
     if gated:
         if not (isinstance(own, CpuMlp) and own.has_kernels):

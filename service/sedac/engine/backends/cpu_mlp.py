@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sedac.engine.backends.neurons import ACTIVATIONS, find_activation
 from sedac.engine.backends.torch_mlp import CopiedLinearMethod, TorchMlp
-from sedac.engine.vllm.parts import find_handler
+from sedac.engine.vllm.parts import Weights, find_weights
 
 
 @functools.cache
@@ -41,7 +41,7 @@ class GatedLinearMethod(CopiedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Copy what reduced levels read, let vLLM pack the weights, and keep where it has."""
         super().process_weights_after_loading(layer)
-        self.gated.handlers[self.part] = find_handler(layer)
+        self.gated.weights[self.part] = find_weights(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Multiply, each row at its level; (T, D) -> (T, 2F) or (T, F) -> (T, D)."""
@@ -59,8 +59,8 @@ class CpuMlp(TorchMlp):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         self.has_kernels = False
         """Whether the operators compute it, known after `finish`."""
-        self.handlers: dict[str, Tensor | None] = {}
-        """Handlers of oneDNN, by part."""
+        self.weights: dict[str, Weights | None] = {}
+        """Where vLLM keeps the weights, by part."""
         super().__init__(*arguments, **keywords)
 
     def replace_methods(self) -> None:
@@ -80,11 +80,12 @@ class CpuMlp(TorchMlp):
         """Hand the MLP to the kernels, or keep to plain torch."""
         super().finish()
         activation = find_activation(getattr(self.module, "act_fn", None))
-        gate_up, down = (self.handlers.get(part) for part in ("gate_up", "down"))
+        gate_up, down = (self.weights.get(part) for part in ("gate_up", "down"))
         if gate_up is None or down is None or activation is None:
             return
         ops, neurons = torch.ops.sedac, self.neurons
-        ops.add_mlp(self.layer, gate_up, down, self.hidden_size, self.kind_V, self.parameter_V, ACTIVATIONS[activation])
+        numbers = (ACTIVATIONS[activation], gate_up.form, down.form)
+        ops.add_mlp(self.layer, gate_up.tensor, down.tensor, self.hidden_size, self.kind_V, self.parameter_V, *numbers)
         if neurons is not None:
             order_F = neurons.order_F if neurons.repaired else None
             ops.set_neurons(

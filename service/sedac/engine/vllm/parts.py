@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from enum import IntEnum
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sedac.engine.vllm.patches import named
@@ -23,8 +25,10 @@ __all__ = [
     "RMSNorm",
     "UnquantizedLinearMethod",
     "VllmConfig",
+    "WeightForm",
+    "Weights",
     "direct_register_custom_op",
-    "find_handler",
+    "find_weights",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "is_compiled",
@@ -37,8 +41,36 @@ def is_compiled(vllm_config: VllmConfig) -> bool:
     return bool(vllm_config.compilation_config.mode != CompilationMode.NONE)
 
 
-def find_handler(layer: Any) -> Tensor | None:
-    """Return the oneDNN handler that vLLM packed a layer's weights into; None where it took another kernel."""
+class WeightForm(IntEnum):
+    """How vLLM keeps the weights of a dense linear layer on a CPU; the numbers are those of kernels/products.h."""
+
+    HANDLER = 0
+    """A handler of oneDNN."""
+    PACKED = 1
+    """The tiles that machines with AMX multiply weights of up to 1 MiB from; a bias is fp32 then."""
+    PLAIN = 2
+    """As torch has it, (outputs, inputs)."""
+
+
+class Weights(NamedTuple):
+    """The weights of a linear layer where vLLM keeps them."""
+
+    tensor: Tensor
+    form: WeightForm
+
+
+def find_weights(layer: Any) -> Weights | None:
+    """Return the weights of a linear layer as vLLM multiplies with them on a CPU; None where it took a kernel that SEDAC does not know."""
     linear = getattr(layer, "cpu_linear", None)
-    handler = inspect.getclosurevars(linear).nonlocals.get("handler") if inspect.isfunction(linear) else None
-    return getattr(handler, "handler_tensor", None)
+    if not inspect.isfunction(linear):
+        return None
+    names = inspect.getclosurevars(linear)
+    handler = getattr(names.nonlocals.get("handler"), "handler_tensor", None)
+    if handler is not None:
+        return Weights(handler, WeightForm.HANDLER)
+    packed = names.nonlocals.get("packed_weight")
+    if packed is not None and packed.dtype == torch.bfloat16:
+        return Weights(packed, WeightForm.PACKED)
+    if "linear" in names.unbound and not names.nonlocals:
+        return Weights(layer.weight.data, WeightForm.PLAIN)
+    return None

@@ -47,9 +47,10 @@ def _keeps_salt(found: Any) -> str:
     return "" if found([1, 2], cache_salt="s").get("cache_salt") == "s" else "drops cache_salt"
 
 
-def _keeps_handler(found: Any) -> str:
+def _keeps_weights(found: Any) -> str:
     code = found.__code__
-    return "" if "handler" in code.co_cellvars and "cpu_linear" in code.co_names else "keeps no closure cpu_linear over a handler"
+    kept = {"handler", "packed_weight"} <= set(code.co_cellvars) and "cpu_linear" in code.co_names
+    return "" if kept else "keeps no closure cpu_linear over a handler or packed_weight"
 
 
 TOUCHES = (
@@ -188,7 +189,7 @@ TOUCHES = (
     Touch(target="vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading", why="overridden: copies neurons first",
           used_by="engine/backends/torch_mlp.py", expects=(Takes("layer"),), where="worker"),
     Touch(target="vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm", why="finds the packed weights that native kernels multiply by",
-          used_by=_PARTS, expects=(Does("a closure over the handler", _keeps_handler),), where="worker", cpu_only=True),
+          used_by=_PARTS, expects=(Does("a closure over the weights", _keeps_weights),), where="worker", cpu_only=True),
     Touch(target="vllm.distributed", why="this rank's share of the neurons", used_by=_PARTS, where="worker", expects=(
           Has("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size", "tensor_model_parallel_all_reduce"),)),
     Touch(target="vllm.distributed.parallel_state:GroupCoordinator", why="ranks agree on CUDA graphs", used_by="engine/vllm/refusals.py",

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 
+#include "products.h"
 #include "state.h"
 
 namespace sedac {
@@ -17,8 +18,9 @@ namespace sedac {
 namespace {
 
 struct DraftLayer {
-  at::Tensor attention_norm, qkv_handler, qkv_bias, q_norm, k_norm, cos_sin, o_handler, key_cache, value_cache;  // no cache: no attention
-  at::Tensor mlp_norm, gate_up_handler, down_handler;                                                           // no norm: no MLP
+  at::Tensor attention_norm, qkv_bias, q_norm, k_norm, cos_sin, key_cache, value_cache;  // no cache: no attention
+  at::Tensor mlp_norm;                                                                   // no norm: no MLP
+  Weights qkv, o, gate_up, down;
   int64_t num_heads = 0, num_kv_heads = 0, head_size = 0, num_neurons = 0, sliding_window = -1;
   int64_t gated = -1;  // number of the gated MLP (mlp.cpp), whose level counts; -1: none, in full
   double scale = 1.0, softcap = 0.0, eps = 1e-6;
@@ -30,13 +32,8 @@ std::vector<DraftLayer>& layers() {
   return all;
 }
 
-at::Tensor multiply(const at::Tensor& x, const at::Tensor& handler, const at::Tensor& bias, int64_t num_outputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("_C::onednn_mm", "")
-                             .typed<void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&)>();
-  at::Tensor out = at::empty({x.size(0), num_outputs}, x.options());
-  op.call(out, x, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt, handler);
-  return out;
+at::Tensor multiply(const at::Tensor& x, const Weights& weights, const at::Tensor& bias, int64_t num_outputs) {
+  return multiply(x, weights, bias.defined() ? std::optional<at::Tensor>(bias) : std::nullopt, num_outputs);
 }
 
 // (N, D) fp32 to its RMS norm times `weight`, in the model's dtype.
@@ -94,7 +91,7 @@ at::Tensor attend(const DraftLayer& layer, const at::Tensor& normed, const Step&
   static const auto attention = c10::Dispatcher::singleton().findSchemaOrThrow("_C::cpu_attention_with_kv_cache", "");
   const int64_t num = normed.size(0), size = layer.head_size, heads = layer.num_heads, kv_heads = layer.num_kv_heads;
   const int64_t width = (heads + 2 * kv_heads) * size, rotary = layer.cos_sin.size(1);
-  const at::Tensor qkv = multiply(normed, layer.qkv_handler, layer.qkv_bias, width);
+  const at::Tensor qkv = multiply(normed, layer.qkv, layer.qkv_bias, width);
   at::Tensor q = at::empty({num, heads, size}, qkv.options()), k = at::empty({num, kv_heads, size}, qkv.options());
   const at::Tensor v = qkv.narrow(1, (heads + kv_heads) * size, kv_heads * size).contiguous().view({num, kv_heads, size});
   const W* from = static_cast<const W*>(qkv.const_data_ptr());
@@ -111,7 +108,7 @@ at::Tensor attend(const DraftLayer& layer, const at::Tensor& normed, const Step&
   stack = {q, layer.key_cache, layer.value_cache, out, step.starts, step.seq_lens, layer.scale, true, c10::IValue(), layer.sliding_window,
            step.table, layer.softcap, step.scheduling, c10::IValue(), c10::IValue(), 1.0, 1.0, std::string("auto")};
   attention.callBoxed(&stack);
-  return multiply(out.view({num, heads * size}), layer.o_handler, at::Tensor(), normed.size(1));
+  return multiply(out.view({num, heads * size}), layer.o, at::Tensor(), normed.size(1));
 }
 
 // The gated MLP's two products (mlp.cpp).
@@ -132,7 +129,7 @@ at::Tensor down(const at::Tensor& h, int64_t index, int64_t hidden) {
 template <typename W>
 at::Tensor compute_mlp(const DraftLayer& layer, const at::Tensor& normed) {
   const int64_t num = normed.size(0), neurons = layer.num_neurons, hidden = normed.size(1);
-  const at::Tensor both = layer.gated < 0 ? multiply(normed, layer.gate_up_handler, at::Tensor(), 2 * neurons) : gate_up(normed, layer.gated, 2 * neurons);
+  const at::Tensor both = layer.gated < 0 ? multiply(normed, layer.gate_up, at::Tensor(), 2 * neurons) : gate_up(normed, layer.gated, 2 * neurons);
   at::Tensor h = at::empty({num, neurons}, both.options());
   const W* from = static_cast<const W*>(both.const_data_ptr());
   W* to = static_cast<W*>(h.mutable_data_ptr());
@@ -143,11 +140,11 @@ at::Tensor compute_mlp(const DraftLayer& layer, const at::Tensor& normed) {
       to[r * neurons + i] = static_cast<W>(static_cast<float>(static_cast<W>(g / (1.0f + std::exp(-g)))) * static_cast<float>(up[i]));
     }
   }
-  return layer.gated < 0 ? multiply(h, layer.down_handler, at::Tensor(), hidden) : down(h, layer.gated, hidden);
+  return layer.gated < 0 ? multiply(h, layer.down, at::Tensor(), hidden) : down(h, layer.gated, hidden);
 }
 
 template <typename W>
-at::Tensor run(const at::Tensor& ids, const Step& step, const at::Tensor& embedding, const at::Tensor& norm, double eps, const at::Tensor& head) {
+at::Tensor run(const at::Tensor& ids, const Step& step, const at::Tensor& embedding, const at::Tensor& norm, double eps, const Weights& head) {
   const int64_t num = ids.size(0), hidden = embedding.size(1);
   const int32_t* tokens = ids.const_data_ptr<int32_t>();
   const W* rows = static_cast<const W*>(embedding.const_data_ptr());
@@ -160,7 +157,7 @@ at::Tensor run(const at::Tensor& ids, const Step& step, const at::Tensor& embedd
     if (layer.mlp_norm.defined()) add_to<W>(x, compute_mlp<W>(layer, normalize<W>(x, layer.mlp_norm, layer.eps, num)));
   }
   const at::Tensor normed = normalize<W>(x, norm, eps, num);
-  return head.numel() ? multiply(normed, head, at::Tensor(), embedding.size(0)) : normed;
+  return head.tensor.numel() ? multiply(normed, head, at::Tensor(), embedding.size(0)) : normed;
 }
 
 // Write the keys and values that a layer makes of streams (T, D) that the target computed.
@@ -172,7 +169,7 @@ void fill(const at::Tensor& stream, const at::Tensor& positions, const at::Tenso
   std::vector<float> x(stream.numel());
   const W* rows = static_cast<const W*>(stream.const_data_ptr());
   for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(rows[i]);
-  const at::Tensor qkv = multiply(normalize<W>(x, layer.attention_norm, layer.eps, num), layer.qkv_handler, layer.qkv_bias, width);
+  const at::Tensor qkv = multiply(normalize<W>(x, layer.attention_norm, layer.eps, num), layer.qkv, layer.qkv_bias, width);
   at::Tensor k = at::empty({num, kv_heads, size}, qkv.options());
   const at::Tensor v = qkv.narrow(1, start + kv_heads * size, kv_heads * size).contiguous().view({num, kv_heads, size});
   const W* from = static_cast<const W*>(qkv.const_data_ptr());
@@ -191,24 +188,25 @@ void draft_fill(const at::Tensor& stream, const at::Tensor& positions, const at:
   stream.scalar_type() == at::kBFloat16 ? fill<c10::BFloat16>(stream, positions, slots, layer) : fill<float>(stream, positions, slots, layer);
 }
 
-// `head`: handler of an lm_head with as many outputs as `embedding` has rows, and the result are logits (N, V); empty: normed states (N, D).
+// `head`: weights of an lm_head with as many outputs as `embedding` has rows, and the result are logits (N, V); empty: normed states (N, D).
 at::Tensor draft_pass(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& slots, const at::Tensor& table, const at::Tensor& seq_lens,
                       const at::Tensor& starts, const at::Tensor& scheduling, const at::Tensor& embedding, const at::Tensor& norm, double eps,
-                      const at::Tensor& head) {
+                      const at::Tensor& head, int64_t head_form) {
   const Step step{positions, slots, table, seq_lens, starts, scheduling};
-  return embedding.scalar_type() == at::kBFloat16 ? run<c10::BFloat16>(ids, step, embedding, norm, eps, head)
-                                                  : run<float>(ids, step, embedding, norm, eps, head);
+  return embedding.scalar_type() == at::kBFloat16 ? run<c10::BFloat16>(ids, step, embedding, norm, eps, {head, head_form})
+                                                  : run<float>(ids, step, embedding, norm, eps, {head, head_form});
 }
 
 void draft_clear() { layers().clear(); }
 
-// `parts`: the tensors of DraftLayer in its order, empty ones for none; `sizes` and `numbers` likewise.
+// `parts`: norm of the attention, qkv weights and bias, norms of q and k, cosines and sines, output weights, key and value cache; norm of the MLP,
+// its two weights; empty ones for none. `sizes`: those of DraftLayer, then the forms of the four weights.
 void draft_add(at::TensorList parts, at::IntArrayRef sizes, at::ArrayRef<double> numbers, std::string isa) {
   const auto take = [&](size_t i) { return parts[i].numel() ? parts[i] : at::Tensor(); };
   DraftLayer layer;
-  layer.attention_norm = take(0), layer.qkv_handler = take(1), layer.qkv_bias = take(2), layer.q_norm = take(3), layer.k_norm = take(4);
-  layer.cos_sin = take(5), layer.o_handler = take(6), layer.key_cache = take(7), layer.value_cache = take(8);
-  layer.mlp_norm = take(9), layer.gate_up_handler = take(10), layer.down_handler = take(11);
+  layer.attention_norm = take(0), layer.qkv = {take(1), sizes[6]}, layer.qkv_bias = take(2), layer.q_norm = take(3), layer.k_norm = take(4);
+  layer.cos_sin = take(5), layer.o = {take(6), sizes[7]}, layer.key_cache = take(7), layer.value_cache = take(8);
+  layer.mlp_norm = take(9), layer.gate_up = {take(10), sizes[8]}, layer.down = {take(11), sizes[9]};
   layer.num_heads = sizes[0], layer.num_kv_heads = sizes[1], layer.head_size = sizes[2], layer.num_neurons = sizes[3];
   layer.sliding_window = sizes[4], layer.gated = sizes[5];
   layer.scale = numbers[0], layer.softcap = numbers[1], layer.eps = numbers[2];
@@ -253,7 +251,7 @@ TORCH_LIBRARY_FRAGMENT(sedac, library) {
   library.def("draft_add(Tensor[] parts, int[] sizes, float[] numbers, str isa) -> ()");
   library.def(
       "draft_pass(Tensor ids, Tensor positions, Tensor slots, Tensor table, Tensor seq_lens, Tensor starts, Tensor scheduling, Tensor embedding, "
-      "Tensor norm, float eps, Tensor head) -> Tensor");
+      "Tensor norm, float eps, Tensor head, int head_form) -> Tensor");
   library.def("draft_fill(Tensor stream, Tensor positions, Tensor slots) -> ()");
   library.def("draft_pick(Tensor logits) -> (Tensor, Tensor)");
 }

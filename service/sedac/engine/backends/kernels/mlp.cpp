@@ -4,11 +4,11 @@
 // for bit as without SEDAC. Reduced rows are computed whole in `gate_up`, from neuron-major weights (row n of gate, up and
 // down belongs to neuron n, in order of importance), and put into the result by `down`.
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cmath>
 
+#include "products.h"
 #include "rows.h"
 #include "state.h"
 
@@ -26,7 +26,7 @@ constexpr int64_t kFewRows = 8, kFewContextual = 2;
 constexpr int64_t kPrefetchRows = 2;
 
 struct Mlp {
-  at::Tensor gate_up_handler, down_handler;  // vLLM's oneDNN handlers
+  Weights gate_up_weights, down_weights;  // vLLM's own
   int64_t num_outputs = 0, hidden = 0;
   at::Tensor kinds;       // (levels) uint8: Kind
   at::Tensor parameters;  // (levels) float: width: leading neurons; contextual: threshold
@@ -47,14 +47,7 @@ std::vector<Mlp>& mlps() {
   return all;
 }
 
-at::Tensor full_product(const at::Tensor& x, const at::Tensor& handler, int64_t num_outputs) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("_C::onednn_mm", "")
-                             .typed<void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&)>();
-  at::Tensor out = at::empty({x.size(0), num_outputs}, x.options());
-  op.call(out, x, std::nullopt, handler);
-  return out;
-}
+at::Tensor full_product(const at::Tensor& x, const Weights& weights, int64_t num_outputs) { return multiply(x, weights, std::nullopt, num_outputs); }
 
 inline float activate(float x, int64_t activation) {
   if (activation == 0) return x / (1.0f + std::exp(-x));
@@ -213,7 +206,7 @@ at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index
   Mlp& m = mlps()[index];
   const Buffers& b = model().b;
   m.plain = !*data<uint8_t>(b.active);
-  if (m.plain) return full_product(x, m.gate_up_handler, num_outputs);
+  if (m.plain) return full_product(x, m.gate_up_weights, num_outputs);
 
   const int64_t num_tokens = m.num_tokens = x.size(0);
   const uint8_t *level = data<uint8_t>(b.level), *kinds = data<uint8_t>(m.kinds);
@@ -243,7 +236,7 @@ at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index
     }
   }
   m.plain = static_cast<int64_t>(m.full_rows.size()) == num_tokens;
-  if (m.plain) return full_product(x, m.gate_up_handler, num_outputs);
+  if (m.plain) return full_product(x, m.gate_up_weights, num_outputs);
   compute_reduced(m, x, rows, saved);
   std::vector<int64_t> through = m.full_rows;
   through.insert(through.end(), m.masked_rows.begin(), m.masked_rows.end());
@@ -251,11 +244,11 @@ at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index
   m.compact = compact && !all;
   at::Tensor out;
   if (all) {
-    out = full_product(x, m.gate_up_handler, num_outputs);
+    out = full_product(x, m.gate_up_weights, num_outputs);
   } else {
     const at::Tensor held = to_index(through);
     at::Tensor product = through.empty() ? at::empty({0, num_outputs}, x.options())
-                                         : full_product(x.index_select(0, held), m.gate_up_handler, num_outputs);
+                                         : full_product(x.index_select(0, held), m.gate_up_weights, num_outputs);
     if (compact) {
       out = product;
     } else {
@@ -293,12 +286,12 @@ at::Tensor down_masked(const Mlp& m, const at::Tensor& gate_up, const at::Tensor
   for (const int64_t t : m.masked_rows) limits.push_back(data<float>(m.parameters)[level[t]]);
   const at::Tensor held = h.contiguous();
   const at::Tensor masked = h.scalar_type() == at::kBFloat16 ? mask<bf16>(m, gate_up, held, limits) : mask<float>(m, gate_up, held, limits);
-  return m.repair_order.defined() ? at::mm(masked.index_select(1, m.repair_order), m.down) : full_product(masked, m.down_handler, hidden);
+  return m.repair_order.defined() ? at::mm(masked.index_select(1, m.repair_order), m.down) : full_product(masked, m.down_weights, hidden);
 }
 
 at::Tensor down(const at::Tensor& h, const at::Tensor& level_T, int64_t index, int64_t hidden) {
   Mlp& m = mlps()[index];
-  if (m.plain) return full_product(h, m.down_handler, hidden);
+  if (m.plain) return full_product(h, m.down_weights, hidden);
   const int64_t num_tokens = m.num_tokens, num_full = m.full_rows.size(), num_masked = m.masked_rows.size();
   at::Tensor out;
   if (num_masked == num_tokens) {
@@ -307,7 +300,7 @@ at::Tensor down(const at::Tensor& h, const at::Tensor& level_T, int64_t index, i
     out = at::zeros({num_tokens, hidden}, h.options());
     if (num_full) {
       const at::Tensor held = to_index(m.full_rows);
-      out.index_copy_(0, held, full_product(m.compact ? h.narrow(0, 0, num_full) : h.index_select(0, held), m.down_handler, hidden));
+      out.index_copy_(0, held, full_product(m.compact ? h.narrow(0, 0, num_full) : h.index_select(0, held), m.down_weights, hidden));
     }
     if (num_masked) {
       const at::Tensor held = to_index(m.masked_rows);
@@ -332,13 +325,13 @@ std::optional<at::Tensor> skip_all(const at::Tensor& x, int64_t index) {
   return at::zeros_like(x);
 }
 
-void add_mlp(int64_t index, const at::Tensor& gate_up_handler, const at::Tensor& down_handler, int64_t hidden, const at::Tensor& kinds,
-             const at::Tensor& parameters, int64_t activation) {
+void add_mlp(int64_t index, const at::Tensor& gate_up, const at::Tensor& down, int64_t hidden, const at::Tensor& kinds,
+             const at::Tensor& parameters, int64_t activation, int64_t gate_up_form, int64_t down_form) {
   TORCH_CHECK(kinds.scalar_type() == at::kByte && parameters.scalar_type() == at::kFloat, "kinds are uint8, parameters fp32");
   auto& all = mlps();
   if (static_cast<int64_t>(all.size()) <= index) all.resize(index + 1);
   Mlp& m = all[index];
-  m.gate_up_handler = gate_up_handler, m.down_handler = down_handler, m.hidden = hidden;
+  m.gate_up_weights = {gate_up, gate_up_form}, m.down_weights = {down, down_form}, m.hidden = hidden;
   m.kinds = kinds, m.parameters = parameters, m.activation = activation;
 }
 
@@ -368,7 +361,9 @@ at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype) {
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(sedac, library) {
-  library.def("add_mlp(int index, Tensor gate_up_handler, Tensor down_handler, int hidden, Tensor kinds, Tensor parameters, int activation) -> ()", add_mlp);
+  library.def(
+      "add_mlp(int index, Tensor gate_up, Tensor down, int hidden, Tensor kinds, Tensor parameters, int activation, int gate_up_form=0, "
+      "int down_form=0) -> ()", add_mlp);
   library.def("set_neurons(int index, Tensor gate, Tensor up, Tensor down, Tensor scale, Tensor natural_scale, Tensor? repair_order, bool scores_activation) -> ()", set_neurons);
   library.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", empty_huge);
   library.def("skip_all(Tensor x, int index) -> Tensor?");
