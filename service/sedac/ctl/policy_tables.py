@@ -20,7 +20,7 @@ from sedac.policy.model import Policy, Speculation
 
 _DESCRIBED = frozenset(
     {
-        *("enabled", "probe_set", "phase", "scope", "rule", "decay", "sensitivity", "default_tier", "allow_overrides"),
+        *("enabled", "probe_set", "phase", "scope", "rule", "decay", "strict", "sensitivity", "default_tier", "allow_overrides"),
         *(f"adaptation.{name}" for name in ("enabled", "frozen", "target_exit_rates", "alpha", "warmup_steps", "window_tokens", "generation")),
         *(f"audit.{name}" for name in ("share", "max_mismatch", "max_nll_difference", "confidence", "action")),
         *(f"speculation.{name}" for name in ("enabled", "max_tokens", "min_confidence", "adaptive", "tiers")),
@@ -48,6 +48,7 @@ def make_policy_table(policy: control_pb2.Policy) -> Table:
     table.add_row("rule", rule)
     table.add_row("phase", name_enum(control_pb2.Phase, policy.phase, "PHASE_").lower())
     table.add_row("scope", name_enum(control_pb2.Scope, policy.scope, "SCOPE_").lower())
+    table.add_row("levels", "strict: every token at its very level" if policy.strict else "at least: in full where that is not slower")
     table.add_row("sensitivity", f"{policy.sensitivity:g}" if policy.sensitivity else "0: every prompt alike")
     tiers = ["exact", *(_describe_tier(tier) for tier in policy.tiers or [control_pb2.Tier(name="balanced", threshold_scale=1)])]
     table.add_row("tiers", escape("\n".join(tiers)))

@@ -277,6 +277,14 @@ class Policy:
             remedy="the earlier versions used 0.9", variable="CONFIDENCE_DECAY", earlier=("CONFIDENCE_DECAY",), published="0.9 (v6.1)",
         ),
     ] = 0.9  # fmt: skip
+    strict: Annotated[
+        bool,
+        Knob(
+            help="Compute every token at its very level, also where more is as fast; then no answer depends on the batch.", panel=_DECISION,
+            variable="STRICT", option="--strict/--at-least", since="0.3.0",
+        ),
+    ] = False  # fmt: skip
+    """If false, a level is what a token gets at least: a row is computed in full where the engine's machine is not slower for it."""
     sensitivity: Annotated[
         float,
         Knob(

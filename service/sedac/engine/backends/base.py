@@ -164,9 +164,9 @@ class Backend(ABC):
         """Take the loaded weights of a gated MLP; see `GatedMlp.finish`."""
         module.sedac.finish()
 
-    def warm_up(self, hidden_size: int, dtype: torch.dtype) -> None:
-        """Run an MLP as vLLM has it on one and on two rows, so that what vLLM compiles inside it by size is ready before requests come."""
-        mlps = [mlp for mlp in self.mlps if mlp.needs_warm_up]
+    def warm_up(self, hidden_size: int, dtype: torch.dtype, *, is_compiled: bool) -> None:
+        """Get ready before requests come: what vLLM compiles by size inside MLPs, and whatever a backend must learn of its machine."""
+        mlps = [mlp for mlp in self.mlps if mlp.needs_warm_up and is_compiled]
         with torch.inference_mode():
             for rows in (1, 2) if mlps else ():
                 mlps[-1].base(torch.zeros(rows, hidden_size, dtype=dtype, device=self.buffers.level_T.device))

@@ -22,20 +22,29 @@ LIBRARY = HERE / "_kernels.so"
 _log = logging.getLogger(__name__)
 
 
-def get_cached_library() -> Path | None:
-    """Return the library's place in the user's cache, which names the sources and the torch that it is built from; None: no home, no cache."""
+def find_cache() -> Path | None:
+    """Return SEDAC's folder in the user's cache; None: no home, no cache."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sedac"
     except RuntimeError:
         return None
+
+
+def hash_sources() -> str:
+    """Return what names the kernels' sources and the torch that they are built for."""
     sources = sorted((HERE / "kernels").iterdir())
     try:
         torch_version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         torch_version = ""
     made_of = [torch_version.encode(), *(path.read_bytes() for path in sources)]
-    digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
-    return cache / "sedac" / "kernels" / f"{digest}.so"
+    return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+
+
+def get_cached_library() -> Path | None:
+    """Return the library's place in the user's cache, which names the sources and the torch that it is built from; None: no cache."""
+    cache = find_cache()
+    return None if cache is None else cache / "kernels" / f"{hash_sources()}.so"
 
 
 def find_library() -> Path | None:

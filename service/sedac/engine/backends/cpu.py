@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sedac.engine.backends.base import Checkpoint, DraftLayer, DraftPass
 from sedac.engine.backends.build import find_library
+from sedac.engine.backends.cpu_costs import find_costs, put_into_force
 from sedac.engine.backends.torch import TorchBackend
 from sedac.probe.levels import Neurons
 
@@ -69,6 +70,18 @@ class CpuBackend(TorchBackend):
             for i, probe in enumerate(side.probes):
                 torch.ops.sedac.add_checkpoint(i, side.number, probe.tensors, probe.rank, side.knobs_CK[i], side.counts_C2[i])
         self.set_sides(self.sides)
+        put_into_force(None)
+
+    def warm_up(self, hidden_size: int, dtype: torch.dtype, *, is_compiled: bool) -> None:
+        """Warm up, and find what levels cost here; all ranks of a model go by the first one's costs."""
+        super().warm_up(hidden_size, dtype, is_compiled=is_compiled)
+        from sedac.engine.backends.cpu_mlp import CpuMlp  # needs vLLM
+        from sedac.engine.vllm.parts import share
+
+        costs = share(find_costs([mlp for mlp in self.mlps if isinstance(mlp, CpuMlp)], self.table, self.buffers, dtype))
+        put_into_force(costs)
+        if costs is not None and costs.levels:
+            _log.info("SEDAC: rows up to which levels are faster than full here: %s; more are computed in full", costs.describe())
 
     def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
         """Gate an MLP; see `Backend`."""
@@ -80,6 +93,7 @@ class CpuBackend(TorchBackend):
         """Let these sides decide from the next pass on."""
         for side in sides:
             torch.ops.sedac.set_rule(side.number, *side.rule_numbers)
+        torch.ops.sedac.set_strict(any(side.is_strict for side in sides))
 
     def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Run checkpoint `index` for all sides."""

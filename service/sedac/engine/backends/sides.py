@@ -69,11 +69,12 @@ class SideBuffers:
         self.rule: Rule
         self.scope: Scope
         self.decay: float
+        self.is_strict: bool
         self.set_rule(Policy())
 
     def set_rule(self, policy: Policy) -> None:
         """Take how a policy decides; backends are told of it by `set_sides`."""
-        self.rule, self.scope, self.decay = policy.rule, policy.scope, policy.decay
+        self.rule, self.scope, self.decay, self.is_strict = policy.rule, policy.scope, policy.decay, policy.strict
 
     @property
     def rule_numbers(self) -> tuple[int, int, float]:

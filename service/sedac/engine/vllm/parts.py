@@ -15,6 +15,7 @@ with named():
     from vllm.config import VllmConfig
     from vllm.config.compilation import CompilationMode
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+    from vllm.distributed.parallel_state import get_tp_group
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
@@ -32,8 +33,19 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "is_compiled",
+    "share",
     "tensor_model_parallel_all_reduce",
 ]
+
+
+def share(value: Any) -> Any:
+    """Return the value of the first rank of the tensor-parallel group, on all of them; anything that pickle takes."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=group.ranks[0], group=group.cpu_group)
+    return values[0]
 
 
 def is_compiled(vllm_config: VllmConfig) -> bool:

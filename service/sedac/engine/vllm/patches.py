@@ -192,8 +192,8 @@ TOUCHES = (
           used_by=_PARTS, expects=(Does("a closure over the weights", _keeps_weights),), where="worker", cpu_only=True),
     Touch(target="vllm.distributed", why="this rank's share of the neurons", used_by=_PARTS, where="worker", expects=(
           Has("get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size", "tensor_model_parallel_all_reduce"),)),
-    Touch(target="vllm.distributed.parallel_state:GroupCoordinator", why="ranks agree on CUDA graphs", used_by="engine/vllm/refusals.py",
-          expects=(Has("world_size", "cpu_group"),), where="worker"),
+    Touch(target="vllm.distributed.parallel_state:GroupCoordinator", why="ranks agree on CUDA graphs and on what levels cost", used_by=_PARTS,
+          expects=(Has("world_size", "cpu_group", "ranks"),), where="worker"),
     Touch(target="vllm.v1.spec_decode.custom_class_proposer:create_custom_proposer", why="makes SEDAC's drafter",
           used_by="engine/drafting/drafter.py", expects=(Takes("vllm_config"),), where="worker"),
     Touch(target="vllm.compilation.decorators:support_torch_compile", why="compiles the draft on its own",

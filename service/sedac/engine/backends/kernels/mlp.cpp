@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
 
 #include "products.h"
@@ -45,6 +46,59 @@ struct Mlp {
 std::vector<Mlp>& mlps() {
   static std::vector<Mlp> all;
   return all;
+}
+
+// What rows cost at each level, for any MLP of the model, by number of rows; empty: unknown, and every row is computed at its very level.
+struct Costs {
+  std::vector<float> full;                // microseconds of so many rows in full
+  std::vector<std::vector<float>> level;  // of so many rows at a reduced level; infinite: never chosen
+  std::vector<float> split;               // what it costs beside to compute only some of so many rows in full
+};
+
+Costs& costs() {
+  static Costs instance;
+  return instance;
+}
+
+// Beyond the table costs grow in proportion to the rows.
+float get_cost(const std::vector<float>& of, int64_t rows) {
+  const int64_t last = static_cast<int64_t>(of.size()) - 1;
+  return rows <= last ? of[rows] : of[last] * static_cast<float>(rows) / static_cast<float>(last);
+}
+
+// A reduced form must promise this share of the time at most; closer than that the measured costs do not tell.
+constexpr float kMaxShare = 0.97f;
+
+// Which kinds of levels to compute as such, a bit each, for rows counted by level: the choice with the least cost. Rows of the
+// other kinds are computed in full, which is at least what their level promises.
+unsigned choose_kinds(const std::array<int64_t, kMaxLevels>& counts, const uint8_t* kinds, int64_t num_rows) {
+  constexpr unsigned kAll = 1u << kSkip | 1u << kWidth | 1u << kContextual;
+  const Costs& known = costs();
+  if (known.full.empty() || model().strict) return kAll;
+  unsigned present = 0;
+  int64_t num_few = 0, num_contextual = 0;
+  for (int64_t v = 0; v < kMaxLevels; ++v) {
+    if (!counts[v]) continue;
+    present |= 1u << kinds[v];
+    num_contextual += kinds[v] == kContextual ? counts[v] : 0;
+    num_few += kinds[v] == kContextual || kinds[v] == kWidth ? counts[v] : 0;
+  }
+  if (num_contextual > kFewContextual || num_few > kFewRows) present &= ~(1u << kContextual);  // they would be computed in full, then masked
+  unsigned best = 0;
+  float least = kMaxShare * get_cost(known.full, num_rows);
+  for (unsigned chosen = 1u << kSkip; chosen <= kAll; ++chosen) {
+    if ((chosen & present & kAll) != chosen) continue;
+    int64_t num_full = num_rows;
+    float cost = 0;
+    for (int64_t v = 0; v < kMaxLevels; ++v) {
+      if (!counts[v] || !(chosen & 1u << kinds[v])) continue;
+      num_full -= counts[v];
+      if (kinds[v] != kSkip) cost += get_cost(known.level[v], counts[v]);
+    }
+    if (num_full > 0) cost += get_cost(known.full, num_full) + get_cost(known.split, num_rows);
+    if (cost < least) least = cost, best = chosen;
+  }
+  return best;
 }
 
 at::Tensor full_product(const at::Tensor& x, const Weights& weights, int64_t num_outputs) { return multiply(x, weights, std::nullopt, num_outputs); }
@@ -215,13 +269,16 @@ at::Tensor gate_up(const at::Tensor& x, const at::Tensor& level_T, int64_t index
   m.full_rows.clear(), m.masked_rows.clear(), m.reduced_rows.clear();
   std::vector<Row> rows;
   const int64_t num_neurons = m.gate.defined() ? m.gate.size(0) : 0;
+  std::array<int64_t, kMaxLevels> counts{};
+  for (int64_t t = 0; t < num_tokens; ++t) ++counts[level[t]];
+  const unsigned chosen = choose_kinds(counts, kinds, num_tokens);
   int64_t num_contextual = 0, num_width = 0;
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    num_contextual += kinds[level[t]] == kContextual, num_width += kinds[level[t]] == kWidth;
+  for (int64_t v = 0; v < kMaxLevels; ++v) {
+    num_contextual += kinds[v] == kContextual ? counts[v] : 0, num_width += kinds[v] == kWidth ? counts[v] : 0;
   }
   const bool few = num_contextual <= kFewContextual && num_contextual + num_width <= kFewRows;
   for (int64_t t = 0; t < num_tokens; ++t) {
-    const uint8_t kind = kinds[level[t]];
+    const uint8_t kind = chosen & 1u << kinds[level[t]] ? kinds[level[t]] : kFull;
     const float parameter = parameters[level[t]];
     if (kind == kSkip) {
       saved[t] += 1.0f;
@@ -346,6 +403,23 @@ void set_neurons(int64_t index, const at::Tensor& gate, const at::Tensor& up, co
   m.repair_order = repair_order.value_or(at::Tensor()), m.scores_activation = scores_activation;
 }
 
+// Microseconds by number of rows, 0 among them: in full and split (R), at each level (levels, R); empty: forget them.
+void set_costs(const at::Tensor& full, const at::Tensor& level, const at::Tensor& split) {
+  Costs& known = costs();
+  known = {};
+  if (!full.numel()) return;
+  TORCH_CHECK(full.numel() > 1 && full.numel() == split.numel() && level.dim() == 2 && level.size(0) == kMaxLevels && level.size(1) == full.numel(),
+              "costs are (R), (", kMaxLevels, ", R), (R)");
+  const auto read = [](const at::Tensor& t) {
+    const at::Tensor held = t.contiguous();
+    return std::vector<float>(data<float>(held), data<float>(held) + held.numel());
+  };
+  known.full = read(full), known.split = read(split);
+  for (int64_t v = 0; v < kMaxLevels; ++v) known.level.push_back(read(level[v]));
+}
+
+void set_strict(bool strict) { model().strict = strict; }
+
 // A contiguous tensor on huge pages, for weights that are read in long runs.
 at::Tensor empty_huge(at::IntArrayRef size, at::ScalarType dtype) {
   constexpr size_t kPage = 1 << 21;
@@ -365,6 +439,8 @@ TORCH_LIBRARY_FRAGMENT(sedac, library) {
       "add_mlp(int index, Tensor gate_up, Tensor down, int hidden, Tensor kinds, Tensor parameters, int activation, int gate_up_form=0, "
       "int down_form=0) -> ()", add_mlp);
   library.def("set_neurons(int index, Tensor gate, Tensor up, Tensor down, Tensor scale, Tensor natural_scale, Tensor? repair_order, bool scores_activation) -> ()", set_neurons);
+  library.def("set_costs(Tensor full, Tensor level, Tensor split) -> ()", set_costs);
+  library.def("set_strict(bool strict) -> ()", set_strict);
   library.def("empty_huge(int[] size, ScalarType dtype) -> Tensor", empty_huge);
   library.def("skip_all(Tensor x, int index) -> Tensor?");
   library.def("gate_up(Tensor x, Tensor level, int index, int num_outputs, bool compact) -> Tensor");

@@ -47,6 +47,7 @@ struct Rule {
 struct Model {
   Buffers b;
   Rule rules[kNumSides];
+  bool strict = false;  // every row at its very level, also where more is not slower
 };
 
 // One model per worker process; its buffers live as long as the process.

