@@ -191,6 +191,8 @@ def watch_steps(llm):
     worker = llm.llm_engine.model_executor.driver_worker.worker
     runner, state, llm.watched = worker.model_runner, worker.sedac_state, []
     inner, begin = runner._model_forward, state.begin_step
+    worker._sedac_requests.num_bounded += 1  # no step takes the short way of plain ones,
+    state.begin_repeat = lambda tokens: False  # or of repeated ones
 
     def begin_step(num_tokens, tokens):
         batch, bounds = runner.input_batch, runner.query_start_loc.np

@@ -33,7 +33,7 @@ class Left(NamedTuple):
     saved_T: Array
     """MLPs saved per token, float32."""
     done_T: Array
-    """Is 1 where a decision was final, uint8."""
+    """Is 1 where a decision was final, uint8; of several passes together their number."""
     risk_CT: Array
     """Risks, float32. NaN where not evaluated."""
     counts_SC2: list[Any] | None = None
@@ -129,6 +129,8 @@ class Backend(ABC):
     """Name of its kernels in the log."""
     kinds: ClassVar[frozenset[str]]
     """Names of the kinds of levels that it computes."""
+    can_repeat: ClassVar[bool] = False
+    """Whether passes over the very same tokens can be counted together: `begin_repeat`, `end_repeat`, `take_repeats`."""
     observes_idle: ClassVar[bool] = False
     """Whether checkpoints run between two steps too, where passes warm up or are captured."""
 
@@ -193,6 +195,18 @@ class Backend(ABC):
 
         Returns the MLPs saved per token (T,); None: none, or not known before `count` is called.
         """
+
+    def begin_repeat(self, tokens: Tokens) -> None:
+        """Start a pass over the very tokens of the last active one, with nothing to write but what passes change."""
+        raise AssertionError(f"the {self.label} kernels repeat no pass")
+
+    def end_repeat(self) -> None:
+        """Finish such a pass; what it left is added to what the others before it have left."""
+        raise AssertionError(f"the {self.label} kernels repeat no pass")
+
+    def take_repeats(self) -> Left:
+        """Return and forget what such passes have left together; `done_T` counts passes, risks are of the last one."""
+        raise AssertionError(f"the {self.label} kernels repeat no pass")
 
     @abstractmethod
     def then(self, action: Action, *arguments: Any) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sedac.engine.backends.base import Checkpoint, DraftLayer, DraftPass
+from sedac.engine.backends.base import Checkpoint, DraftLayer, DraftPass, Left
 from sedac.engine.backends.build import find_library
 from sedac.engine.backends.cpu_costs import find_costs, put_into_force
 from sedac.engine.backends.torch import TorchBackend
@@ -22,6 +22,7 @@ from sedac.probe.levels import Neurons
 
 if TYPE_CHECKING:
     from sedac.engine.backends.sides import SideBuffers
+    from sedac.engine.backends.tokens import Tokens
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class CpuBackend(TorchBackend):
     """C++ where it takes a module, plain torch elsewhere; the model is fp32 or bf16."""
 
     label: ClassVar[str] = "native"
+    can_repeat: ClassVar[bool] = True
     kinds: ClassVar[frozenset[str]] = frozenset(("full", "skip", "width", "contextual"))
 
     def __init__(self, *arguments: Any) -> None:
@@ -94,6 +96,25 @@ class CpuBackend(TorchBackend):
         for side in sides:
             torch.ops.sedac.set_rule(side.number, *side.rule_numbers)
         torch.ops.sedac.set_strict(any(side.is_strict for side in sides))
+
+    def begin_repeat(self, tokens: Tokens) -> None:
+        """Start another pass over the last active one's tokens."""
+        self._repeated = tokens
+        self.num_tokens, self.is_active = len(tokens.role_T), True
+        torch.ops.sedac.begin_repeat(tokens.floor_tensor)
+
+    def end_repeat(self) -> None:
+        """Finish it."""
+        torch.ops.sedac.end_repeat(self.num_tokens)
+        self.num_tokens, self.is_active = 0, False
+
+    def take_repeats(self) -> Left:
+        """Return and forget what such passes have left together."""
+        num_tokens = len(self._repeated.role_T)
+        saved_T, done_T = torch.ops.sedac.take_repeats(num_tokens)
+        risk_CT = self.buffers.risk_CT[:, :num_tokens].numpy().copy()
+        self.buffers.risk_CT[:, :num_tokens] = torch.nan
+        return Left(saved_T.numpy(), done_T.numpy(), risk_CT)
 
     def observe(self, index: int, hidden_TD: Tensor, residual_TD: Tensor | None) -> None:
         """Run checkpoint `index` for all sides."""

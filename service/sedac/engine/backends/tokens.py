@@ -7,6 +7,7 @@ T tokens of the step, C checkpoints.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,11 @@ class Tokens:
     num_decides: int = field(init=False)
     has_floor: bool = field(init=False)
     tier_counts: Array = field(init=False)
+
+    @functools.cached_property
+    def floor_tensor(self) -> Tensor:
+        """The same memory as `floor_T`, for operators."""
+        return torch.from_numpy(self.floor_T)
 
     def __post_init__(self) -> None:
         self.decides_T = (self.role_T & DECIDES) > 0

@@ -10,6 +10,7 @@ import numpy as np
 from sedac.contract.stats import TierStats
 from sedac.engine.backends.base import Left
 from sedac.engine.backends.tokens import Array, Tokens
+from sedac.policy.model import EXACT
 
 
 class Counters:
@@ -31,10 +32,14 @@ class Counters:
             self._tier_totals = np.vstack([self._tier_totals, np.zeros((1, 3))])
         return self._tier_rows[tier]
 
-    def count_tokens(self, tokens: Tokens, left: Left | None) -> None:
-        """Count a pass's tokens to their tiers, and what it left; None: nothing was reduced."""
+    def count_exact(self, num_tokens: int) -> None:
+        """Count tokens of exact requests."""
+        self._tier_totals[self.get_tier_row(EXACT), 0] += num_tokens
+
+    def count_tokens(self, tokens: Tokens, left: Left | None, num_steps: int = 1) -> None:
+        """Count the tokens of a pass, or of so many over the same ones, to their tiers, and what was left; None: nothing was reduced."""
         size, counts = len(self._tier_totals), tokens.tier_counts
-        self._tier_totals[: len(counts), 0] += counts
+        self._tier_totals[: len(counts), 0] += counts * num_steps
         if left is not None:
             self.num_saved += float(left.saved_T.sum())
             self._tier_totals[:, 1] += np.bincount(tokens.tier_T, weights=left.done_T, minlength=size)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +65,19 @@ class Requests:
         self._state = state
         self._running: dict[str, _Request] = {}
         self._finished: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._key: tuple[Any, ...] | None = None
+        self.num_bounded = 0
+        """Number of running requests that ask for a tier other than exact."""
+        self._version = -1
+        """Version of what was in force when the tokens below were made."""
         self._cached: Tokens | None = None
+        """Tokens of the last step, where each of its requests generated one."""
+        self._cached_ids: list[str] = []
+        self._cached_bounds: Array = np.zeros(1, dtype=np.int64)
+        state.count_requests = self._count_repeats
 
     def add(self, request_id: str, extra: dict[str, Any], *, may_draft: bool = True) -> None:
         """Remember a new request and its `vllm_xargs`; without TIER_KEY among them it is exact."""
-        self._running[request_id] = _Request(
+        request = self._running[request_id] = _Request(
             tier=str(extra.get(TIER_KEY, EXACT)),
             level=extra.get(LEVEL_KEY),
             scale=float(extra.get(SCALE_KEY, 1.0)),
@@ -78,6 +85,7 @@ class Requests:
             rollout=rollout if isinstance(rollout := extra.get(ROLLOUT_KEY), int) else 0,
             may_draft=may_draft and str(extra.get(SPECULATION_KEY, "true")).lower() not in ("false", "0", "no", "off"),
         )
+        self.num_bounded += request.tier != EXACT
 
     def has(self, request_id: str) -> bool:
         """Whether a request with this id runs, or has finished without having been counted."""
@@ -87,19 +95,21 @@ class Requests:
         """Keep only the reports of finished requests, and of these the newest."""
         for request_id in request_ids:
             if request_id in self._running:
-                self._finished[request_id] = self._make_report(request_id, self._running.pop(request_id))
+                request = self._running.pop(request_id)
+                self.num_bounded -= request.tier != EXACT
+                self._finished[request_id] = self._make_report(request_id, request)
                 if len(self._finished) > _MAX_FINISHED:
                     self._finished.popitem(last=False)
 
-    def make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
+    def make_tokens(self, request_ids: list[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
         """Return what the step's tokens may get; `bounds` (N + 1) are the first rows of the requests, the others (N) counts."""
-        state = self._state
-        decoding = bool((num_computed >= num_prompt).all()) or all(side.policy.phase == "all" for side in state.sides)
-        key = (state.version, tuple(request_ids), len(request_ids) == bounds[-1])
-        if decoding and key[2] and key == self._key and self._cached is not None:
+        state, is_single = self._state, len(request_ids) == bounds[-1]
+        if is_single and self._cached is not None and self._version == state.version and self._cached_ids == request_ids:
             return self._cached  # the same requests go on generating, a token each
         tokens = self._make_tokens(request_ids, bounds, num_prompt, num_computed)
-        self._key, self._cached = (key, tokens) if decoding and key[2] else (None, None)
+        decoding = bool((num_computed >= num_prompt).all()) or all(side.policy.phase == "all" for side in state.sides)
+        self._cached, self._version = tokens if decoding and is_single else None, state.version
+        self._cached_ids, self._cached_bounds = list(request_ids), bounds.copy()
         return tokens
 
     def _make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:
@@ -171,6 +181,22 @@ class Requests:
         if not speculation.enabled or (speculation.tiers and request.tier not in speculation.tiers):
             return None
         return speculation
+
+    def count_plain(self, scheduled: Mapping[str, int]) -> None:
+        """Count the tokens (by request) of a step in which nothing could be reduced."""
+        running, is_enabled = self._running, self._state.is_enabled
+        for request_id, count in scheduled.items():
+            request = running[request_id]
+            request.num_tokens += count
+            if not is_enabled:
+                request.certificate = ""  # nothing was resolved in this step
+
+    def _count_repeats(self, saved_T: Array, num_steps: int) -> None:
+        """Count steps in which the requests of the last tokens generated one token each; `saved_T` is of all of them together."""
+        for request_id, saved in zip(self._cached_ids, saved_T.tolist(), strict=True):
+            request = self._running[request_id]
+            request.num_tokens += num_steps
+            request.num_saved += saved
 
     def count_step(self, request_ids: Sequence[str], bounds: Array, saved_T: Array | None) -> None:
         """Count the step's tokens and what they saved to their requests."""

@@ -75,16 +75,23 @@ class Side(SideBuffers):
         self._learned_from, other._learned_from = other._learned_from, self._learned_from
 
     def follow(
-        self, risk_CT: np.ndarray[Any, Any], scale_T: np.ndarray[Any, Any], mine_T: np.ndarray[Any, Any], counts: list[list[int]] | None = None
+        self,
+        risk_CT: np.ndarray[Any, Any],
+        scale_T: np.ndarray[Any, Any],
+        mine_T: np.ndarray[Any, Any],
+        counts: list[list[int]] | None = None,
+        *,
+        num_steps: int = 1,
     ) -> None:
         """Take a step's exits into the moving rates and, where adaptation is on, the risks of this side's tokens `mine_T` into the thresholds.
 
-        `counts`: the totals as they were after the step, where the host reads them later; None: as they are.
+        `counts`: the totals as they were after the step, where the host reads them later; None: as they are. `num_steps`: taken together.
         """
         counts = self.counts_C2.tolist() if counts is None else counts
+        alpha = 1 - (1 - _RATE_ALPHA) ** num_steps
         for i, (now, before) in enumerate(zip(counts, self._last_counts, strict=True)):
             if now[0] > before[0]:
-                self.exit_rates[i] += _RATE_ALPHA * ((now[1] - before[1]) / (now[0] - before[0]) - self.exit_rates[i])
+                self.exit_rates[i] += alpha * ((now[1] - before[1]) / (now[0] - before[0]) - self.exit_rates[i])
         self._last_counts = counts
         if not self.adapter.is_on:
             return

@@ -30,6 +30,13 @@ from sedac.policy.layout import Layout, ProbeSetSummary
 from sedac.policy.model import Candidate, Policy
 from sedac.probe.probe import LREProbe
 
+_MAX_REPEATS = 256
+"""Passes that are counted together at most: sums of their savings stay exact enough in fp32."""
+
+
+def _count_nothing(saved_T: Array, num_steps: int) -> None:
+    """Stand in until the worker's requests are there."""
+
 
 class State:
     """The worker's SEDAC state; see the module's docstring."""
@@ -72,6 +79,12 @@ class State:
         """Tokens of the last step whose results the host has read. Its risks are in `risk_CT` (C, T), NaN where not evaluated."""
         self.risk_CT: Array = np.zeros((num_checkpoints, 0), dtype=np.float32)
         self._step_version = 0
+        self._num_repeats = 0
+        """Number of passes by `begin_repeat` that are not counted yet."""
+        self._is_repeatable = False
+        """Whether nothing that is in force learns from each step on its own."""
+        self.count_requests: Callable[[Array, int], None] = _count_nothing
+        """Takes the MLPs saved per token (T,) of repeated passes, all together, and the number of passes."""
         self.counters = Counters()
         self.backend = make_backend(self.buffers, table, (self.stable, self.candidate), counts_SC2, self._count)
 
@@ -124,6 +137,7 @@ class State:
             self.candidate.clear()
         else:
             self.candidate.configure(candidate.policy, wanted["candidate"], is_new=candidate.rollout != self.rollout)
+        self._is_repeatable = not any(side.adapter.is_on or side.policy.sensitivity > 0 for side in (self.stable, self.candidate))
         self.revision, self.rollout, self.version = revision, candidate.rollout if candidate else 0, self.version + 1
         self.probe_sets.drop_unused({loaded.sha256 for loaded in wanted.values()})
         for side in self.sides:
@@ -144,6 +158,7 @@ class State:
 
     def begin_step(self, num_tokens: int, tokens: Tokens | None) -> None:
         """Start a forward pass over `num_tokens` tokens; None: all of them in full."""
+        self.count_repeats()
         self._step_version, self._tokens = self.version, tokens
         active = None
         if tokens is not None:
@@ -152,6 +167,41 @@ class State:
             if tokens.has_floor or (has_thresholds and (tokens.num_decides > 0 or bool(tokens.role_T.any()))):
                 active = tokens
         self.backend.begin(num_tokens, active, is_new=active is not self.last_tokens)
+
+    def begin_plain(self, num_tokens: int) -> None:
+        """Start a forward pass over `num_tokens` tokens of exact requests alone."""
+        self.count_repeats()
+        self._step_version, self._tokens = self.version, None
+        if self.is_enabled:
+            self.counters.count_exact(num_tokens)
+        self.backend.begin(num_tokens, None, is_new=False)
+
+    def begin_repeat(self, tokens: Tokens) -> bool:
+        """Start a pass over the very tokens of the last one, to be counted together with others; False: not possible, use `begin_step`."""
+        if tokens is not self.last_tokens or not (self._is_repeatable and self.backend.can_repeat):
+            return False
+        self.backend.begin_repeat(tokens)
+        return True
+
+    def end_repeat(self) -> None:
+        """Finish a pass that `begin_repeat` began."""
+        self.backend.end_repeat()
+        self._num_repeats += 1
+        if self._num_repeats == _MAX_REPEATS:
+            self.count_repeats()
+
+    def count_repeats(self) -> None:
+        """Count the passes by `begin_repeat` since the last time."""
+        if not self._num_repeats:
+            return
+        num_steps, self._num_repeats = self._num_repeats, 0
+        tokens, left = self.last_tokens, self.backend.take_repeats()
+        assert tokens is not None
+        self.counters.num_steps += num_steps
+        self.counters.num_tokens += num_steps * len(tokens.role_T)
+        self.counters.num_decode_tokens += num_steps * tokens.num_decides
+        self._count(tokens, left, num_steps)
+        self.count_requests(left.saved_T, num_steps)
 
     def end_step(self) -> Array | None:
         """Finish the pass: count it and clear what belongs to it alone; returns the MLPs saved per token (T,).
@@ -169,25 +219,26 @@ class State:
 
     def settle(self) -> None:
         """Count what all passes have left."""
+        self.count_repeats()
         self.backend.settle()
 
-    def _count(self, tokens: Tokens | None, left: Left | None) -> None:
-        """Count one pass and let the sides learn from it; see `backends.base.Count`."""
+    def _count(self, tokens: Tokens | None, left: Left | None, num_steps: int = 1) -> None:
+        """Count one pass, or so many over the same tokens, and let the sides learn from it; see `backends.base.Count`."""
         if tokens is None:
             return
-        self.counters.count_tokens(tokens, left)
+        self.counters.count_tokens(tokens, left, num_steps)
         if left is not None:
             self.risk_CT, self.observed_tokens = left.risk_CT, tokens
             if tokens.num_decides:
-                self._follow(tokens, left.counts_SC2)
+                self._follow(tokens, left.counts_SC2, num_steps)
 
-    def _follow(self, tokens: Tokens, counts: list[Any] | None) -> None:
+    def _follow(self, tokens: Tokens, counts: list[Any] | None, num_steps: int) -> None:
         """Let each side learn from its own tokens; `counts`: each side's totals after them, None: as they are."""
         for side in self.sides:
             mine_T = tokens.decides_T
             if self.rollout:
                 mine_T = mine_T & (tokens.role_T & OF_CANDIDATE == side.role)
-            side.follow(self.risk_CT, tokens.scale_T, mine_T, counts[side.number] if counts else None)
+            side.follow(self.risk_CT, tokens.scale_T, mine_T, counts[side.number] if counts else None, num_steps=num_steps)
 
     def is_watching(self) -> bool:
         """Whether checkpoints have anything to do in this pass."""

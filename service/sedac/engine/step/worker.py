@@ -99,11 +99,12 @@ class SedacWorker(runner.BaseWorker):
             extra = new.sampling_params.extra_args if new.sampling_params else None
             self._sedac_requests.add(new.req_id, extra or {}, may_draft=sampling.can_verify(new.sampling_params))
         if scheduler_output.finished_req_ids:
+            self.sedac_state.count_repeats()
             self.sedac_state.backend.then(self._sedac_finish, scheduler_output.finished_req_ids)
         if self.sedac_drafter is not None:
             self.sedac_drafter.forget(scheduler_output.finished_req_ids)
             self._sedac_drafts = scheduler_output.scheduled_spec_decode_tokens
-        self._sedac_in_step = scheduler_output.total_num_scheduled_tokens > 0
+        self._sedac_scheduled, self._sedac_in_step = scheduler_output.num_scheduled_tokens, scheduler_output.total_num_scheduled_tokens > 0
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
@@ -124,24 +125,43 @@ class SedacWorker(runner.BaseWorker):
         """Wrap the model's forward pass in a step; dummy and profile runs pass through."""
         if not self._sedac_in_step:
             return forward(**inputs)
-        state, batch = self.sedac_state, runner.read_batch(self.model_runner)
+        state, requests = self.sedac_state, self._sedac_requests
+        if self.sedac_drafter is None and state.recorder is None and not (requests.num_bounded and state.is_enabled):
+            return self._sedac_forward_plain(forward, inputs)
+        batch = runner.read_batch(self.model_runner)
         bounds, starts, request_ids = batch.bounds, batch.starts, batch.request_ids
-        tokens = self._sedac_requests.make_tokens(request_ids, bounds, batch.num_prompt, starts) if state.is_enabled else None
-        state.begin_step(int(bounds[-1]), tokens)
+        tokens = requests.make_tokens(request_ids, bounds, batch.num_prompt, starts) if state.is_enabled else None
+        is_repeat = state.begin_repeat(tokens) if tokens is not None else False
+        if not is_repeat:
+            state.begin_step(int(bounds[-1]), tokens)
         try:
             hidden = forward(**inputs)
         finally:
-            state.end_step()
-        state.backend.then(self._sedac_requests.count_step, request_ids, bounds)
+            if is_repeat:
+                state.end_repeat()
+            else:
+                state.end_step()
+        if not is_repeat:
+            state.backend.then(requests.count_step, request_ids, bounds)
         if self.sedac_drafter is not None:
             is_decode = bool((starts >= batch.num_prompt).all())
             self.sedac_drafter.begin_step(request_ids, bounds, inputs["positions"], runner.get_slot_mapping(), self._sedac_drafts, is_decode)
         if state.recorder is not None:
             counts = np.diff(bounds)
-            requests = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(request_ids)]
-            next_T = torch.cat([runner.get_next_tokens(self.model_runner, i, start, count, NO_TOKEN) for i, (_, start, count) in enumerate(requests)])
-            state.recorder.finish_step(requests, next_T, hidden, self.model_runner.model.compute_logits)
+            parts = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(request_ids)]
+            next_T = torch.cat([runner.get_next_tokens(self.model_runner, i, start, count, NO_TOKEN) for i, (_, start, count) in enumerate(parts)])
+            state.recorder.finish_step(parts, next_T, hidden, self.model_runner.model.compute_logits)
         return hidden
+
+    def _sedac_forward_plain(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Compute a step in which nothing may be reduced, with no work of SEDAC's beside the counting."""
+        state, scheduled = self.sedac_state, self._sedac_scheduled
+        state.begin_plain(sum(scheduled.values()))
+        try:
+            return forward(**inputs)
+        finally:
+            state.end_step()
+            self._sedac_requests.count_plain(scheduled)
 
     def sedac_describe(self) -> dict[str, Any]:
         """Return what is attached: the layout as a dict."""

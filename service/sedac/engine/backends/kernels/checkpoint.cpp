@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 
@@ -181,6 +182,50 @@ void set_buffers(const std::vector<at::Tensor>& t) {
   model().b = {t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9], t[10]};
 }
 
+// What passes over the same tokens have left together: MLPs saved and final decisions, by token.
+struct Repeats {
+  std::vector<float> saved, done;
+};
+
+Repeats& repeats() {
+  static Repeats instance;
+  return instance;
+}
+
+// Passes change levels, decisions and risks; the rest of the last active pass's tokens is where it was written.
+void begin_repeat(const at::Tensor& floor) {
+  const Buffers& b = model().b;
+  const int64_t num_tokens = floor.size(0), width = b.risk.size(1);
+  TORCH_CHECK(floor.scalar_type() == at::kByte && floor.is_contiguous() && num_tokens <= b.level.size(0), "floors are (T) uint8");
+  std::copy_n(floor.const_data_ptr<uint8_t>(), num_tokens, data<uint8_t>(b.level));
+  for (int64_t c = 0; c < b.risk.size(0); ++c) std::fill_n(data<float>(b.risk) + c * width, num_tokens, std::nanf(""));
+  *data<uint8_t>(b.active) = 1;
+}
+
+void end_repeat(int64_t num_tokens) {
+  const Buffers& b = model().b;
+  Repeats& left = repeats();
+  if (static_cast<int64_t>(left.saved.size()) < num_tokens) left.saved.resize(num_tokens, 0.0f), left.done.resize(num_tokens, 0.0f);
+  float *saved = data<float>(b.saved), *confidence = data<float>(b.confidence);
+  uint8_t *done = data<uint8_t>(b.done), *level = data<uint8_t>(b.level);
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    left.saved[t] += saved[t], left.done[t] += done[t];
+    saved[t] = confidence[t] = 0.0f, done[t] = level[t] = 0;
+  }
+  *data<uint8_t>(b.active) = 0;
+}
+
+std::tuple<at::Tensor, at::Tensor> take_repeats(int64_t num_tokens) {
+  Repeats& left = repeats();
+  const auto take = [&](std::vector<float>& from) {
+    at::Tensor to = at::zeros({num_tokens}, at::kFloat);
+    std::copy_n(from.begin(), std::min<int64_t>(num_tokens, from.size()), to.mutable_data_ptr<float>());
+    from.clear();
+    return to;
+  };
+  return {take(left.saved), take(left.done)};
+}
+
 void set_rule(int64_t side, int64_t rule, int64_t scope, double decay) {
   TORCH_CHECK(side >= 0 && side < kNumSides, "side ", side, " of ", kNumSides);
   model().rules[side] = {rule, scope, decay};
@@ -191,6 +236,9 @@ void set_rule(int64_t side, int64_t rule, int64_t scope, double decay) {
 TORCH_LIBRARY_FRAGMENT(sedac, library) {
   library.def("set_buffers(Tensor[] buffers) -> ()", set_buffers);
   library.def("set_rule(int side, int rule, int scope, float decay) -> ()", set_rule);
+  library.def("begin_repeat(Tensor floor) -> ()", begin_repeat);
+  library.def("end_repeat(int num_tokens) -> ()", end_repeat);
+  library.def("take_repeats(int num_tokens) -> (Tensor, Tensor)", take_repeats);
   library.def("add_checkpoint(int index, int side, Tensor[] probe, Tensor rank, Tensor knobs, Tensor counts) -> ()", add_checkpoint);
   library.def("checkpoint(Tensor stream, Tensor(a!) level, int index) -> ()");
   library.def("checkpoint_parts(Tensor hidden, Tensor? residual, Tensor(a!) level, int index) -> ()");
