@@ -33,6 +33,8 @@ class _Engine:
     max_tokens: int = 4
     num_cold: int = 0
     """first steps with drafts, which take five times as long"""
+    num_slow: int = 0
+    """first steps that take four times as long because the machine is busy"""
     controller: Controller = field(default_factory=Controller)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -48,12 +50,14 @@ class _Engine:
         if self.num_passes and self.num_cold:
             self.num_cold -= 1
             cost *= 5
+        busy = 4 if self.num_slow > 0 else 1
+        self.num_slow -= 1
         true_cost = cost + self.num_passes * self.draft_pass
         self.controller.learn(
             num_sequences=self.num_sequences,
             num_rows=rows,
             num_tokens=sum(counts),
-            seconds=cost * self._make_noise() + self.draft_seconds,
+            seconds=busy * cost * self._make_noise() + self.draft_seconds,
             draft_seconds=self.draft_seconds,
             num_passes=self.num_passes,
         )
@@ -170,6 +174,16 @@ def test_slow_first_drafts_do_not_keep_it_from_drafting(num_cold, num_sequences)
     engine.run(250 * num_sequences)
     assert engine.controller.get_stats()[0].state in ("drafting", "measuring")
     assert engine.get_speed(engine.run(1000 * num_sequences)) > 1.15
+
+
+@pytest.mark.parametrize("num_sequences", [1, 4, 16])
+@pytest.mark.parametrize("name", _BAD)
+def test_a_machine_that_was_busy_at_first_makes_it_draft_for_nothing_only_briefly(name, num_sequences):
+    engine = _Engine(num_sequences=num_sequences, num_slow=4, **_BAD[name])
+    steps = engine.run(500 * num_sequences)
+    assert all(model.gain <= max(1.0, model.tokens_per_step) for model in engine.controller.get_stats())
+    assert engine.get_speed(engine.run(1000 * num_sequences)) > 0.97
+    assert engine.get_speed(steps) > 0.85
 
 
 def test_takes_up_drafting_again_when_it_pays_again():

@@ -109,11 +109,16 @@ class Model:
     """Steps left of the next trial. After a trial that did not pay they are made one at a time."""
 
     @property
+    def plain_seconds(self) -> float:
+        """Seconds of a plain step: no more than a step takes that verifies drafts beside, so that a busy machine's slow steps pass. 0: unknown."""
+        return min(self.plain.value, self.step.value) if self.plain.count and self.step.count else self.plain.value
+
+    @property
     def gain(self) -> float:
-        """Rate with drafting to rate without; 0: unknown."""
+        """Rate with drafting to rate without, at most the tokens of a step; 0: unknown."""
         if not (self.plain.count and self.drafted_seconds.count):
             return 0.0
-        return self.drafted_tokens.value / self.drafted_seconds.value * self.plain.value
+        return self.drafted_tokens.value / self.drafted_seconds.value * self.plain_seconds
 
 
 class Controller:
@@ -159,10 +164,10 @@ class Controller:
             mean.count = 0 if pause == _MIN_PAUSE else min(mean.count, 2)  # after a short pause the whole trial is made again
 
     def _make_limits(self, model: Model, num_sequences: int, max_tokens: int, min_confidence: float) -> Limits:
-        if not (model.plain.value and model.draft_pass.count and model.step.count):
+        if not (model.plain_seconds and model.draft_pass.count and model.step.count):
             return Limits(max_tokens=max_tokens, min_confidence=min_confidence, is_adaptive=True)
-        rate = num_sequences * max(1.0, model.gain) / model.plain.value
-        per_row = max(0.0, model.step.value - model.plain.value) / max(1.0, model.rows.value)
+        rate = num_sequences * max(1.0, model.gain) / model.plain_seconds
+        per_row = (model.step.value - model.plain_seconds) / max(1.0, model.rows.value)
         confidence = min(1.0, max(0.05, model.confidence.value))
         return Limits(
             max_tokens=max_tokens,
@@ -209,7 +214,7 @@ class Controller:
                 num_sequences=size,
                 state=model.state,
                 gain=model.gain,
-                plain_seconds=model.plain.value,
+                plain_seconds=model.plain_seconds,
                 step_seconds=model.step.value,
                 draft_pass_seconds=model.draft_pass.value,
                 tokens_per_step=model.drafted_tokens.value,
