@@ -72,7 +72,7 @@ TOUCHES = (
     Touch(target="vllm.config:ParallelConfig", why="refuses layouts that have no place for SEDAC; which API server runs the agent",
           used_by="engine/vllm/refusals.py", where="every process", expects=(
           Has("pipeline_parallel_size", "tensor_parallel_size", "data_parallel_size", "num_ubatches", "enable_expert_parallel",
-              "world_size_across_dp", "_api_process_rank"),)),
+              "world_size_across_dp", "_api_process_rank", "_api_process_count"),)),
     Touch(target="vllm.config:SchedulerConfig", why="how many tokens a step has at most",
           used_by=_ATTACH, expects=(Has("max_num_batched_tokens", "max_num_seqs"),), where="every process"),
     Touch(target="vllm.config:CompilationConfig", why="whether the model is compiled, and inside which CUDA graphs", used_by=_ATTACH,
@@ -121,6 +121,8 @@ TOUCHES = (
           used_by=_FRONT, expects=(Takes("request"),), where="front end"),
     Touch(target="vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_finished", why="wrapped: watches what finished",
           used_by=_FRONT, expects=(Takes("req_state", "finish_reason", "iteration_stats"),), where="front end"),
+    Touch(target="vllm.v1.engine.output_processor:OutputProcessor.has_unfinished_requests", why="whether workers may have counted anything",
+          used_by="agent/watch.py", expects=(Takes(),), where="front end"),
     Touch(target="vllm.v1.engine.output_processor:RequestState", why="an answer and its latency", used_by=_FRONT,
           expects=(Has("logprobs_processor", "stats", "prompt_token_ids"),), where="front end"),
     Touch(target="vllm.v1.engine.logprobs:LogprobsProcessor._update_sample_logprobs", why="overridden: keeps what an audit compares",
