@@ -199,6 +199,8 @@ TOUCHES = (
           used_by="engine/drafting/drafter.py", expects=(Takes("vllm_config"),), where="worker"),
     Touch(target="vllm.compilation.decorators:support_torch_compile", why="compiles the draft on its own",
           used_by=_DRAFTING, expects=(Takes("dynamic_arg_dims"),), where="worker"),
+    Touch(target="vllm.compilation.decorators:_try_load_aot_compiled_fn", why="loads what was compiled for the CPU, given what it asks for",
+          used_by="engine/vllm/compiled.py", expects=(Takes("model", "aot_compilation_path"),), where="worker", cpu_only=True),
     Touch(target="vllm.compilation.backends:set_model_tag", why="keeps the draft's compiled graphs apart",
           used_by=_DRAFTING, expects=(Takes("tag"),), where="worker"),
     Touch(target="vllm.model_executor.model_loader.utils:process_weights_after_loading", why="packs the draft's own weights",
