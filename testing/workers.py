@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from dataclasses import asdict, replace
 
 from sedac.contract.stats import Stats
@@ -30,10 +31,13 @@ class Workers:
         self.preloads: list[tuple[str, str]] = []
         self.failing: dict[str, Exception] = {}
         """by method: raised instead of an answer"""
+        self.num_calls: Counter[str] = Counter()
+        """by method"""
         self.gate = asyncio.Event()
         self.gate.set()
 
     async def collective_rpc(self, method, timeout=None, args=()):  # noqa: ASYNC109  vLLM's signature
+        self.num_calls[method] += 1
         await self.gate.wait()
         if method in self.failing:
             raise self.failing[method]

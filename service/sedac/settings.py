@@ -102,7 +102,7 @@ class EngineSettings(_FirstPolicy):
     engine_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
     """Name of this engine on the control service, stable over restarts."""
     poll_seconds: float = Field(default=0.5, ge=0.05, le=60)
-    """Seconds between two readings of the workers' counters."""
+    """Seconds between two readings of the workers' counters, while the engine has anything to compute."""
     join_seconds: float = Field(default=10.0, ge=0, le=600)
     """Seconds to wait at the start for the control service's policy before serving under the first. 0 means not at all."""
     probe_cache: Path | None = None

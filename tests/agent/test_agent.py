@@ -127,6 +127,45 @@ def test_what_the_workers_count_reaches_the_service(settings):  # noqa: F811
     asyncio.run(scenario())
 
 
+def test_workers_that_compute_nothing_are_left_alone():
+    async def scenario() -> None:
+        agent = await _make_agent("", "idle")
+        workers, is_active = agent.engine.client, False
+        agent.take_activity = lambda: is_active
+
+        async def rest() -> int:
+            """Return how often the workers were asked once nothing more happens."""
+            num = -1
+            while num != workers.num_calls["sedac_get_stats"]:
+                num = workers.num_calls["sedac_get_stats"]
+                await asyncio.sleep(0.3)
+            return num
+
+        await agent.start(FIRST)
+        assert await rest() == 1, "once for the first policy"
+        await agent._apply(replace(FIRST, decay=0.5), 4)
+        await _until(lambda: agent.stats.active_revision == 4)
+        assert await rest() == 2, "once for each policy"
+        is_active = True
+        await asyncio.sleep(0.3)
+        is_active, workers.stats = False, Stats(num_steps=7)
+        await _until(lambda: agent.stats.num_steps == 7)
+        assert get_metric("sedac_steps_total", "idle") == 7
+        asked = await rest()
+        workers.stats = Stats(num_steps=9)
+        assert await rest() == asked, "nobody said that there was anything to compute"
+        workers.failing["sedac_get_stats"] = TimeoutError("busy")
+        is_active = True
+        await asyncio.sleep(0.15)
+        is_active = False
+        await asyncio.sleep(0.15)
+        del workers.failing["sedac_get_stats"]
+        await _until(lambda: agent.stats.num_steps == 9)
+        await agent.stop()
+
+    asyncio.run(scenario())
+
+
 def test_a_first_policy_that_does_not_fit_stops_the_start():
     async def scenario() -> None:
         agent = await _make_agent("", "misfit")

@@ -136,6 +136,20 @@ def test_what_a_client_gave_up_is_no_evidence():
     assert (seen.page.num_requests, seen.answers) == (0, [])
 
 
+@pytest.mark.parametrize("name", ["r1", "sedac-audit-1"])
+def test_activity_is_what_began_or_is_unfinished(name):
+    seen = Seen(own=frozenset(["sedac-audit-1"]))
+    take = seen.watch.take_activity
+    assert not take()
+    seen.add(make_request(name))
+    assert [take(), take()] == [True, True], "it runs"
+    seen.step(name, [3], at=1.0, reason=FinishReason.STOP)
+    assert not take(), "it was told of already"
+    seen.add(make_request(name))
+    seen.step(name, [3], at=1.0, reason=FinishReason.STOP)
+    assert [take(), take()] == [True, False], "it came and went between two calls"
+
+
 def test_every_choice_of_a_request_counts_for_itself():
     seen = Seen()
     request = make_request(n=2, temperature=0.7, seed=1)

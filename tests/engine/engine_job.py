@@ -186,6 +186,13 @@ def counters(llm):
     return {m.name: m.value for m in llm.get_metrics() if type(m).__name__ == "Counter"}
 
 
+def count_compiled(llm, start):
+    """How many graphs vLLM compiled, saved and loaded at this start of the same engine."""
+    from vllm.compilation.counter import compilation_counter as counter
+
+    return {"compiled": counter.num_aot_compiles, "saved": counter.num_aot_artifacts_saved, "loaded": counter.num_aot_artifacts_loaded}
+
+
 def watch_steps(llm):
     """From now on note for every pass what SEDAC may do with each row, beside the positions that the model gets; see `watched_steps`."""
     worker = llm.llm_engine.model_executor.driver_worker.worker

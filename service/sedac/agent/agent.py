@@ -1,7 +1,8 @@
 """The agent: keeps the engine at the control service's policy, and serving when that service is away.
 
 Runs on the event loop of vLLM's API server. One task follows the discovery stream, one reads the workers' counters, one audits answers.
-None is ever awaited by a request.
+None is ever awaited by a request. The counters are read while there is something to read: each reading keeps vLLM's workers awake for a
+second (distributed/device_communicators/shm_broadcast.py, 0.32: `busy_loop_s`), at the cost of a whole core.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Agent:
     hello: control_pb2.EngineHello
     find_weights: Callable[[], str]
     """Returns the digest of the model's weights. It may take seconds and block, and raises ConfigError where the digest can't be known."""
+    take_activity: Callable[[], bool] = lambda: True
+    """Tells whether the engine has had anything to compute since the last call. By default it always may have had."""
     auditor: Auditor | None = None
     """If None, no answers are audited."""
     policy: Policy = field(default_factory=Policy)
@@ -53,6 +56,8 @@ class Agent:
     candidate: Candidate | None = None
     """Candidate in force beside the policy. None where there is none."""
     stats: Stats = field(default_factory=Stats)
+    _is_behind: bool = True
+    """Whether the workers may have counted more than the last reading told."""
     _is_bounded: bool = False
     _offer: Candidate | None = None
     """The candidate that requests may get now."""
@@ -216,6 +221,7 @@ class Agent:
             yield
         finally:
             self._is_bounded, self._offer = self.policy.enabled, self.candidate
+            self._is_behind = True  # what the workers tell names the policies
 
     async def _switch(self, policy: Policy, revision: int, candidate: Candidate | None) -> None:
         try:
@@ -235,25 +241,39 @@ class Agent:
         logged_steps = 0
         while True:
             await asyncio.sleep(self.settings.poll_seconds)
+            self.metrics.set_connected(self.connected, time.time())
+            is_active = self.take_activity()
+            if not is_active and not self._is_behind:
+                continue
             try:
-                self.stats = await self.engine.get_stats()
-                self.metrics.add(self.stats)
-                self.metrics.evidence.show()
-                if self.metrics.is_speculating:
-                    await asyncio.to_thread(self.metrics.read_speculation)
+                await self._read_counters(is_active=is_active)
             except (TimeoutError, RuntimeError) as error:
                 _log.warning("reading SEDAC counters failed (%s); trying again in %.1f s", error, self.settings.poll_seconds)
                 continue
             except Exception:  # noqa: BLE001  of whatever kind a worker's failure arrives as
                 _log.exception("reading SEDAC counters failed; trying again in %.1f s", self.settings.poll_seconds)
                 continue
-            self.metrics.set_connected(self.connected, time.time())
             if self.settings.log_every and self.stats.num_steps - logged_steps >= self.settings.log_every:
                 logged_steps = self.stats.num_steps
                 rates = ", ".join(f"{c.layer}: {c.num_exited / max(1, self.stats.num_decode_tokens):.1%}" for c in self.stats.checkpoints)
                 ratios = self.stats.drafting.get_rates() if self.stats.drafting else {}
                 drafting = "".join(f", {name.replace('_', ' ')} {ratio:.3f}" for name, ratio in ratios.items() if ratio is not None)
                 _log.info("step %d, revision %d, exit rate by checkpoint %s%s", self.stats.num_steps, self.revision, rates, drafting)
+
+    async def _read_counters(self, *, is_active: bool) -> None:
+        """Ask the workers, and show what they tell; the last steps of an engine that falls idle are asked for once it has fallen idle."""
+        self._is_behind, before = False, self.stats  # before asking: a policy may come meanwhile
+        try:
+            self.stats = await self.engine.get_stats()
+            self.metrics.add(self.stats)
+            self.metrics.evidence.show()
+            if self.metrics.is_speculating:
+                await asyncio.to_thread(self.metrics.read_speculation)
+        except BaseException:
+            self._is_behind = True
+            raise
+        if is_active or self.stats.num_steps != before.num_steps:
+            self._is_behind = True
 
     async def _follow(self) -> None:
         await self._identify_weights()

@@ -26,6 +26,7 @@ __all__ = [
     "hook_inputs",
     "hook_outputs",
     "is_first_server",
+    "is_only_server",
     "make_prefill",
     "share_log",
 ]
@@ -34,6 +35,11 @@ __all__ = [
 def is_first_server(vllm_config: Any) -> bool:
     """Whether this API server is the first of its engine's, or the only one."""
     return bool(vllm_config.parallel_config._api_process_rank <= 0)
+
+
+def is_only_server(vllm_config: Any) -> bool:
+    """Whether this API server is the only one of its engine's, so that every request passes it."""
+    return bool(vllm_config.parallel_config._api_process_count == 1)
 
 
 def share_log() -> None:

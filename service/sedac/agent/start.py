@@ -12,7 +12,7 @@ from sedac.agent import promise
 from sedac.agent.agent import Agent
 from sedac.agent.audits import Auditor
 from sedac.agent.engine import AttachedEngine
-from sedac.agent.frontend import is_first_server, share_log
+from sedac.agent.frontend import is_first_server, is_only_server, share_log
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.promise import Terms
 from sedac.agent.watch import Watch
@@ -104,6 +104,8 @@ def _watch(engine_client: Any, agent: Agent) -> None:
         has_processors=bool(engine_client.vllm_config.model_config.logits_processors),
     )
     watch.install(engine_client.output_processor)
+    if is_only_server(engine_client.vllm_config):  # else it does not see what the others are asked for
+        agent.take_activity = watch.take_activity
 
 
 def _find_weights(vllm_config: Any) -> str:

@@ -49,10 +49,18 @@ class Watch:
         """
         self._find_book, self._on_latency, self._on_answer, self._is_own = find_book, on_latency, on_answer, is_own
         self._has_processors = has_processors
+        self._num_begun = self._num_told = 0
+        self._has_unfinished: Callable[[], bool] = lambda: False
 
     def install(self, output_processor: Any) -> None:
         """Hook an engine's output processor."""
+        self._has_unfinished = output_processor.has_unfinished_requests
         hook_outputs(output_processor, functools.partial(self._guard, self._begin), functools.partial(self._guard, self._finish))
+
+    def take_activity(self) -> bool:
+        """Whether a choice began since the last call, or one is unfinished now; audits are choices too."""
+        began, self._num_told = self._num_begun > self._num_told, self._num_begun
+        return began or self._has_unfinished()
 
     def _guard(self, step: Callable[..., None], *args: Any) -> None:
         try:
@@ -61,6 +69,7 @@ class Watch:
             _log.exception("watching a request failed; it is served all the same, and left out of the evidence")
 
     def _begin(self, request: Any, state: Any) -> None:
+        self._num_begun += 1
         params = request.sampling_params
         if params is None or request.resumable or self._is_own(request.external_req_id):
             return

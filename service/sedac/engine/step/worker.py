@@ -18,7 +18,7 @@ from sedac.engine.drafting.drafter import Drafter
 from sedac.engine.step.record import NO_TOKEN, Recorder
 from sedac.engine.step.requests import Requests
 from sedac.engine.step.state import State
-from sedac.engine.vllm import runner, sampling, speculation
+from sedac.engine.vllm import compiled, runner, sampling, speculation
 from sedac.engine.vllm.parts import is_compiled
 from sedac.errors import ConfigError, PolicyInvalid, UnsupportedModel
 from sedac.policy.model import Candidate, Policy
@@ -69,6 +69,7 @@ class SedacWorker(runner.BaseWorker):
         if self.sedac_drafter is not None:
             self.sedac_drafter.bind(self.model_runner, self._sedac_requests)
         layout = self.sedac_state.layout
+        compiled.prepare(self.vllm_config, model, layout)
         _log.info(
             "SEDAC attached to %s: %d layers, checkpoints after %s, probe set %r (room for rank %d), levels %s, %s kernels%s",
             type(model).__name__.removeprefix("Sedac"),

@@ -38,6 +38,8 @@ class StaticConfig:
     """Directory of the draft of self-speculation. If empty, there is none."""
     draft_sha256: str = ""
     """Digest of the draft's manifest, filled in by the drafter, so that compiled graphs of another draft are not reused."""
+    graph_sha256: str = ""
+    """Digest of the model's parts, filled in by the worker, so that compiled graphs of other parts are not reused."""
     record: bool = False
     """Whether to record streams at the checkpoints instead of serving decisions."""
     record_top_k: int = 8
