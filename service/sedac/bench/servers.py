@@ -1,0 +1,299 @@
+"""Servers as process groups of their own: started, frozen while another is measured, thawed, and stopped whatever happens.
+
+Nobody else's process is ever signalled. A frozen server is thawed before it is stopped, so that it can end by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import sedac_demo
+
+from sedac.bench.extras import need
+from sedac.bench.matrix import Matrix, Model, System
+from sedac.errors import SedacError
+from sedac.policy.model import Policy
+
+READY_SECONDS = 900.0
+_STOP_SECONDS = 30.0
+_LOG_LINES = 25
+SERVED_NAME = "bench"
+"""The name under which every server knows its model."""
+
+
+class ServerDied(SedacError):
+    """A server ended, or did not get ready; the message has the last lines of its log."""
+
+
+def find_free_port() -> int:
+    """Return a port of loopback on which nobody listens now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A command to start a server with."""
+
+    name: str
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    port: int = 0
+    control_port: int = 0
+    """Port of the control service. 0 where there is none."""
+
+
+def find_directory(model: Model) -> Path:
+    """Return the directory of a model."""
+    return model.directory or sedac_demo.DIRECTORY / "model"
+
+
+def find_draft(model: Model, system: System) -> Path | None:
+    """Return the directory of the draft that a system uses for a model."""
+    if system.kind == "plain" or not system.draft:
+        return None
+    return model.draft or (None if model.directory else sedac_demo.DIRECTORY / "draft")
+
+
+def make_environment(matrix: Matrix, system: System) -> dict[str, str]:
+    """Return the environment of a system, in which nothing of SEDAC's is set but what the matrix says."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_") and name != "VLLM_PLUGINS"}
+    fixed = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}  # as `sedac serve` sets them
+    return {**fixed, **clean, **({"VLLM_PLUGINS": ""} if system.kind == "plain" else {}), **matrix.environment, **system.environment}
+
+
+def plan_server(matrix: Matrix, model: Model, system: System, directory: Path) -> Plan:
+    """Return the command for a system; `directory` is for its files, such as the control service's database."""
+    port, control_port = find_free_port(), 0
+    environment = make_environment(matrix, system)
+    if system.kind == "plain":
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(find_directory(model))]
+    else:
+        control_port = find_free_port()
+        environment |= {
+            "SEDAC_CONTROL_PORT": str(control_port),
+            "SEDAC_CONTROL_METRICS_PORT": str(find_free_port()),
+            "SEDAC_CONTROL_DATABASE": str(directory / "control.sqlite3"),
+        }
+        command = [sys.executable, "-m", "sedac.app.cli", "serve", *([str(model.directory)] if model.directory else [])]
+        command += ["--probe-set", str(model.probe_set)] if model.probe_set else []
+        if not system.draft:
+            command += ["--draft", "none"]
+        elif model.draft:
+            command += ["--draft", str(model.draft)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME, "--max-model-len", str(model.max_model_len)]
+    command += [*matrix.flags, *system.flags]
+    return Plan(name=system.name, command=tuple(command), environment=environment, port=port, control_port=control_port)
+
+
+@dataclass
+class Server:
+    """A running process group."""
+
+    plan: Plan
+    log: Path
+    process: subprocess.Popen[bytes]
+    ready_seconds: float = 0.0
+    is_frozen: bool = False
+    knobs: dict[str, object] = field(default_factory=dict)
+    """Knobs that a row has set, by path."""
+    first_policy: Policy | None = None
+    """The policy that it started with. None until a row changes it."""
+
+    @classmethod
+    def start(cls, plan: Plan, log: Path) -> Server:
+        """Start the processes; they may not be ready yet."""
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                plan.command, env=plan.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        return cls(plan, log, process)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.plan.port}"
+
+    def wait_until_ready(self, timeout_seconds: float = READY_SECONDS) -> float:
+        """Return the seconds until it answered, from now.
+
+        Raises:
+            ServerDied: it ended, or the time is up.
+        """
+        began = time.monotonic()
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+            except OSError:
+                self.check()
+                if time.monotonic() - began > timeout_seconds:
+                    raise self._explain(f"was not ready after {timeout_seconds:.0f} s") from None
+                time.sleep(0.1)
+            else:
+                self.ready_seconds = time.monotonic() - began
+                return self.ready_seconds
+
+    def check(self) -> None:
+        """Do nothing while it runs.
+
+        Raises:
+            ServerDied: it ended.
+        """
+        if self.process.poll() is not None:
+            raise self._explain(f"ended with code {self.process.returncode}")
+
+    def _explain(self, what: str) -> ServerDied:
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        return ServerDied(f"server {self.plan.name!r} {what}; its log is {self.log}, which ends with:\n" + "\n".join(lines))
+
+    def freeze(self) -> None:
+        """Stop all its processes where they are."""
+        self._send(signal.SIGSTOP)
+        self.is_frozen = True
+
+    def thaw(self) -> None:
+        """Let all its processes go on."""
+        self._send(signal.SIGCONT)
+        self.is_frozen = False
+
+    def find_processes(self) -> list[int]:
+        """Return the ids of its processes: those of its group, and descendants that left it."""
+        psutil = need("psutil")
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+        return sorted({*found, *(pid for pid in psutil.pids() if _get_group(pid) == self.process.pid)})
+
+    def measure_memory(self) -> float:
+        """Return its memory in bytes: proportional set sizes, in which a page shared by several processes counts once in all."""
+        return float(sum(self._ask_each(lambda process: float(process.memory_full_info().pss))))
+
+    def measure_cpu(self) -> float:
+        """Return the seconds of processor time that its living processes have used so far."""
+        return float(sum(self._ask_each(lambda process: float(sum(process.cpu_times()[:2])))))
+
+    def _ask_each(self, ask: object) -> list[float]:
+        psutil = need("psutil")
+        found = []
+        for pid in self.find_processes():
+            try:
+                found.append(ask(psutil.Process(pid)))  # type: ignore[operator]
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def _send(self, number: signal.Signals) -> None:
+        outside = [pid for pid in self.find_processes() if _get_group(pid) != self.process.pid]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        for pid in outside:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def stop(self) -> None:
+        """Thaw it, let it end, and kill what has not ended in time."""
+        self.thaw()
+        if self.process.poll() is None:
+            self.process.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        while (self.process.poll() is None or self.find_processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self.find_processes():
+            self._send(signal.SIGKILL)
+        self.process.wait()
+
+
+def _get_group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+class Servers:
+    """All servers of a model, of which one at a time is thawed; leaving the context stops them."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._servers: dict[str, Server] = {}
+        self._temporary = tempfile.TemporaryDirectory(prefix="sedac-bench-", ignore_cleanup_errors=True)
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def make_directory(self, name: str) -> Path:
+        """Return a new directory for a server's own files, which is removed in the end."""
+        return Path(tempfile.mkdtemp(prefix=f"{name}-".replace("/", "-").replace(" ", "-"), dir=self._temporary.name))
+
+    def start(self, plan: Plan) -> Server:
+        """Start a server while all others are frozen, and return it once it answers.
+
+        Raises:
+            ServerDied: it did not get ready.
+        """
+        self.use("")
+        log = self._logs / ("".join(c if c.isalnum() else "-" for c in plan.name) + ".log")
+        server = self._servers[plan.name] = Server.start(plan, log)
+        server.wait_until_ready()
+        return server
+
+    def use(self, name: str) -> Server | None:
+        """Freeze all servers but one, which is thawed; an empty name: freeze them all.
+
+        Raises:
+            ServerDied: it is there no more.
+        """
+        for other in self._servers.values():
+            if other.plan.name != name and not other.is_frozen:
+                other.freeze()
+        server = self._servers.get(name)
+        if server is not None:
+            server.check()
+            if server.is_frozen:
+                server.thaw()
+        return server
+
+    def get_all(self) -> Sequence[Server]:
+        """Return the servers in the order in which they were started."""
+        return list(self._servers.values())
+
+    def stop(self) -> None:
+        """Stop all servers; a signal meanwhile does not keep one from being stopped."""
+        handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            stop_all(self._servers.values())
+            self._servers.clear()
+            self._temporary.cleanup()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def stop_all(servers: Iterable[Server]) -> None:
+    """Thaw all servers and ask them to end, then wait for each."""
+    alive = list(servers)
+    for server in alive:
+        server.thaw()
+        if server.process.poll() is None:
+            server.process.terminate()
+    for server in alive:
+        server.stop()
