@@ -146,6 +146,7 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder of figures and report. If it holds some of this matrix, the run goes on there.")] = Path("bench"),
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds that count, in place of the matrix's.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Clients at once, in place of the matrix's (repeat).")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Without servers: the engine in process, tokens per second alone.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the matrix, with all defaults, and end.")] = False,
     only_report: Annotated[bool, typer.Option("--only-report", help="Measure nothing; write the report of what is measured.")] = False,
 ) -> None:
@@ -166,15 +167,17 @@ def bench(
         sedac bench quick --show > mine.yaml                 a matrix to begin with
 
         sedac bench serving --out build/serving --only-report
+
+        sedac bench quick --offline --out build/offline
     """
-    from sedac.bench.bench import run
+    from sedac.bench.bench import OFFLINE, ONLINE, run
     from sedac.bench.matrix import read_matrix, to_yaml
 
     found = read_matrix(matrix, rounds=rounds, concurrencies=concurrency or None)
     if show:
         typer.echo(to_yaml(found), nl=False)
     else:
-        run(found, out, measures=not only_report)
+        run(found, out, mode=OFFLINE if offline else ONLINE, measures=not only_report)
 
 
 def main() -> None:

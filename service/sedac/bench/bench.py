@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sedac.bench import online
+from sedac.bench import offline, online
 from sedac.bench.cells import Cells
 from sedac.bench.machine import describe_machine, read_versions
 from sedac.bench.matrix import Matrix
+from sedac.bench.report import show_tables, write_report
 from sedac.bench.results import make_results
 from sedac.bench.servers import Servers
 from sedac.bench.stage import Stage, Step
-from sedac.bench.table import list_tables, make_table, to_markdown
 
 ONLINE, OFFLINE = "online", "offline"
 
@@ -44,7 +42,7 @@ def open_cells(matrix: Matrix, directory: Path, mode: str = ONLINE) -> Cells:
 
 
 def measure(matrix: Matrix, directory: Path, cells: Cells, console: Console) -> None:
-    """Measure what is missing.
+    """Measure over HTTP what is missing.
 
     Raises:
         SedacError: a server ended or refused a request; all servers are stopped.
@@ -53,6 +51,19 @@ def measure(matrix: Matrix, directory: Path, cells: Cells, console: Console) -> 
         for model in matrix.models:
             with Servers(directory / "logs" / model.name) as servers:
                 online.run_model(Stage(matrix=matrix, model=model, cells=cells, servers=servers, step=step))
+
+
+def measure_offline(matrix: Matrix, directory: Path, cells: Cells, console: Console) -> None:
+    """Measure in process what is missing.
+
+    Raises:
+        SedacError: an engine failed.
+    """
+    total = sum(len(offline.list_children(matrix, model, cells)) for model in matrix.models)
+    with _showing_progress(total, console) as step, _ending_on_sigterm():
+        for model in matrix.models:
+            with Servers(directory / "logs" / model.name) as servers:
+                offline.run_model(matrix, model, cells, servers, step)
 
 
 @contextmanager
@@ -89,16 +100,6 @@ def _ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def write_results(results: dict[str, Any], directory: Path, console: Console) -> list[Path]:
-    """Show the tables and write every file of a report; returns the files."""
-    tables = list(list_tables(results))
-    for title, rows in tables:
-        console.print(make_table(title, rows))
-    (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (directory / "report.md").write_text("\n".join(to_markdown(title, rows) for title, rows in tables), encoding="utf-8")
-    return [directory / name for name in ("results.json", "report.md")]
-
-
 def run(matrix: Matrix, directory: Path, *, mode: str = ONLINE, measures: bool = True) -> None:
     """Measure what is missing of a matrix, or nothing, and write the report into a folder.
 
@@ -106,8 +107,12 @@ def run(matrix: Matrix, directory: Path, *, mode: str = ONLINE, measures: bool =
         SedacError: what is wrong with the folder, the packages or a server, with the remedy.
     """
     console = Console()
+    if mode == OFFLINE:
+        matrix = offline.adapt(matrix)
     cells = open_cells(matrix, directory, mode)
     if measures:
-        measure(matrix, directory, cells, console)
-    files = write_results(make_results(matrix, cells), directory, console)
+        (measure if mode == ONLINE else measure_offline)(matrix, directory, cells, console)
+    results = make_results(matrix, cells)
+    show_tables(results, console)
+    files = write_report(results, directory)
     console.print("written: " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)

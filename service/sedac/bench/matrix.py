@@ -291,11 +291,13 @@ def _explain(found: Any, source: str) -> str:
 def _find_field(location: Iterable[Any]) -> tuple[list[str], str]:
     """Return the fields of the model in which an error lies, and what its field is."""
     models: dict[str, type[BaseModel]] = {"models": Model, "systems": System, "tiers": Tier, "quality": Quality}
-    owner, described, last = Matrix, "", Matrix
+    described = ""
+    owner: type[BaseModel] = Matrix
+    last: type[BaseModel] = Matrix
     for part in location:
         if isinstance(part, str) and part in last.model_fields:
-            owner, described = last, last.model_fields[part].description or ""  # type: ignore[assignment]
-            last = models.get(part, last)  # type: ignore[assignment]
+            owner, described = last, last.model_fields[part].description or ""
+            last = models.get(part, last)
         elif isinstance(part, str):
             owner = last
     return list(owner.model_fields), described

@@ -251,10 +251,20 @@ class Servers:
             ServerDied: it did not get ready.
         """
         self.use("")
-        log = self._logs / ("".join(c if c.isalnum() else "-" for c in plan.name) + ".log")
-        server = self._servers[plan.name] = Server.start(plan, log)
+        server = self.launch(plan)
         server.wait_until_ready()
         return server
+
+    def launch(self, plan: Plan) -> Server:
+        """Start a process group and return it at once; its log is named after it."""
+        log = self._logs / ("".join(c if c.isalnum() else "-" for c in plan.name) + ".log")
+        server = self._servers[plan.name] = Server.start(plan, log)
+        return server
+
+    def forget(self, server: Server) -> None:
+        """Stop one and know it no more."""
+        server.stop()
+        del self._servers[server.plan.name]
 
     def use(self, name: str) -> Server | None:
         """Freeze all servers but one, which is thawed; an empty name: freeze them all.

@@ -68,7 +68,8 @@ def list_tables(results: dict[str, Any]) -> Iterator[tuple[str, list[list[str]]]
         quality = list(list_quality_rows(model))
         if quality:
             yield f"{model['name']}: quality beside plain vLLM", quality
-        yield f"{model['name']}: servers", list(list_server_rows(model))
+        if any(system["ready_seconds"] is not None for system in model["systems"]):
+            yield f"{model['name']}: servers", list(list_server_rows(model))
 
 
 def make_table(title: str, rows: list[list[str]]) -> Table:
