@@ -171,7 +171,7 @@ def bench(
         sedac bench quick --offline --out build/offline
     """
     from sedac.bench.bench import OFFLINE, ONLINE, run
-    from sedac.bench.matrix import read_matrix, to_yaml
+    from sedac.bench.reading import read_matrix, to_yaml
 
     found = read_matrix(matrix, rounds=rounds, concurrencies=concurrency or None)
     if show:

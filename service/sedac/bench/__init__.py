@@ -1,6 +1,6 @@
 """Measures serving as a client sees it: plain vLLM, vLLM's own alternatives and SEDAC's tiers side by side, over HTTP or in process.
 
-    matrix      what is measured, read from YAML
+    matrix      what is measured; reading reads it from YAML
     prompts     what is asked
     servers     processes that are started, frozen, thawed and stopped
     load        requests over HTTP, and what came back when

@@ -16,7 +16,7 @@ from typing import Any
 
 from sedac.bench.extras import need
 from sedac.bench.matrix import DEFAULT_TIER, Load
-from sedac.bench.servers import SERVED_NAME
+from sedac.bench.plans import SERVED_NAME
 from sedac.errors import SedacError
 from sedac.policy.request_keys import TIER_KEY
 

@@ -15,9 +15,10 @@ import sedac_demo
 
 from sedac.bench.cells import Cells
 from sedac.bench.matrix import DEFAULT_TIER, Load, Matrix, Model, Row
+from sedac.bench.plans import Plan, find_directory, find_draft, make_environment
 from sedac.bench.prompts import Prompts, make_starts
 from sedac.bench.rounds import order_round
-from sedac.bench.servers import Plan, Server, ServerDied, Servers, find_directory, find_draft, make_environment
+from sedac.bench.servers import Server, ServerDied, Servers
 from sedac.bench.stage import Step
 from sedac.errors import ConfigError
 

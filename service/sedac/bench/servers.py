@@ -8,95 +8,28 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-
-import sedac_demo
+from typing import Any
 
 from sedac.bench.extras import need
-from sedac.bench.matrix import Matrix, Model, System
+from sedac.bench.plans import Plan
 from sedac.errors import SedacError
 from sedac.policy.model import Policy
 
 READY_SECONDS = 900.0
 _STOP_SECONDS = 30.0
 _LOG_LINES = 25
-SERVED_NAME = "bench"
-"""The name under which every server knows its model."""
 
 
 class ServerDied(SedacError):
     """A server ended, or did not get ready; the message has the last lines of its log."""
-
-
-def find_free_port() -> int:
-    """Return a port of loopback on which nobody listens now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A command to start a server with."""
-
-    name: str
-    command: tuple[str, ...]
-    environment: dict[str, str]
-    port: int = 0
-    control_port: int = 0
-    """Port of the control service. 0 where there is none."""
-
-
-def find_directory(model: Model) -> Path:
-    """Return the directory of a model."""
-    return model.directory or sedac_demo.DIRECTORY / "model"
-
-
-def find_draft(model: Model, system: System) -> Path | None:
-    """Return the directory of the draft that a system uses for a model."""
-    if system.kind == "plain" or not system.draft:
-        return None
-    return model.draft or (None if model.directory else sedac_demo.DIRECTORY / "draft")
-
-
-def make_environment(matrix: Matrix, system: System) -> dict[str, str]:
-    """Return the environment of a system, in which nothing of SEDAC's is set but what the matrix says."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("SEDAC_") and name != "VLLM_PLUGINS"}
-    fixed = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}  # as `sedac serve` sets them
-    return {**fixed, **clean, **({"VLLM_PLUGINS": ""} if system.kind == "plain" else {}), **matrix.environment, **system.environment}
-
-
-def plan_server(matrix: Matrix, model: Model, system: System, directory: Path) -> Plan:
-    """Return the command for a system; `directory` is for its files, such as the control service's database."""
-    port, control_port = find_free_port(), 0
-    environment = make_environment(matrix, system)
-    if system.kind == "plain":
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(find_directory(model))]
-    else:
-        control_port = find_free_port()
-        environment |= {
-            "SEDAC_CONTROL_PORT": str(control_port),
-            "SEDAC_CONTROL_METRICS_PORT": str(find_free_port()),
-            "SEDAC_CONTROL_DATABASE": str(directory / "control.sqlite3"),
-        }
-        command = [sys.executable, "-m", "sedac.app.cli", "serve", *([str(model.directory)] if model.directory else [])]
-        command += ["--probe-set", str(model.probe_set)] if model.probe_set else []
-        if not system.draft:
-            command += ["--draft", "none"]
-        elif model.draft:
-            command += ["--draft", str(model.draft)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME, "--max-model-len", str(model.max_model_len)]
-    command += [*matrix.flags, *system.flags]
-    return Plan(name=system.name, command=tuple(command), environment=environment, port=port, control_port=control_port)
 
 
 @dataclass
@@ -110,6 +43,8 @@ class Server:
     is_frozen: bool = False
     knobs: dict[str, object] = field(default_factory=dict)
     """Knobs that a row has set, by path."""
+    known: set[Any] = field(default_factory=set)
+    """Its processes that were alive when they were last looked for."""
     first_policy: Policy | None = None
     """The policy that it started with. None until a row changes it."""
 
@@ -169,13 +104,18 @@ class Server:
         self._send(signal.SIGCONT)
         self.is_frozen = False
 
-    def find_processes(self) -> list[int]:
-        """Return the ids of its processes: those of its group, and descendants that left it."""
+    def find_processes(self) -> list[Any]:
+        """Return its living processes: those of its group, descendants that left it, and any that was seen before, each a `psutil.Process`."""
         psutil = need("psutil")
         found = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            found = [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
-        return sorted({*found, *(pid for pid in psutil.pids() if _get_group(pid) == self.process.pid)})
+            found = psutil.Process(self.process.pid).children(recursive=True)
+        for pid in psutil.pids():
+            if _get_group(pid) == self.process.pid:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found.append(psutil.Process(pid))
+        self.known = {process for process in self.known | set(found) if _is_alive(process)}
+        return sorted(self.known, key=lambda process: int(process.pid))
 
     def measure_memory(self) -> float:
         """Return its memory in bytes: proportional set sizes, in which a page shared by several processes counts once in all."""
@@ -185,25 +125,23 @@ class Server:
         """Return the seconds of processor time that its living processes have used so far."""
         return float(sum(self._ask_each(lambda process: float(sum(process.cpu_times()[:2])))))
 
-    def _ask_each(self, ask: object) -> list[float]:
+    def _ask_each(self, ask: Callable[[Any], float]) -> list[float]:
         psutil = need("psutil")
         found = []
-        for pid in self.find_processes():
-            try:
-                found.append(ask(psutil.Process(pid)))  # type: ignore[operator]
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
+        for process in self.find_processes():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                found.append(ask(process))
         return found
 
     def _send(self, number: signal.Signals) -> None:
-        outside = [pid for pid in self.find_processes() if _get_group(pid) != self.process.pid]
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-        for pid in outside:
-            try:
-                os.kill(pid, number)
-            except ProcessLookupError:
-                continue
+        processes = self.find_processes()
+        outside = [process for process in processes if _get_group(process.pid) != self.process.pid]
+        if len(outside) < len(processes):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)  # at once, so that none goes on while another stands
+        for process in outside:
+            with contextlib.suppress(need("psutil").NoSuchProcess):
+                process.send_signal(number)
 
     def stop(self) -> None:
         """Thaw it, let it end, and kill what has not ended in time."""
@@ -213,9 +151,17 @@ class Server:
         deadline = time.monotonic() + _STOP_SECONDS
         while (self.process.poll() is None or self.find_processes()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        if self.find_processes():
-            self._send(signal.SIGKILL)
+        self._send(signal.SIGKILL)
         self.process.wait()
+        need("psutil").wait_procs(self.find_processes(), timeout=_STOP_SECONDS)
+
+
+def _is_alive(process: Any) -> bool:
+    psutil = need("psutil")
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _get_group(pid: int) -> int:

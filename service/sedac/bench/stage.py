@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from sedac.bench.cells import Cells
 from sedac.bench.load import Ask, run_load
 from sedac.bench.matrix import DEFAULT_TIER, Load, Matrix, Model, Row
+from sedac.bench.plans import find_directory, plan_server
 from sedac.bench.prompts import Prompts
-from sedac.bench.servers import Server, Servers, find_directory, plan_server
+from sedac.bench.servers import Server, Servers
 from sedac.bench.tuning import set_knobs
 
 _WAKE_REQUESTS, _WAKE_TOKENS = 2, 16
