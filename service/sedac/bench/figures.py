@@ -28,14 +28,17 @@ _WANTED = (
 """Names of vLLM's counters (v1/spec_decode/metrics.py and v1/metrics/loggers.py, 0.32), and of SEDAC's (agent/metrics.py)."""
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least this share of the values does not exceed; NaN of none."""
+def percentile(values: Sequence[float], share: float) -> float | None:
+    """Return the smallest value that at least this share of the values does not exceed; None of none."""
     ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else math.nan
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None
 
 
-def measure_streams(streams: Sequence[Stream]) -> dict[str, float]:
-    """Return the figures of a cell that a client sees: tokens per second, and latencies in milliseconds."""
+def measure_streams(streams: Sequence[Stream]) -> dict[str, float | None]:
+    """Return the figures of a cell that a client sees: tokens per second, and latencies in milliseconds.
+
+    Where every answer came in one piece, there is no time between pieces, and its latencies are None.
+    """
     began, ended = min(stream.began for stream in streams), max(stream.ended for stream in streams)
     num_tokens = sum(stream.num_tokens for stream in streams)
     first = [1e3 * (stream.arrivals[0] - stream.began) for stream in streams]
