@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from sedac.bench.load import Ask, RequestFailed, ask_one, count_prompts, read_stream, run_load
+from sedac.bench.load import Ask, ask_one, count_prompts, read_stream, run_load
 from sedac.bench.matrix import Load
+from sedac.errors import BenchmarkFailed
 
 
 @dataclass
@@ -117,24 +118,24 @@ def test_clients_go_on_for_a_time(server):
 
 def test_a_refusal_is_told_in_the_servers_words(server):
     server.status = 400
-    with pytest.raises(RequestFailed, match="answered 400 to a request of tier 'none': no such tier"):
+    with pytest.raises(BenchmarkFailed, match="answered 400 to a request of tier 'none': no such tier"):
         run_load(Ask(url=server.url, num_tokens=2, tier="none"), Load(concurrency=3), [[1]])
 
 
 def test_an_answer_that_lacks_tokens_is_no_figure(server):
     server.lost = 4
-    with pytest.raises(RequestFailed, match="an answer had 2 tokens, its usage says 6"):
+    with pytest.raises(BenchmarkFailed, match="an answer had 2 tokens, its usage says 6"):
         ask_one(Ask(url=server.url, num_tokens=6), [1])
 
 
 def test_a_server_that_is_not_there_is_named():
-    with pytest.raises(RequestFailed, match=r"http://127\.0\.0\.1:9 failed"):
+    with pytest.raises(BenchmarkFailed, match=r"http://127\.0\.0\.1:9 failed"):
         ask_one(Ask(url="http://127.0.0.1:9", num_tokens=1), [1])
 
 
 def test_a_server_that_breaks_off_is_told_in_its_words():
     pieces = [(1.0, b'data: {"choices": [{"token_ids": [1]}]}\n\n'), (2.0, b'data: {"error": {"message": "out of memory"}}\n\n')]
-    with pytest.raises(RequestFailed, match="out of memory"):
+    with pytest.raises(BenchmarkFailed, match="out of memory"):
         read_stream(0.0, pieces)
 
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 from sedac.bench.plans import Plan, find_free_port, plan_server
 from sedac.bench.reading import make_matrix
-from sedac.bench.servers import Server, ServerDied, Servers, stop_all
+from sedac.bench.servers import Server, Servers, stop_all
+from sedac.errors import BenchmarkFailed
 
 from testing.counting import make_plan
 
@@ -106,7 +107,7 @@ def test_what_does_not_end_in_time_is_killed(tmp_path, monkeypatch):
 def test_a_server_that_died_is_named_with_the_end_of_its_log(servers):
     code = "print('\\n'.join(f'line {n}' for n in range(100))); raise SystemExit('out of luck')"
     plan = Plan(name="the bad one", command=(sys.executable, "-c", code), environment=dict(os.environ), port=find_free_port())
-    with pytest.raises(ServerDied) as caught:
+    with pytest.raises(BenchmarkFailed) as caught:
         servers.start(plan)
     assert [w for w in ("'the bad one' ended with code 1", "the-bad-one.log", "line 99\nout of luck") if w not in str(caught.value)] == []
     assert "line 10\n" not in str(caught.value)
@@ -116,7 +117,7 @@ def test_a_server_that_dies_later_is_found_when_it_is_used(servers, tmp_path):
     server = servers.start(make_plan(tmp_path / "short"))
     os.killpg(server.process.pid, signal.SIGKILL)
     server.process.wait()
-    with pytest.raises(ServerDied, match="'short' ended with code -9"):
+    with pytest.raises(BenchmarkFailed, match="'short' ended with code -9"):
         servers.use("short")
 
 

@@ -5,7 +5,8 @@ is from sending a request to the arrival of the first piece with tokens.
 
 Inter-token latency: a server that speculates sends several tokens at once. The time between two pieces is shared evenly by the tokens of
 the later one, and each token counts once, so that the mean is the reader's pace whatever the size of the pieces. What a reader waits for
-at once is `gap_ms_p99`: the time between two pieces, each counting once.
+at once is `gap_ms_p99`: the time between two pieces, each counting once. `tokens_per_piece` tells how many come at once; above 1 without
+speculation, the server or the client had no time to send or read them one by one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def measure_streams(streams: Sequence[Stream]) -> dict[str, float | None]:
         "num_requests": float(len(streams)),
         "num_tokens": float(num_tokens),
         "seconds": ended - began,
+        "tokens_per_piece": num_tokens / sum(len(stream.arrivals) for stream in streams),
         "ttft_ms_p50": percentile(first, 0.5),
         "ttft_ms_p99": percentile(first, 0.99),
         "itl_ms_p50": percentile(each, 0.5),

@@ -17,14 +17,10 @@ from typing import Any
 from sedac.bench.extras import need
 from sedac.bench.matrix import DEFAULT_TIER, Load
 from sedac.bench.plans import SERVED_NAME
-from sedac.errors import SedacError
+from sedac.errors import BenchmarkFailed
 from sedac.policy.request_keys import TIER_KEY
 
 _TIMEOUT_SECONDS = 900.0
-
-
-class RequestFailed(SedacError):
-    """A server refused a request, or broke off."""
 
 
 @dataclass(kw_only=True)
@@ -85,7 +81,7 @@ def read_stream(began: float, pieces: Sequence[tuple[float, bytes]]) -> Stream:
     """Read an answer of server-sent events; `pieces` are when bytes arrived, and the bytes.
 
     Raises:
-        RequestFailed: the server broke off, or counted other tokens than it sent.
+        BenchmarkFailed: the server broke off, or counted other tokens than it sent.
     """
     stream, rest = Stream(began=began), b""
     for arrived, data in pieces:
@@ -97,7 +93,7 @@ def read_stream(began: float, pieces: Sequence[tuple[float, bytes]]) -> Stream:
                 continue
             message = json.loads(line)
             if "error" in message:
-                raise RequestFailed(f"the server broke off: {message['error']}")
+                raise BenchmarkFailed(f"the server broke off: {message['error']}")
             for choice in message.get("choices", ()):
                 ids = choice.get("token_ids") or ()
                 num_tokens += len(ids)
@@ -108,7 +104,7 @@ def read_stream(began: float, pieces: Sequence[tuple[float, bytes]]) -> Stream:
             stream.arrivals.append(arrived)
             stream.tokens.append(num_tokens)
     if not stream.arrivals or sum(stream.tokens) != stream.num_tokens:
-        raise RequestFailed(f"an answer had {sum(stream.tokens)} tokens, its usage says {stream.num_tokens}; the stream broke off")
+        raise BenchmarkFailed(f"an answer had {sum(stream.tokens)} tokens, its usage says {stream.num_tokens}; the stream broke off")
     return stream
 
 
@@ -119,11 +115,11 @@ async def _send(session: Any, ask: Ask, prompt: Sequence[int], number: int) -> t
     try:
         async with session.post(f"{ask.url}/v1/completions", data=body, headers={"Content-Type": "application/json"}) as answer:
             if answer.status != 200:
-                raise RequestFailed(f"the server answered {answer.status} to a request of tier {ask.tier!r}: {(await answer.text())[:500]}")
+                raise BenchmarkFailed(f"the server answered {answer.status} to a request of tier {ask.tier!r}: {(await answer.text())[:500]}")
             async for data in answer.content.iter_any():
                 pieces.append((time.monotonic(), data))
     except (need("aiohttp").ClientError, OSError) as error:
-        raise RequestFailed(f"a request to {ask.url} failed: {error!r}") from error
+        raise BenchmarkFailed(f"a request to {ask.url} failed: {error!r}") from error
     return began, pieces
 
 
@@ -175,7 +171,7 @@ def run_load(ask: Ask, load: Load, prompts: Sequence[Sequence[int]], *, per_clie
     Clients send `per_client` requests each, or begin new ones for `seconds`. At a rate, requests come for `seconds`, at least one.
 
     Raises:
-        RequestFailed: the server refused one, or broke off.
+        BenchmarkFailed: the server refused one, or broke off.
     """
     return asyncio.run(_run(ask, load, prompts, per_client, seconds, seed))
 
@@ -184,7 +180,7 @@ def ask_one(ask: Ask, prompt: Sequence[int]) -> Stream:
     """Send one request and return its answer.
 
     Raises:
-        RequestFailed: the server refused it, or broke off.
+        BenchmarkFailed: the server refused it, or broke off.
     """
     return run_load(ask, Load(concurrency=1), [prompt])[0]
 

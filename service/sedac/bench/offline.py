@@ -18,9 +18,9 @@ from sedac.bench.matrix import DEFAULT_TIER, Load, Matrix, Model, Row
 from sedac.bench.plans import Plan, find_directory, find_draft, make_environment
 from sedac.bench.prompts import Prompts, make_starts
 from sedac.bench.rounds import order_round
-from sedac.bench.servers import Server, ServerDied, Servers
+from sedac.bench.servers import Server, Servers
 from sedac.bench.stage import Step
-from sedac.errors import ConfigError
+from sedac.errors import BenchmarkFailed, ConfigError
 
 _CHILD_SECONDS = 1800.0
 
@@ -51,7 +51,7 @@ def run_model(matrix: Matrix, model: Model, cells: Cells, servers: Servers, step
     """Measure what is missing of a model.
 
     Raises:
-        ServerDied: a child failed.
+        BenchmarkFailed: a child failed.
     """
     prompts = Prompts(matrix.prompts, find_directory(model), seed=matrix.seed)
     sizes = [load.concurrency * matrix.requests for load in matrix.loads]
@@ -99,7 +99,7 @@ def _run_child(matrix: Matrix, row: Row, order: dict[str, Any], directory: Path,
     began = time.monotonic()
     while child.process.poll() is None:
         if time.monotonic() - began > _CHILD_SECONDS:
-            raise ServerDied(f"the engine of {row.name!r} was not done after {_CHILD_SECONDS:.0f} s; its log is {child.log}")
+            raise BenchmarkFailed(f"the engine of {row.name!r} was not done after {_CHILD_SECONDS:.0f} s; its log is {child.log}")
         time.sleep(0.2)
     if child.process.returncode or not answer.exists():
         child.check()

@@ -18,6 +18,7 @@ from sedac.bench.prompts import make_starts
 from sedac.bench.rounds import order_round
 from sedac.bench.servers import Server
 from sedac.bench.stage import Stage
+from sedac.errors import BenchmarkFailed
 
 RATE_SECONDS = 10.0
 _COUNT_SECONDS = 1.2
@@ -28,12 +29,21 @@ def run_model(stage: Stage) -> None:
     """Measure what is missing of a model; starts nothing where nothing is.
 
     Raises:
-        ServerDied: a server ended; those that still run are stopped by whoever opened the stage's servers.
-        RequestFailed: a server refused a request.
+        BenchmarkFailed: a server ended or refused a request; those that still run are stopped by whoever opened the stage's servers.
     """
     matrix, model, cells = stage.matrix, stage.model, stage.cells
     if not list_missing(matrix, model, cells):
         return
+    try:
+        _run(stage)
+    except (BenchmarkFailed, OSError):
+        for server in stage.servers.get_all():
+            server.check()  # where a server ended, its log says more than a connection that broke
+        raise
+
+
+def _run(stage: Stage) -> None:
+    matrix, model, cells = stage.matrix, stage.model, stage.cells
     stage.start()
     done = cells.get_done()
     first = 0 if is_measured(matrix, model, cells) else -matrix.warmup_rounds

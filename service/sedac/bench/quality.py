@@ -19,11 +19,12 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from sedac.bench.load import Ask, RequestFailed, ask_one
+from sedac.bench.load import Ask, ask_one
 from sedac.bench.matrix import PLAIN, Quality, Row
 from sedac.bench.servers import Server
 from sedac.bench.stage import Stage
 from sedac.bench.tuning import set_knobs
+from sedac.errors import BenchmarkFailed
 
 _PLACE = 1_000_003
 """Number of the first prompt, far from those of the rounds."""
@@ -64,7 +65,7 @@ def score(server: Server, ask: Ask, text: Sequence[int]) -> list[float]:
     """Return the negative log-probability of each token of a text but the first, in nats.
 
     Raises:
-        RequestFailed: the server refused.
+        BenchmarkFailed: the server refused.
     """
     body: dict[str, Any] = {**ask.make_body(text), "stream": False, "prompt_logprobs": 0}
     del body["stream_options"]
@@ -73,7 +74,7 @@ def score(server: Server, ask: Ask, text: Sequence[int]) -> list[float]:
         with urllib.request.urlopen(request, timeout=300) as answer:
             places = json.load(answer)["choices"][0]["prompt_logprobs"]
     except urllib.error.HTTPError as error:
-        raise RequestFailed(f"server {server.plan.name!r} did not score a text: {error.read().decode(errors='replace')[:500]}") from error
+        raise BenchmarkFailed(f"server {server.plan.name!r} did not score a text: {error.read().decode(errors='replace')[:500]}") from error
     return [-place[str(token)]["logprob"] for token, place in zip(text[1:], places[1:], strict=True)]
 
 

@@ -20,16 +20,12 @@ from typing import Any
 
 from sedac.bench.extras import need
 from sedac.bench.plans import Plan
-from sedac.errors import SedacError
+from sedac.errors import BenchmarkFailed
 from sedac.policy.model import Policy
 
 READY_SECONDS = 900.0
 _STOP_SECONDS = 30.0
 _LOG_LINES = 25
-
-
-class ServerDied(SedacError):
-    """A server ended, or did not get ready; the message has the last lines of its log."""
 
 
 @dataclass
@@ -66,7 +62,7 @@ class Server:
         """Return the seconds until it answered, from now.
 
         Raises:
-            ServerDied: it ended, or the time is up.
+            BenchmarkFailed: it ended, or the time is up.
         """
         began = time.monotonic()
         while True:
@@ -85,14 +81,14 @@ class Server:
         """Do nothing while it runs.
 
         Raises:
-            ServerDied: it ended.
+            BenchmarkFailed: it ended.
         """
         if self.process.poll() is not None:
             raise self._explain(f"ended with code {self.process.returncode}")
 
-    def _explain(self, what: str) -> ServerDied:
+    def _explain(self, what: str) -> BenchmarkFailed:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-        return ServerDied(f"server {self.plan.name!r} {what}; its log is {self.log}, which ends with:\n" + "\n".join(lines))
+        return BenchmarkFailed(f"server {self.plan.name!r} {what}; its log is {self.log}, which ends with:\n" + "\n".join(lines))
 
     def freeze(self) -> None:
         """Stop all its processes where they are."""
@@ -194,7 +190,7 @@ class Servers:
         """Start a server while all others are frozen, and return it once it answers.
 
         Raises:
-            ServerDied: it did not get ready.
+            BenchmarkFailed: it did not get ready.
         """
         self.use("")
         server = self.launch(plan)
@@ -216,7 +212,7 @@ class Servers:
         """Freeze all servers but one, which is thawed; an empty name: freeze them all.
 
         Raises:
-            ServerDied: it is there no more.
+            BenchmarkFailed: it is there no more.
         """
         for other in self._servers.values():
             if other.plan.name != name and not other.is_frozen:

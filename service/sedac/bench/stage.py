@@ -39,7 +39,7 @@ class Stage:
         """Start all servers one after the other, then measure what each takes while it idles.
 
         Raises:
-            ServerDied: one did not get ready.
+            BenchmarkFailed: one did not get ready.
         """
         for system in self.matrix.get_systems(self.model):
             self.step(f"{self.model.name}: starting {system.name}")

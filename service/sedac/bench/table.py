@@ -32,11 +32,12 @@ def list_speed_rows(results: dict[str, Any], model: dict[str, Any]) -> Iterator[
 
 def list_latency_rows(model: dict[str, Any]) -> Iterator[list[str]]:
     """Yield the table of all figures that a client sees, medians over rounds, its columns first."""
-    yield ["row", "load", "tokens/s", "TTFT p50, ms", "TTFT p99", "ITL p50, ms", "ITL p99", "AR", "TRR", "MLP work saved"]
+    yield ["row", "load", "tokens/s", "TTFT p50, ms", "TTFT p99", "ITL p50, ms", "ITL p99", "tokens/piece", "AR", "TRR", "MLP work saved"]
     for row in model["rows"]:
         for load in row["loads"]:
             get = load["figures"].get
             times = [show_median(get(name), ".1f") for name in ("tokens_per_second", "ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99")]
+            times.append(show_median(get("tokens_per_piece"), ".2f"))
             shares = [show_median(get(name), form) for name, form in (("acceptance_rate", ".2f"), ("token_ratio", ".2f"), ("work_saved", ".1%"))]
             yield [row["name"], load["load"], *times, *shares]
 
