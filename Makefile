@@ -15,6 +15,7 @@ DOCKER ?= docker
 TARGETS ?= cpu control
 COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 ARGS ?=
+MATRIX ?= demo demo-sampled demo-long smollm2 mid
 
 .PHONY: help
 help: ## list the targets
@@ -97,6 +98,10 @@ bench-quality: $(KERNELS) ## quality against saved FLOPs of every mechanism on h
 .PHONY: bench-speculation
 bench-speculation: $(KERNELS) ## every way of speculation against plain vLLM, demo and mid-size (ARGS=--help); writes benchmarks/results/speculation.*
 	for model in demo mid; do $(BIN)/python benchmarks/speculation.py --model $$model --out benchmarks/results/speculation $(ARGS); done
+
+.PHONY: bench-serving
+bench-serving: $(KERNELS) ## what a client sees over HTTP, every matrix of benchmarks/serving (MATRIX='demo mid', ARGS='--rounds 3'; resumes); hours
+	for name in $(MATRIX); do $(BIN)/sedac bench benchmarks/serving/$$name.yaml --out benchmarks/results/serving/$$name $(ARGS); done
 
 .PHONY: bench-cuda
 bench-cuda: ## on a GPU, .venv or not: the card, its graphs and kernels, then engines (ARGS='--seconds 300'); writes benchmarks/results/cuda/

@@ -47,6 +47,7 @@ _REMEDIES = {
     "UnsupportedModel": "Serve the model without SEDAC, or with the layout that the message asks for.",
     "ControlUnavailable": "See whether the control service runs and whether the address is right. Engines serve on meanwhile.",
     "NotSynced": "`sedac ctl engine list` says which engine is behind or has refused, and why.",
+    "BenchmarkFailed": "Read the log that the message names, mend what it says, and run the same command again; what was measured is kept.",
 }
 
 

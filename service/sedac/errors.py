@@ -20,7 +20,8 @@
     |- ArtifactError          a probe set is missing, broken, or made for another model
     |- UnsupportedModel       the model or the engine's layout can't carry SEDAC
     |- ControlUnavailable     the control service can't be reached or did not answer in time
-    `- NotSynced              an engine refused a revision or did not confirm it in time
+    |- NotSynced              an engine refused a revision or did not confirm it in time
+    `- BenchmarkFailed        a server that a benchmark started ended, refused a request, or broke off
 
 Messages name the value, the limit and the remedy. Only the gRPC servicer turns them into status codes.
 """
@@ -128,3 +129,7 @@ class ControlUnavailable(SedacError):
 
 class NotSynced(SedacError):
     """An engine refused a revision or did not confirm it in time."""
+
+
+class BenchmarkFailed(SedacError):
+    """A server that a benchmark started ended or did not get ready, refused a request, or broke off."""

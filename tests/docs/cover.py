@@ -37,6 +37,7 @@ _TRAINS = ("tests/probe/test_train.py",)
 _CALIBRATES = ("tests/probe/test_calibrate.py::test_calibrates_and_compares_end_to_end",)
 _VALIDATES = ("tests/probe/test_validate.py", *_CALIBRATES)
 _CERTIFIES = ("tests/probe/test_certify.py",)
+_BENCHES = ("tests/bench/test_bench.py::test_a_tiny_matrix_from_servers_to_the_page",)
 _REPORTS = ("tests/probe/test_page.py::test_the_command_writes_the_page_and_refuses_nothing_to_report",)
 _DISTILLS = ("tests/probe/test_distill.py", "tests/probe/test_reduced_draft.py::test_the_command_makes_a_draft", "tests/e2e/test_drafting.py")
 _CONVERTS = ("tests/probe/test_convert.py",)
@@ -58,6 +59,10 @@ COVER: dict[str, dict[str, list[Cover]]] = {
     "docs/gpu.md": {
         "On a borrowed machine": [Parsed((_CARD, _CARD_ENGINE))],
         "On your own machine": [Parsed((_CARD, _CARD_ENGINE, _CUDA_STARTS)), Parsed(_CONTAINERS)],
+    },
+    "docs/benchmarking.md": {
+        "Benchmarking": [Parsed(_BENCHES)],
+        "The committed figures": [Parsed(("tests/bench/test_matrix.py", *_BENCHES))],
     },
     "docs/operating.md": {
         "Operating": [Parsed(_SERVES)],

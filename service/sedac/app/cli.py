@@ -1,4 +1,4 @@
-"""The `sedac` command: serve, control, ctl, doctor. Imports what a command needs only when it runs."""
+"""The `sedac` command: serve, control, ctl, doctor, bench. Imports what a command needs only when it runs."""
 
 from __future__ import annotations
 
@@ -138,6 +138,46 @@ def doctor(
     else:
         show_touches(findings[-1])
     raise typer.Exit(int(any(finding.state == "bad" for finding in findings)))
+
+
+@app.command()
+def bench(
+    matrix: Annotated[str, typer.Argument(help="A YAML file, or the name of a preset: quick, serving.")] = "quick",
+    out: Annotated[Path, typer.Option(help="Folder of figures and report. If it holds some of this matrix, the run goes on there.")] = Path("bench"),
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds that count, in place of the matrix's.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Clients at once, in place of the matrix's (repeat).")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Without servers: the engine in process, tokens per second alone.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the matrix, with all defaults, and end.")] = False,
+    only_report: Annotated[bool, typer.Option("--only-report", help="Measure nothing; write the report of what is measured.")] = False,
+) -> None:
+    """Measure what a client sees: SEDAC's tiers beside plain vLLM and vLLM's own alternatives.
+
+    Every system of the matrix is a server of its own. All run at once and all but the one that is measured are frozen; each round
+    measures every row at every load, in changing order. A ratio is that of two figures of the same round, and reported is the median
+    over rounds with its least and most. A run that was broken off goes on where it was.
+
+    Examples:
+
+        sedac bench                                          the preset quick: ten minutes on two cores
+
+        sedac bench serving --out build/serving              every shipped tier of the demo model, an hour
+
+        sedac bench mine.yaml --out build/mine --rounds 3
+
+        sedac bench quick --show > mine.yaml                 a matrix to begin with
+
+        sedac bench serving --out build/serving --only-report
+
+        sedac bench quick --offline --out build/offline
+    """
+    from sedac.bench.bench import OFFLINE, ONLINE, run
+    from sedac.bench.reading import read_matrix, to_yaml
+
+    found = read_matrix(matrix, rounds=rounds, concurrencies=concurrency or None)
+    if show:
+        typer.echo(to_yaml(found), nl=False)
+    else:
+        run(found, out, mode=OFFLINE if offline else ONLINE, measures=not only_report)
 
 
 def main() -> None:
