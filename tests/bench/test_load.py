@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -96,11 +97,12 @@ def test_clients_ask_as_many_requests_at_once_as_there_are_clients(server):
 
 
 def test_a_request_says_what_the_cell_asks_for(server):
-    ask_one(Ask(url=server.url, num_tokens=4, tier="balanced", temperature=0.8, seed=5, salt="x"), [1, 2])
+    ask_one(Ask(url=server.url, num_tokens=4, tier="balanced", temperature=0.8, seed=5, salt="a row/2, 3 requests/s"), [1, 2])
     ask_one(Ask(url=server.url, num_tokens=4), [1, 2])
     first, second = server.bodies
     assert first["vllm_xargs"] == {"sedac_tier": "balanced"}
-    assert (first["temperature"], first["seed"], first["cache_salt"], first["ignore_eos"]) == (0.8, 5, "x", True)
+    assert (first["temperature"], first["seed"], first["ignore_eos"]) == (0.8, 5, True)
+    assert re.fullmatch("[0-9a-f]{64}", first["cache_salt"]), "vLLM takes neither / nor more than 128 characters"
     assert first["stream_options"] == {"include_usage": True}
     assert second.keys() & {"vllm_xargs", "seed", "cache_salt"} == set()
 

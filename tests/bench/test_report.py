@@ -79,6 +79,11 @@ def test_the_words_name_the_fastest_and_all_that_is_slower(results):
     assert any("server `ours` is ready after 70 s, plain vLLM after 60 s" in sentence and "1.00 cores while idle" in sentence for sentence in told)
 
 
+def test_the_words_say_where_rounds_do_not_agree(results):
+    find_row(results, "ours, fast <b>")["loads"][0]["ratio"] = {"median": 1.1, "min": 0.9, "max": 1.2, "rounds": 3}
+    assert describe(results)[0].endswith("1.10 times as fast as plain vLLM (between 0.90 and 1.20 over 3 rounds), though not in every round.")
+
+
 def test_the_words_do_not_praise_what_is_slower(results):
     for row in results["models"][0]["rows"]:
         if row["name"] in ("ours, fast <b>", "ours, exact"):

@@ -22,6 +22,8 @@ from sedac.bench.servers import Servers
 from sedac.bench.stage import Stage, Step
 
 ONLINE, OFFLINE = "online", "offline"
+_FILE_WIDTH = 150
+"""Characters of a line where the output goes to a file."""
 
 
 def open_cells(matrix: Matrix, directory: Path, mode: str = ONLINE) -> Cells:
@@ -107,6 +109,8 @@ def run(matrix: Matrix, directory: Path, *, mode: str = ONLINE, measures: bool =
         SedacError: what is wrong with the folder, the packages or a server, with the remedy.
     """
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
     if mode == OFFLINE:
         matrix = offline.adapt(matrix)
     cells = open_cells(matrix, directory, mode)

@@ -7,6 +7,7 @@ machine with the server.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import time
@@ -71,7 +72,7 @@ class Ask:
         if self.temperature:
             body["seed"] = self.seed + number
         if self.salt:
-            body["cache_salt"] = self.salt
+            body["cache_salt"] = hashlib.sha256(self.salt.encode()).hexdigest()  # vLLM refuses some characters, and names of rows are anything
         if self.tier != DEFAULT_TIER:
             body["vllm_xargs"] = {TIER_KEY: self.tier}
         return body

@@ -39,6 +39,7 @@ def describe_speed(results: dict[str, Any]) -> Iterator[str]:
             spread = f"between {best['min']:.2f} and {best['max']:.2f} over {best['rounds']:.0f} rounds" if best["rounds"] > 1 else "in one round"
             if best["median"] > 1 + SAME:
                 told = f"`{name}` is the fastest, {best['median']:.2f} times as fast as plain vLLM ({spread})"
+                told += "" if best["min"] > 1 else ", though not in every round"
             elif best["median"] >= 1 - SAME:
                 told = f"nothing is faster than plain vLLM; `{name}` is as fast ({best['median']:.2f}, {spread})"
             else:
