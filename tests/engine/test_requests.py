@@ -130,3 +130,48 @@ def test_a_candidate_may_be_enabled_beside_a_policy_that_is_not():
     tokens = requests.make_tokens(["a", "b"], np.array([0, 1, 2]), np.array([1, 1]), np.array([1, 1]))
     assert tokens.role_T.tolist() == [0, DECIDES | OF_CANDIDATE]
     assert [requests.get_report(i)["certified"] for i in "ab"] == [False, True]
+
+
+def test_requests_count_plain_and_repeated_steps():
+    state = make_state(use_native=True)
+    requests = Requests(state)
+    state.apply(POLICY, 1)
+    requests.add("cmpl-1-0-x", PROMISE)
+    requests.add("cmpl-2-0-y", {TIER_KEY: "exact"})
+    assert requests.num_bounded == 1
+    ids, bounds, prompts = ["cmpl-1-0-x", "cmpl-2-0-y"], np.array([0, 1, 2]), np.array([1, 1])
+    for step in range(1, 6):
+        tokens = requests.make_tokens(ids, bounds, prompts, np.array([step, step]))
+        if not state.begin_repeat(tokens):
+            state.begin_step(2, tokens)
+            requests.count_step(ids, bounds, state.end_step())
+        else:
+            state.end_repeat()
+    state.settle()
+    assert requests.get_report("cmpl-1")["num_tokens"] == 5
+    assert requests.get_report("cmpl-1")["certified"]
+    requests.finish(["cmpl-1-0-x"])
+    assert requests.num_bounded == 0
+    requests.count_plain({"cmpl-2-0-y": 3})
+    assert requests.get_report("cmpl-2")["num_tokens"] == 8
+    state.apply(replace(POLICY, enabled=False), 2)
+    requests.add("cmpl-3-0-z", PROMISE)
+    requests.count_plain({"cmpl-3-0-z": 1})
+    assert not requests.get_report("cmpl-3")["certified"]
+
+
+def test_a_batch_of_others_is_no_repeat():
+    """The same ids with another policy, and other ids, get tokens of their own."""
+    state = make_state(use_native=True)
+    requests = Requests(state)
+    state.apply(POLICY, 1)
+    for i in ("a", "b"):
+        requests.add(i, PROMISE)
+    one = np.array([1])
+    first = requests.make_tokens(["a"], np.array([0, 1]), one, one)
+    assert requests.make_tokens(["a"], np.array([0, 1]), one, one + 1) is first
+    assert requests.make_tokens(["b"], np.array([0, 1]), one, one) is not first
+    second = requests.make_tokens(["a"], np.array([0, 1]), one, one + 2)
+    assert second is not first
+    state.apply(CHANGED, 2)
+    assert requests.make_tokens(["a"], np.array([0, 1]), one, one + 3) is not second

@@ -137,3 +137,77 @@ def test_adaptation_reaches_target_rates_and_follows_a_change_of_traffic():
     assert state.stable.adapter.thresholds == learned
     state.apply(Policy(**{**vars(policy), "adaptation": Adaptation(**{**vars(knobs), "generation": 1})}), 3)
     assert state.stable.adapter.thresholds == pytest.approx([0.01, 0.01])
+
+
+@pytest.mark.parametrize("rule", ["first", "accumulate"])
+def test_repeated_passes_count_as_each_pass_on_its_own(rule):
+    """The same requests go on generating: with `begin_repeat` and without, risks, exits, rates and savings are the same."""
+    checkpoints = tuple(Checkpoint(layer=layer, threshold=0.6, weight=0.8, target=0.4) for layer in (1, 3))
+    policy = Policy(enabled=True, checkpoints=checkpoints, rule=rule, decay=0.5)
+    found = []
+    for repeats in (True, False):
+        state, generator, reports = make_state(True), torch.Generator().manual_seed(5), []
+        state.count_requests = lambda saved_T, num_steps, reports=reports: reports.append((saved_T.tolist(), num_steps))
+        state.apply(policy, 1)
+        tokens = make_tokens(generator, 6)
+        saved_T, levels = np.zeros(6), []
+        for step in range(300):
+            is_repeat = repeats and state.begin_repeat(tokens)
+            assert is_repeat == (repeats and step > 0)
+            if not is_repeat:
+                state.begin_step(6, tokens)
+            stream = torch.randn(6, 24, generator=generator)
+            for layer in (1, 3):
+                state.observe(layer, stream)
+                levels.append(state.level_T[:6].tolist())
+            state.buffers.saved_T[:6] += state.level_T[:6] > 0
+            if is_repeat:
+                state.end_repeat()
+            else:
+                saved_T += state.end_step()
+            assert not state.level_T.any()
+        stats, risks = state.get_stats(), state.risk_CT.copy()
+        if repeats:
+            assert [count for _, count in reports] == [256, 43]
+            saved_T += np.sum([saved for saved, _ in reports], axis=0)
+        found.append((stats, levels, saved_T.tolist(), risks))
+    (stats, levels, saved, risks), (each, own_levels, own_saved, own_risks) = found
+    assert levels == own_levels
+    assert saved == own_saved
+    np.testing.assert_array_equal(risks, own_risks)
+    assert stats.num_mlp_blocks_skipped > 0
+    for a, b in zip(stats.checkpoints, each.checkpoints, strict=True):
+        assert (a.num_evaluated, a.num_exited) == (b.num_evaluated, b.num_exited)
+        assert a.exit_rate == pytest.approx(b.exit_rate, abs=0.1), "rates of passes taken together move as far"
+    assert stats.tiers == each.tiers
+    assert (stats.num_steps, stats.num_tokens, stats.num_decode_tokens) == (each.num_steps, each.num_tokens, each.num_decode_tokens)
+
+
+_LEARNING = {
+    "sensitivity": {"sensitivity": 0.5},
+    "adaptation": {"adaptation": Adaptation(enabled=True, target_exit_rates=(0.5,), warmup_steps=0)},
+}
+
+
+@pytest.mark.parametrize("knobs", _LEARNING.values(), ids=_LEARNING)
+def test_what_learns_from_each_step_gets_each_step(knobs):
+    state, generator = make_state(True), torch.Generator().manual_seed(5)
+    state.apply(Policy(enabled=True, checkpoints=(Checkpoint(layer=1, threshold=0.6),), **knobs), 1)
+    tokens = make_tokens(generator, 4)
+    state.begin_step(4, tokens)
+    state.end_step()
+    assert not state.begin_repeat(tokens)
+
+
+def test_steps_of_exact_requests_are_counted_to_their_tier():
+    state = make_state(True)
+    state.apply(Policy(enabled=True), 1)
+    state.begin_plain(7)
+    assert not state.is_active
+    state.end_step()
+    state.apply(Policy(enabled=False), 2)
+    state.begin_plain(5)
+    state.end_step()
+    stats = state.get_stats()
+    assert (stats.num_steps, stats.num_tokens, stats.num_decode_tokens, stats.num_mlp_blocks_skipped) == (2, 12, 0, 0)
+    assert {tier.name: tier.num_tokens for tier in stats.tiers} == {"exact": 7, "balanced": 0}

@@ -6,7 +6,8 @@ later, so an exact row need not reach 1.
 
 Perplexity ratio: the exponential of what held-out text loses per token, in nats, when the row reads it in place of plain vLLM. A server
 tells log-probabilities of a text's tokens only as those of a prompt, which SEDAC computes in full while the policy's `phase` is `decode`.
-So for this figure alone the policy's phase is set to `all`: every token of the text is then reduced as a generated one would be, with the
+So for this figure alone the policy's phase is set to `all` and `strict` is on: every token of the text is then reduced as a generated one
+may be at most, with the
 true text as its past (teacher forcing). Plain vLLM's ratio is 1 by definition.
 """
 
@@ -54,7 +55,7 @@ def _read(stage: Stage, how: Quality, row: Row) -> float | None:
         return None
     server = stage.prepare(row)
     if row.system.kind == "sedac":
-        set_knobs(server, {**row.tier.knobs, "phase": "all"})
+        set_knobs(server, {**row.tier.knobs, "phase": "all", "strict": True})
     texts = stage.prompts.take(how.texts, min(how.text_tokens, stage.model.max_model_len - 1), _PLACE)
     ask = Ask(url=server.url, tier=row.tier.name, num_tokens=1, salt=f"text {row.name}")
     losses = [loss for text in texts for loss in score(server, ask, text)]
