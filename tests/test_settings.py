@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sedac.app import launch
+from sedac.app import launch, preload
 from sedac.engine.vllm.speculation import DRAFTER
 from sedac.errors import ArtifactError, ConfigError
 from sedac.policy.knob import list_knobs
@@ -436,3 +436,39 @@ def test_audits_wait_behind_every_request_unless_the_user_schedules():
 def test_users_plugins_are_kept():
     env = launch.make_engine_env(EngineSettings(), {"VLLM_PLUGINS": "mine,sedac"})
     assert env["VLLM_PLUGINS"] == "sedac,sedac_agent,mine"
+
+
+def _find_preloads(tmp_path, monkeypatch, *, has_openmp=True, allocator=None, machine="x86_64", cuda=False, **environ):
+    if has_openmp:
+        (tmp_path / "lib").mkdir()
+        (tmp_path / "lib" / "libiomp5.so").touch()
+    monkeypatch.setattr(preload.platform, "machine", lambda: machine)
+    monkeypatch.setattr(preload, "is_cuda", lambda environ: cuda)
+    monkeypatch.setattr(preload.ctypes.util, "find_library", {"tcmalloc_minimal": allocator}.get)
+    return preload.find_preloads(environ, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ({}, ["OPENMP"]),
+        ({"allocator": "libtcmalloc_minimal.so.4"}, ["OPENMP", "libtcmalloc_minimal.so.4"]),
+        ({"has_openmp": False}, []),
+        ({"machine": "aarch64"}, []),
+        ({"cuda": True, "allocator": "libtcmalloc_minimal.so.4"}, []),
+        ({"LD_PRELOAD": "/opt/libiomp5.so", "allocator": "libtcmalloc_minimal.so.4"}, ["libtcmalloc_minimal.so.4"]),
+        ({"LD_PRELOAD": "libgomp.so.1"}, []),
+        ({"LD_PRELOAD": "libjemalloc.so.2", "allocator": "libtcmalloc_minimal.so.4"}, ["OPENMP"]),
+    ],
+)
+def test_what_vllm_asks_for_is_preloaded_where_it_is_and_the_user_has_none(tmp_path, monkeypatch, case, expected):
+    found = _find_preloads(tmp_path, monkeypatch, **case)
+    assert found == [str(tmp_path / "lib" / "libiomp5.so") if name == "OPENMP" else name for name in expected]
+
+
+def test_preloads_come_behind_the_users_own_and_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(launch, "find_preloads", lambda environ: ["/x/libiomp5.so", "libtcmalloc.so.4"])
+    assert launch.make_engine_env(EngineSettings(), {})["LD_PRELOAD"] == "/x/libiomp5.so:libtcmalloc.so.4"
+    assert launch.make_engine_env(EngineSettings(), {"LD_PRELOAD": "own.so"})["LD_PRELOAD"] == "own.so:/x/libiomp5.so:libtcmalloc.so.4"
+    assert launch.make_engine_env(EngineSettings(preload=False), {"LD_PRELOAD": "own.so"})["LD_PRELOAD"] == "own.so"
+    assert "LD_PRELOAD" not in launch.make_engine_env(EngineSettings(preload=False), {})

@@ -97,6 +97,8 @@ class EngineSettings(_FirstPolicy):
     """Whether to offer the probe set's reduced levels, which keep a copy of the MLP weights on a CPU. 0 means hard exits only."""
     min_weight_mib: int = MIN_WEIGHT_MIB
     """An MLP of fewer MiB on a rank keeps its own products at few rows on a GPU. From 0, where none is too small, to 65536."""
+    preload: bool = True
+    """Whether `sedac serve` preloads the libraries that vLLM's CPU backend asks for, where the environment has them: libiomp5, tcmalloc."""
     control_address: str = ""
     """Address of the control service, as host:port. If empty, the engine serves under the first policy alone."""
     engine_id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)

