@@ -147,8 +147,10 @@ def test_requests_count_plain_and_repeated_steps():
             requests.count_step(ids, bounds, state.end_step())
         else:
             state.end_repeat()
-    state.settle()
-    assert requests.get_report("cmpl-1")["num_tokens"] == 5
+    requests.add("cmpl-4-0-w", PROMISE)
+    requests.make_tokens([*ids, "cmpl-4-0-w"], np.array([0, 1, 2, 4]), np.array([1, 1, 2]), np.array([6, 6, 0]))
+    requests.finish(["cmpl-4-0-w"])
+    assert requests.get_report("cmpl-1")["num_tokens"] == 5, "steps before others joined"
     assert requests.get_report("cmpl-1")["certified"]
     requests.finish(["cmpl-1-0-x"])
     assert requests.num_bounded == 0

@@ -106,6 +106,7 @@ class Requests:
         state, is_single = self._state, len(request_ids) == bounds[-1]
         if is_single and self._cached is not None and self._version == state.version and self._cached_ids == request_ids:
             return self._cached  # the same requests go on generating, a token each
+        state.count_repeats()  # they are of the requests below
         tokens = self._make_tokens(request_ids, bounds, num_prompt, num_computed)
         decoding = bool((num_computed >= num_prompt).all()) or all(side.policy.phase == "all" for side in state.sides)
         self._cached, self._version = tokens if decoding and is_single else None, state.version

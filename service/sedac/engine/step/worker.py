@@ -126,35 +126,21 @@ class SedacWorker(runner.BaseWorker):
         """Wrap the model's forward pass in a step; dummy and profile runs pass through."""
         if not self._sedac_in_step:
             return forward(**inputs)
-        state, requests = self.sedac_state, self._sedac_requests
-        if self.sedac_drafter is None and state.recorder is None and not (requests.num_bounded and state.is_enabled):
-            return self._sedac_forward_plain(forward, inputs)
-        batch = runner.read_batch(self.model_runner)
-        bounds, starts, request_ids = batch.bounds, batch.starts, batch.request_ids
-        tokens = requests.make_tokens(request_ids, bounds, batch.num_prompt, starts) if state.is_enabled else None
-        is_repeat = state.begin_repeat(tokens) if tokens is not None else False
-        if not is_repeat:
-            state.begin_step(int(bounds[-1]), tokens)
-        try:
-            hidden = forward(**inputs)
-        finally:
-            if is_repeat:
-                state.end_repeat()
-            else:
-                state.end_step()
-        if not is_repeat:
-            state.backend.then(requests.count_step, request_ids, bounds)
+        state = self.sedac_state
+        if state.recorder is None and not (self._sedac_requests.num_bounded and state.is_enabled):
+            hidden = self._sedac_compute_plain(forward, inputs)
+        else:
+            hidden = self._sedac_compute(forward, inputs)
         if self.sedac_drafter is not None:
-            is_decode = bool((starts >= batch.num_prompt).all())
-            self.sedac_drafter.begin_step(request_ids, bounds, inputs["positions"], runner.get_slot_mapping(), self._sedac_drafts, is_decode)
+            batch = runner.read_batch(self.model_runner)
+            is_decode = bool((batch.starts >= batch.num_prompt).all())
+            slots = runner.get_slot_mapping()
+            self.sedac_drafter.begin_step(batch.request_ids, batch.bounds, inputs["positions"], slots, self._sedac_drafts, is_decode)
         if state.recorder is not None:
-            counts = np.diff(bounds)
-            parts = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(request_ids)]
-            next_T = torch.cat([runner.get_next_tokens(self.model_runner, i, start, count, NO_TOKEN) for i, (_, start, count) in enumerate(parts)])
-            state.recorder.finish_step(parts, next_T, hidden, self.model_runner.model.compute_logits)
+            self._sedac_record(state.recorder, hidden)
         return hidden
 
-    def _sedac_forward_plain(self, forward: Any, inputs: dict[str, Any]) -> Any:
+    def _sedac_compute_plain(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """Compute a step in which nothing may be reduced, with no work of SEDAC's beside the counting."""
         state, scheduled = self.sedac_state, self._sedac_scheduled
         state.begin_plain(sum(scheduled.values()))
@@ -163,6 +149,31 @@ class SedacWorker(runner.BaseWorker):
         finally:
             state.end_step()
             self._sedac_requests.count_plain(scheduled)
+
+    def _sedac_compute(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Compute a step in which tokens may be reduced, or that is recorded."""
+        state, requests, batch = self.sedac_state, self._sedac_requests, runner.read_batch(self.model_runner)
+        bounds, request_ids = batch.bounds, batch.request_ids
+        tokens = requests.make_tokens(request_ids, bounds, batch.num_prompt, batch.starts) if state.is_enabled else None
+        is_repeat = state.begin_repeat(tokens) if tokens is not None else False
+        if not is_repeat:
+            state.begin_step(int(bounds[-1]), tokens)
+        try:
+            return forward(**inputs)
+        finally:
+            if is_repeat:
+                state.end_repeat()
+            else:
+                state.end_step()
+                state.backend.then(requests.count_step, request_ids, bounds)
+
+    def _sedac_record(self, recorder: Recorder, hidden: Any) -> None:
+        """Record the step that was computed."""
+        batch = runner.read_batch(self.model_runner)
+        starts, counts = batch.starts, np.diff(batch.bounds)
+        parts = [(r, int(starts[i]), int(counts[i])) for i, r in enumerate(batch.request_ids)]
+        next_T = torch.cat([runner.get_next_tokens(self.model_runner, i, start, count, NO_TOKEN) for i, (_, start, count) in enumerate(parts)])
+        recorder.finish_step(parts, next_T, hidden, self.model_runner.model.compute_logits)
 
     def sedac_describe(self) -> dict[str, Any]:
         """Return what is attached: the layout as a dict."""
