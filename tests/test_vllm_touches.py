@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SEDAC = Path(__file__).resolve().parents[1] / "service" / "sedac"
-ADAPTERS = ("agent/frontend.py", "engine/drafting/parts.py")
+ADAPTERS = ("agent/frontend.py", "engine/drafting/parts.py", "bench/engine.py")
 
 
 def find_sources() -> dict[str, ast.Module]:

@@ -50,6 +50,7 @@ def _set_policy(control, served, threshold: float, audit_share: float, *, last_o
     layers = _read_status(served)["layout"]["checkpoint_layers"]
     policy = Policy(
         enabled=True,
+        strict=True,
         checkpoints=tuple(Checkpoint(layer=layer, threshold=threshold if layer == layers[-1] or not last_only else 0.0) for layer in layers),
         tiers=(Tier(name="balanced", level="skip"),),
         audit=Audit(share=audit_share),

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.e2e
 DRAFT = DraftManifest(name="halves", kind=REDUCED, model="sedac-demo", hidden_size=256, num_layers=12, depth=12, level="contextual-50", max_tokens=3)
 FIXED = Speculation(adaptive=False, min_confidence=0.0)
 NUM_TOKENS = 48
+DRAFTING = {"SEDAC_DRAFT_TOKENS": "4", "SEDAC_DRAFT_ADAPTIVE": "0"}
 
 
 def _get_status(served: Served) -> dict:
@@ -45,7 +46,7 @@ def _get_lengths(served: Served) -> list[int]:
 
 def test_every_knob_of_self_speculation_acts_while_serving(tmp_path):
     save_draft(tmp_path / "draft", DRAFT, None)
-    served = start(tmp_path, "--dtype", "float32", "--draft", str(tmp_path / "draft"), SEDAC_DRAFT_TOKENS="4", SEDAC_DRAFT_ADAPTIVE="0")
+    served = start(tmp_path, "--dtype", "float32", "--draft", str(tmp_path / "draft"), SEDAC_STRICT="1", **DRAFTING)
     try:
         with ControlClient(served.control_address, author="e2e") as client:
             _check(served, client)

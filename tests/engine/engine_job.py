@@ -117,7 +117,13 @@ def read_kv(llm, prompt):
 
 
 def apply(llm, policy, revision=1, candidate=None):
-    """Put a policy, and a candidate beside it, into force; returns the workers' answers."""
+    """Put a policy, and a candidate beside it, into force; returns the workers' answers.
+
+    They are strict unless they say otherwise: which levels pay differs from machine to machine.
+    """
+    policy = {"strict": True, **policy}
+    if candidate is not None:
+        candidate = {**candidate, "policy": {"strict": True, **candidate["policy"]}}
     answers = llm.collective_rpc("sedac_apply", args=(policy, revision) if candidate is None else (policy, revision, candidate))
     if not any(answer["violations"] for answer in answers):
         llm.policies = (policy, candidate)

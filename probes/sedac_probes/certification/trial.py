@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,11 @@ class Trial:
     def answer(self, policy: Policy, tier: str, *, scored: bool, label: str) -> Answers:
         """Answer every request under one tier of a policy, free-running, and score the answers by the full model where `scored`.
 
-        Greedy, or drawn at the temperature with a seed of each request's own, the same under every tier.
+        Greedy, or drawn at the temperature with a seed of each request's own, the same under every tier. Every token is computed at its
+        very level, the most that serving may take from it.
         """
         self._revision += 1
-        for worker in self._llm.collective_rpc("sedac_apply", args=(policy.to_dict(), self._revision)):
+        for worker in self._llm.collective_rpc("sedac_apply", args=(replace(policy, strict=True).to_dict(), self._revision)):
             assert not worker["violations"], worker
         prompts = [r.prompt for r in self._requests]
         tokens = [list(output.outputs[0].token_ids) for output in self._generate(prompts, self._make_params, tier, f"{label}: answers")]

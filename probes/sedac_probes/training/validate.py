@@ -129,8 +129,8 @@ def score(llm: LLM, prompts: Sequence[list[int]], tier: str) -> tuple[list[float
 
 
 def apply_policy(llm: LLM, policy: Policy, revision: int) -> None:
-    """Put a policy into force in the engine's workers."""
-    for answer in llm.collective_rpc("sedac_apply", args=(policy.to_dict(), revision)):
+    """Put a policy into force in the engine's workers, with every token at its very level."""
+    for answer in llm.collective_rpc("sedac_apply", args=(replace(policy, strict=True).to_dict(), revision)):
         assert not answer["violations"], answer
 
 
