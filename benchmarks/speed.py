@@ -137,7 +137,7 @@ class Engine:
         return timed
 
     def apply(self, policy: dict[str, Any]) -> None:
-        answer = self.llm.collective_rpc("sedac_apply", args=({"strict": True, **policy}, 1))[0]  # what each level costs, also where serving would not choose it
+        answer = self.llm.collective_rpc("sedac_apply", args=({"strict": True, **policy}, 1))[0]  # also where serving would not choose a level
         if answer["violations"]:
             raise SystemExit(f"the policy was refused: {answer['violations']}")
 

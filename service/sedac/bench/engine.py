@@ -21,8 +21,7 @@ _WARM_TOKENS = 16
 def make_engine(order: dict[str, Any]) -> tuple[Any, str]:
     """Return the engine, and the tier to stamp requests with; empty: none, for it is plain vLLM."""
     from vllm import LLM
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.engine.arg_utils import EngineArgs, FlexibleArgumentParser
 
     flags = list(order["flags"])
     if not order["probe_set"]:
