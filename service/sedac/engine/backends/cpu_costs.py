@@ -1,7 +1,8 @@
-"""What rows cost at each level on this machine: measured once when an engine warms up, kept in the user's cache, read by kernels/mlp.cpp.
+"""What rows cost at each level on this machine: measured when an engine warms up, kept in the user's cache, read by kernels/mlp.cpp.
 
 There a row is computed at its level only where that is faster than in full. What is timed is vLLM's own products and the reduced forms, on
-the loaded weights, layer after layer, so that caches are as cold as in a forward pass.
+the loaded weights, layer after layer, so that caches are as cold as in a forward pass. A busy machine makes times longer, never shorter: the
+least of many counts, and the first few starts each measure anew and keep the lesser.
 N numbers of rows, V levels, D hidden size, F neurons.
 """
 
@@ -40,8 +41,10 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _MAX_CONTEXTUAL_ROWS = 2
 """Up to so many rows choose their own neurons (kernels/mlp.cpp). More are never faster than in full."""
 _MAX_LAYERS = 8
-_REPEATS, _SECONDS = 5, 3.0
-"""Times that each number is taken, of which the least counts, and after how many seconds no further time begins."""
+_REPEATS, _MIN_REPEATS, _SECONDS = 9, 3, 2.0
+"""Times that everything is timed, of which the least counts; and after how many seconds no further one begins, once there were the least number."""
+_STARTS = 3
+"""Starts of an engine that measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,23 @@ class Costs:
     """Numbers of rows, ascending, (N,)."""
     full: list[float]
     """Time of so many rows in full, (N,)."""
-    split: list[float]
-    """What it costs beside to compute only some of so many rows in full, (N,)."""
+    partial: list[float]
+    """Time of so many rows of which one is skipped and the others are in full, (N,)."""
     levels: dict[str, list[float]]
     """Time of so many rows at a reduced level, by its name, (N,). Infinite where it is never faster."""
+    num_starts: int = 1
+    """How many starts have measured."""
+
+    def take_least(self, other: Costs) -> Costs:
+        """Return the lesser of both measurements, time by time."""
+        least = lambda a, b: [min(pair) for pair in zip(a, b, strict=True)]  # noqa: E731
+        return Costs(
+            rows=self.rows,
+            full=least(self.full, other.full),
+            partial=least(self.partial, other.partial),
+            levels={name: least(costs, other.levels[name]) for name, costs in self.levels.items()},
+            num_starts=self.num_starts + other.num_starts,
+        )
 
     def describe(self) -> str:
         """Say up to how many rows each level is faster than full."""
@@ -72,11 +88,14 @@ def find_costs(mlps: Sequence[CpuMlp], table: LevelTable, buffers: TokenBuffers,
     if not mlps:
         return None
     place = _find_place(mlps, table, dtype)
-    if place is not None and (known := _read(place)) is not None:
+    known = None if place is None else _read(place)
+    if known is not None and known.num_starts >= _STARTS:
         return known
     started = time.monotonic()
     costs = measure(mlps, table, buffers, dtype)
     _log.info("SEDAC: measured what levels cost on this machine in %.1f s", time.monotonic() - started)
+    if known is not None:
+        costs = known.take_least(costs)
     if place is not None:
         _write(place, costs)
     return costs
@@ -91,7 +110,10 @@ def put_into_force(costs: Costs | None) -> None:
     table_VR = torch.full((MAX_LEVELS, count), math.inf)
     for index, name in enumerate(costs.levels, start=2):
         table_VR[index] = _spread(costs.rows, costs.levels[name])
-    torch.ops.sedac.set_costs(_spread(costs.rows, costs.full), table_VR, _spread(costs.rows, costs.split))
+    full_R, partial_R = _spread(costs.rows, costs.full), _spread(costs.rows, costs.partial)
+    split_R = torch.zeros(count)
+    split_R[1:] = (partial_R[1:] - full_R[:-1]).clamp(min=0)
+    torch.ops.sedac.set_costs(full_R, table_VR, split_R)
 
 
 def _spread(rows: list[int], costs: list[float]) -> Tensor:
@@ -111,20 +133,21 @@ def measure(mlps: Sequence[CpuMlp], table: LevelTable, buffers: TokenBuffers, dt
     step = max(1, -(-len(mlps) // _MAX_LAYERS))
     trial = _Trial(mlps[::step], table, buffers, dtype)
     rows = [n for n in _ROWS if n <= buffers.level_T.numel()]
-    deadline = time.monotonic() + _SECONDS
-    full, split, levels = [], [], {name: [math.inf] * len(rows) for name in table.names[2:]}
+    names = list(table.names[2:])
+    best: dict[tuple[str, int], float] = {}
+    started = time.monotonic()
     with torch.inference_mode():
-        for i, count in enumerate(rows):
-            times = trial.time(count, deadline)
-            full.append(times["full"])
-            split.append(max(0.0, times["split"] - _interpolate(rows, full, count - 1)))
-            for name, costs in levels.items():
-                costs[i] = times.get(name, math.inf)
-    return Costs(rows=rows, full=full, split=split, levels=levels)
+        trial.time_all(rows, {})  # kernels make what they need for each size
+        for repeat in range(_REPEATS):
+            if repeat >= _MIN_REPEATS and time.monotonic() - started > _SECONDS:
+                break
+            trial.time_all(rows, best)
 
+    def get(name: str) -> list[float]:
+        """Return the least times of a case."""
+        return [best.get((name, count), math.inf) for count in rows]
 
-def _interpolate(rows: list[int], full: list[float], count: int) -> float:
-    return float(_spread(rows[: len(full)], full)[count])
+    return Costs(rows=rows, full=get("full"), partial=get("partial"), levels={name: get(name) for name in names})
 
 
 class _Trial:
@@ -135,21 +158,21 @@ class _Trial:
         self.x_ND = torch.randn(max(_ROWS), mlps[0].hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
         self.h_NF = torch.randn(max(_ROWS), mlps[0].num_outputs // 2, generator=torch.Generator().manual_seed(1)).to(dtype)
 
-    def time(self, count: int, deadline: float) -> dict[str, float]:
-        """Return microseconds of `count` rows: `full`, `split` with one row skipped, and each level by its name."""
-        cases: dict[str, tuple[int, list[CpuMlp]]] = {"full": (0, list(self.mlps)), "split": (1, list(self.mlps))}
+    def time_all(self, rows: Sequence[int], best: dict[tuple[str, int], float]) -> None:
+        """Time every case of so many rows once, in microseconds, and keep the lesser: `full`, `partial`, and each level by its name."""
+        for count in rows:
+            for name, (index, mlps) in self._list_cases(count).items():
+                best[name, count] = min(best.get((name, count), math.inf), self._time(name, index, mlps, count))
+
+    def _list_cases(self, count: int) -> dict[str, tuple[int, list[CpuMlp]]]:
+        """Return the level's index and the MLPs that have it as such, by the case's name."""
+        cases: dict[str, tuple[int, list[CpuMlp]]] = {"full": (0, list(self.mlps)), "partial": (1, list(self.mlps))}
         for index, name in enumerate(self.table.names[2:], start=2):
             mine = [mlp for mlp in self.mlps if mlp.kind_V[index] in (KIND_WIDTH, KIND_CONTEXTUAL)]
             is_contextual = any(mlp.kind_V[index] == KIND_CONTEXTUAL for mlp in mine)
             if mine and not (is_contextual and count > _MAX_CONTEXTUAL_ROWS):
                 cases[name] = (index, mine)
-        best = dict.fromkeys(cases, math.inf)
-        for repeat in range(_REPEATS):
-            for name, (index, mlps) in cases.items():
-                if repeat and time.monotonic() > deadline:
-                    return best
-                best[name] = min(best[name], self._time(name, index, mlps, count))
-        return best
+        return cases
 
     def _time(self, name: str, index: int, mlps: list[CpuMlp], count: int) -> float:
         level_T, active = self.buffers.level_T, self.buffers.active
@@ -157,7 +180,7 @@ class _Trial:
         for mlp in mlps:
             if index and mlp.kind_V[index] == KIND_CONTEXTUAL:
                 mlp.parameter_V[index] = self._choose_threshold(mlp, float(self.table.share_V[index]))
-        level_T[: 1 if name == "split" else count] = index
+        level_T[: 1 if name == "partial" else count] = index
         active.fill_(int(index > 0))
         x_ND, h_NF, ops = self.x_ND[:count], self.h_NF[:count], torch.ops.sedac
         started = time.perf_counter()

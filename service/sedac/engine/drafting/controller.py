@@ -32,8 +32,9 @@ _MIN_PAUSE, _MAX_PAUSE = 40, 640
 """Pause after a trial that did not pay, in steps: first and longest, doubled each time. The first is made again whole, as first drafts are slow."""
 _COLD_STEPS = 1
 """Number of first steps of a size that verify drafts and are left out of the costs."""
-_MIN_GAIN, _LEAST_GAIN = 1.01, 0.99
-"""Drafting begins where its rate is at least the first times the plain rate, and goes on until it is below the second."""
+_MIN_GAIN, _LEAST_GAIN = 1.08, 1.04
+"""Drafting begins where its rate is at least the first times the plain rate, and goes on until it is below the second. They are above 1 because
+tokens that come several at once cost the server more than the worker sees."""
 
 
 @dataclass

@@ -67,7 +67,7 @@ float get_cost(const std::vector<float>& of, int64_t rows) {
 }
 
 // A reduced form must promise this share of the time at most; closer than that the measured costs do not tell.
-constexpr float kMaxShare = 0.97f;
+constexpr float kMaxShare = 0.95f;
 
 // Which kinds of levels to compute as such, a bit each, for rows counted by level: the choice with the least cost. Rows of the
 // other kinds are computed in full, which is at least what their level promises.
