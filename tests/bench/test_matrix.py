@@ -30,7 +30,7 @@ def test_every_matrix_that_is_shipped_is_valid_and_compares_with_plain(source):
 
 def test_there_are_presets_and_committed_matrices():
     assert list_presets() == ["quick", "serving"]
-    assert len(FILES) == 5
+    assert len(FILES) == 6
 
 
 def test_a_matrix_that_was_printed_is_the_same_matrix(tmp_path):

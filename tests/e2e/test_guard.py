@@ -26,6 +26,7 @@ BOUND = 0.1
 WAIT_SECONDS = 600
 FULL = Policy(
     enabled=True,
+    strict=True,
     checkpoints=tuple(Checkpoint(layer=layer, threshold=0.0) for layer in LAYERS),
     tiers=(Tier(name="balanced", level="skip"),),
     audit=Audit(share=1.0, max_mismatch=BOUND),
