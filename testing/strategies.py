@@ -12,7 +12,7 @@ from sedac.policy.model import EXACT, MAX_DRAFT_TOKENS, Adaptation, Audit, Check
 
 _numbers = st.floats(allow_nan=False)
 _MOST = 1e9
-"""where a knob has no upper limit"""
+"""Upper limit of drawn values of a knob that has none."""
 
 
 def _draw_any(field: Field) -> st.SearchStrategy:

@@ -27,12 +27,12 @@ class Workers:
         self.reports: dict[str, dict] = {}
         self.candidates: list[dict | None] = [None, None]
         self.probe_sets: dict[str, dict] = {}
-        """by digest: what `sedac_preloaded` answers"""
+        """Answers of `sedac_preloaded`, by the probe set's digest."""
         self.preloads: list[tuple[str, str]] = []
         self.failing: dict[str, Exception] = {}
-        """by method: raised instead of an answer"""
+        """Errors that are raised instead of an answer, by method."""
         self.num_calls: Counter[str] = Counter()
-        """by method"""
+        """Number of calls so far, by method."""
         self.gate = asyncio.Event()
         self.gate.set()
 

@@ -28,7 +28,7 @@ class SimulatedEngine:
         self.applied: list[int] = []
         """revisions in the order in which they were applied, over all connections"""
         self.times: dict[int, float] = {}
-        """by revision: the monotonic clock when it was applied"""
+        """Time of the monotonic clock at which each revision was applied, by revision."""
         self._task: asyncio.Task[None] | None = None
 
     @property

@@ -135,12 +135,14 @@ async def _run(ask: Ask, load: Load, prompts: Sequence[Sequence[int]], per_clien
             done.append(await _send(session, ask, prompts[number % len(prompts)], number))
 
         async def be_client() -> None:
+            """Send one request after the other, as many as asked for or until the time is over."""
             end, count = time.monotonic() + seconds, 0
             while time.monotonic() < end if seconds else count < per_client:
                 count += 1
                 await send(next(numbers))
 
         async def be_public() -> None:
+            """Send requests at random times of the wanted rate, whether earlier ones are answered or not."""
             pauses, waited = random.Random(seed), 0.0
             async with asyncio.TaskGroup() as public:
                 while not waited or waited < seconds:

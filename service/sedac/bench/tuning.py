@@ -43,6 +43,7 @@ def with_knob(policy: Policy, path: str, value: Any) -> Policy:
     """
 
     def change(part: Any, names: list[str]) -> Any:
+        """Return a part of the policy with the knob at the end of these names changed."""
         known = [field.name for field in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
         if names[0] not in known:
             raise ConfigError(f"policy {path}: {names[0]!r} is no knob; known: {', '.join(known)}")
