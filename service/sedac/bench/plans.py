@@ -16,11 +16,19 @@ SERVED_NAME = "bench"
 """The name under which every server knows its model."""
 
 
+_given: set[int] = set()
+"""Ports that were given away, on which their servers may not listen yet."""
+
+
 def find_free_port() -> int:
-    """Return a port of loopback on which nobody listens now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port of loopback on which nobody listens now, another one at each call."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,6 @@ class Requests:
         self._cached: Tokens | None = None
         """Tokens of the last step, where each of its requests generated one."""
         self._cached_ids: list[str] = []
-        self._cached_bounds: Array = np.zeros(1, dtype=np.int64)
         state.count_requests = self._count_repeats
 
     def add(self, request_id: str, extra: dict[str, Any], *, may_draft: bool = True) -> None:
@@ -110,7 +109,7 @@ class Requests:
         tokens = self._make_tokens(request_ids, bounds, num_prompt, num_computed)
         decoding = bool((num_computed >= num_prompt).all()) or all(side.policy.phase == "all" for side in state.sides)
         self._cached, self._version = tokens if decoding and is_single else None, state.version
-        self._cached_ids, self._cached_bounds = list(request_ids), bounds.copy()
+        self._cached_ids = list(request_ids)
         return tokens
 
     def _make_tokens(self, request_ids: Sequence[str], bounds: Array, num_prompt: Array, num_computed: Array) -> Tokens:

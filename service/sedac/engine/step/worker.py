@@ -88,8 +88,8 @@ class SedacWorker(runner.BaseWorker):
         result = super().compile_or_warm_up_model()
         if self.sedac_drafter is not None:
             self.sedac_drafter.warm_up()
-        hidden_size, compiled = self.sedac_state.layout.hidden_size, is_compiled(self.vllm_config)
-        self.sedac_state.backend.warm_up(hidden_size, self.model_config.dtype, is_compiled=compiled)
+        state = self.sedac_state
+        state.backend.warm_up(state.layout.hidden_size, self.model_config.dtype, is_compiled=is_compiled(self.vllm_config))
         return result
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
