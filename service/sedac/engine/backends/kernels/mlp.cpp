@@ -24,7 +24,6 @@ namespace {
 // Up to so many rows every weight is read once for all of them; above, matrix products pay. Rows that choose their own neurons
 // share fewer of them, so theirs are fewer (measured: benchmarks/speed.py).
 constexpr int64_t kFewRows = 8, kFewContextual = 2;
-constexpr int64_t kPrefetchRows = 2;
 
 struct Mlp {
   Weights gate_up_weights, down_weights;  // vLLM's own
@@ -103,12 +102,6 @@ unsigned choose_kinds(const std::array<int64_t, kMaxLevels>& counts, const uint8
 
 at::Tensor full_product(const at::Tensor& x, const Weights& weights, int64_t num_outputs) { return multiply(x, weights, std::nullopt, num_outputs); }
 
-inline float activate(float x, int64_t activation) {
-  if (activation == 0) return x / (1.0f + std::exp(-x));
-  if (activation == 1) return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
-  return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
-}
-
 at::Tensor activate_rows(const at::Tensor& gate, int64_t activation) {
   return activation == 0 ? at::silu(gate) : at::gelu(gate, activation == 1 ? "none" : "tanh");
 }
@@ -130,47 +123,61 @@ struct Part {
   std::vector<int64_t> counts;
 };
 
+// Products first, then the choice: a branch that is guessed wrong between two rows of weights would throw away the loads
+// that the processor has begun for the rows to come.
 template <typename W>
 void pass_gate(const Mlp& m, const W* x, const std::vector<Row>& rows, int64_t begin, int64_t end, Part& part) {
-  const int64_t num_rows = rows.size(), hidden = m.hidden;
+  const int64_t num_rows = rows.size(), hidden = m.hidden, num_neurons = std::max<int64_t>(end - begin, 0);
   const W* gate = static_cast<const W*>(m.gate.const_data_ptr());
-  const float* scale = m.scale.const_data_ptr<float>();
-  std::vector<float> values(num_rows);
+  const at::Tensor products = at::empty({num_neurons, num_rows}, at::kFloat);
+  float* g = products.mutable_data_ptr<float>();
+  for (int64_t n = 0; n < num_neurons; ++n) {
+    const W *row = gate + (begin + n) * hidden, *next = n + 1 < num_neurons ? row + hidden : nullptr;
+    dot_rows(row, x, hidden, num_rows, hidden, g + n * num_rows, next);
+  }
+  const at::Tensor activated = activate_rows(products, m.activation);
+  const float *h = activated.const_data_ptr<float>(), *scores = m.scores_activation ? h : g, *scale = m.scale.const_data_ptr<float>() + begin;
   part.counts.assign(num_rows, 0);
-  part.wanted.reserve(end - begin), part.h.reserve((end - begin) * num_rows);
-  for (int64_t n = begin; n < end; ++n) {
-    dot_rows(gate + n * hidden, x, hidden, num_rows, hidden, values.data());
+  part.wanted.resize(num_neurons), part.h.resize(num_neurons * num_rows);
+  int64_t num_wanted = 0;
+  for (int64_t n = 0; n < num_neurons; ++n) {
     bool any = false;
+    float* kept = part.h.data() + num_wanted * num_rows;
     for (int64_t r = 0; r < num_rows; ++r) {
-      const float g = values[r];
-      bool on = n < rows[r].limit;
-      if (on && rows[r].threshold > 0) on = std::abs(m.scores_activation ? activate(g, m.activation) : g) * scale[n] >= rows[r].threshold;
-      values[r] = on ? activate(g, m.activation) : 0.0f;
+      const int64_t at = n * num_rows + r;
+      const bool on = (begin + n < rows[r].limit) & ((rows[r].threshold <= 0) | (std::abs(scores[at]) * scale[n] >= rows[r].threshold));
+      kept[r] = on ? h[at] : 0.0f;
       part.counts[r] += on, any |= on;
     }
-    if (any) part.wanted.push_back(n), part.h.insert(part.h.end(), values.begin(), values.end());
+    part.wanted[num_wanted] = begin + n, num_wanted += any;
   }
+  part.wanted.resize(num_wanted);
+}
+
+// The row of `weights` that will be read after the i-th wanted neuron's.
+template <typename W>
+const W* find_next(const Part& part, const W* weights, int64_t hidden, size_t i) {
+  return i + 1 < part.wanted.size() ? weights + part.wanted[i + 1] * hidden : nullptr;
 }
 
 template <typename W>
-void pass_up(const Mlp& m, const W* x, int64_t num_rows, bool sparse, Part& part) {
+void pass_up(const Mlp& m, const W* x, int64_t num_rows, Part& part) {
   const W* up = static_cast<const W*>(m.up.const_data_ptr());
   const int64_t hidden = m.hidden, num_wanted = part.wanted.size();
   std::vector<float> values(num_rows);
   for (int64_t i = 0; i < num_wanted; ++i) {
-    if (sparse && i + kPrefetchRows < num_wanted) prefetch(up + part.wanted[i + kPrefetchRows] * hidden, hidden);
-    dot_rows(up + part.wanted[i] * hidden, x, hidden, num_rows, hidden, values.data());
+    dot_rows(up + part.wanted[i] * hidden, x, hidden, num_rows, hidden, values.data(), find_next(part, up, hidden, i));
     for (int64_t r = 0; r < num_rows; ++r) part.h[i * num_rows + r] *= values[r];
   }
 }
 
 template <typename W>
-void pass_down(const Mlp& m, int64_t num_rows, bool sparse, const Part& part, float* y) {
+void pass_down(const Mlp& m, int64_t num_rows, const Part& part, float* y) {
   const W* down = static_cast<const W*>(m.down.const_data_ptr());
   const int64_t hidden = m.hidden, num_wanted = part.wanted.size();
   int64_t i = 0;
   std::vector<float> h(4 * num_rows);
-  for (; num_rows > 1 && i + 4 <= num_wanted; i += 4) {
+  for (; num_rows > 2 && i + 4 <= num_wanted; i += 4) {
     const W* block[4];
     for (int64_t k = 0; k < 4; ++k) {
       block[k] = down + part.wanted[i + k] * hidden;
@@ -179,8 +186,8 @@ void pass_down(const Mlp& m, int64_t num_rows, bool sparse, const Part& part, fl
     add_scaled(block, h.data(), y, num_rows, hidden);
   }
   for (; i < num_wanted; ++i) {
-    if (sparse && i + kPrefetchRows < num_wanted) prefetch(down + part.wanted[i + kPrefetchRows] * hidden, hidden);
-    for (int64_t r = 0; r < num_rows; ++r) add_scaled_one(down + part.wanted[i] * hidden, part.h[i * num_rows + r], y + r * hidden, hidden);
+    const W* next = find_next(part, down, hidden, i);
+    for (int64_t r = 0; r < num_rows; ++r) add_scaled_one(down + part.wanted[i] * hidden, part.h[i * num_rows + r], y + r * hidden, hidden, next);
   }
 }
 
@@ -200,9 +207,8 @@ at::Tensor compute_few(const Mlp& m, const at::Tensor& x, const std::vector<Row>
     for (int64_t p = first; p < last; ++p) {
       const int64_t begin = std::min(limit, p * share), end = std::min(limit, begin + share);
       pass_gate(m, in, rows, begin, end, parts[p]);
-      const bool sparse = static_cast<int64_t>(parts[p].wanted.size()) < end - begin;
-      pass_up(m, in, num_rows, sparse, parts[p]);
-      pass_down<W>(m, num_rows, sparse, parts[p], sums.data() + p * num_rows * hidden);
+      pass_up(m, in, num_rows, parts[p]);
+      pass_down<W>(m, num_rows, parts[p], sums.data() + p * num_rows * hidden);
     }
   });
   W* result = static_cast<W*>(out.mutable_data_ptr());

@@ -1,5 +1,9 @@
 // Inner loops over rows of weights: dot products with rows of x, and weighted sums of weights; accumulated in fp32.
 //
+// `next` is the row of weights that will be read after this one, or nullptr. It is asked for line by line while this row is
+// computed: the hardware's own prefetching does not find scattered rows and stops at the end of a page, and a burst of requests
+// would keep the loads of this row waiting.
+//
 // For a single row of x, one row of weights at a time, start to end: a core reads memory about twice as fast in one sequential
 // stream as in four. For several rows of x arithmetic costs more than reading, so sums take four rows of weights at once.
 // Compiled once per instruction set and chosen when the library is loaded, so one build runs on every x86-64.
@@ -30,13 +34,20 @@ SEDAC_INLINE void load16(const bf16* from, f32x16& to) {
   to = reinterpret_cast<f32x16>(__builtin_convertvector(*reinterpret_cast<const u16x16*>(from), u32x16) << 16);
 }
 
+// Ask for the lines that hold N elements from here on.
+template <int N, typename W>
+SEDAC_INLINE void ask_for(const W* from) {
+  for (int i = 0; i < N; i += 64 / sizeof(W)) __builtin_prefetch(from + i, 0, 3);
+}
+
 // Dot products of one row of weights with R rows of x. Every row is summed in the same order whatever R is, so a token's
 // result does not depend on how many share its step.
-template <int R, typename W, typename X>
-SEDAC_INLINE void dot_block(const W* w, const X* x, int64_t stride, int64_t n, float* out) {
+template <int R, bool Ahead, typename W, typename X>
+SEDAC_INLINE void dot_block(const W* w, const X* x, int64_t stride, int64_t n, float* out, const W* next) {
   f32x16 even[R]{}, odd[R]{}, a, b, v;
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
+    if (Ahead) ask_for<32>(next + i);
     load16(w + i, a), load16(w + i + 16, b);
     for (int r = 0; r < R; ++r) {
       load16(x + r * stride + i, v), even[r] += a * v;
@@ -53,10 +64,13 @@ SEDAC_INLINE void dot_block(const W* w, const X* x, int64_t stride, int64_t n, f
 }
 
 template <typename W, typename X>
-SEDAC_INLINE void dot_rows_inline(const W* w, const X* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+SEDAC_INLINE void dot_rows_inline(const W* w, const X* x, int64_t stride, int64_t num_rows, int64_t n, float* out, const W* next) {
   int64_t r = 0;
-  for (; r + 4 <= num_rows; r += 4) dot_block<4>(w, x + r * stride, stride, n, out + r);
-  for (; r < num_rows; ++r) dot_block<1>(w, x + r * stride, stride, n, out + r);
+  if (next && num_rows == 1) dot_block<1, true>(w, x, stride, n, out, next), r = 1;
+  if (next && num_rows > 1) dot_block<2, true>(w, x, stride, n, out, next), r = 2;
+  for (; r + 4 <= num_rows; r += 4) dot_block<4, false>(w, x + r * stride, stride, n, out + r, w);
+  for (; r + 2 <= num_rows; r += 2) dot_block<2, false>(w, x + r * stride, stride, n, out + r, w);
+  for (; r < num_rows; ++r) dot_block<1, false>(w, x + r * stride, stride, n, out + r, w);
 }
 
 // y[r] += sum over the N rows of weights of h[r * N + k] * w[k], for R rows of y; added in the order of k.
@@ -79,11 +93,11 @@ SEDAC_INLINE void add_scaled_block(const W* const* w, const float* h, float* y, 
   }
 }
 
-SEDAC_CLONES void dot_rows(const float* w, const float* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
-  dot_rows_inline(w, x, stride, num_rows, n, out);
+SEDAC_CLONES void dot_rows(const float* w, const float* x, int64_t stride, int64_t num_rows, int64_t n, float* out, const float* next = nullptr) {
+  dot_rows_inline(w, x, stride, num_rows, n, out, next);
 }
-SEDAC_CLONES void dot_rows_widened(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
-  dot_rows_inline(w, x, stride, num_rows, n, out);
+SEDAC_CLONES void dot_rows_widened(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out, const bf16* next) {
+  dot_rows_inline(w, x, stride, num_rows, n, out, next);
 }
 SEDAC_CLONES void add_scaled(const float* const* w, const float* h, float* y, int64_t num_rows, int64_t n) {
   add_scaled_block<4>(w, h, y, num_rows, n);
@@ -91,8 +105,19 @@ SEDAC_CLONES void add_scaled(const float* const* w, const float* h, float* y, in
 SEDAC_CLONES void add_scaled(const bf16* const* w, const float* h, float* y, int64_t num_rows, int64_t n) {
   add_scaled_block<4>(w, h, y, num_rows, n);
 }
-SEDAC_CLONES void add_scaled_one(const float* w, float h, float* y, int64_t n) { add_scaled_block<1>(&w, &h, y, 1, n); }
-SEDAC_CLONES void add_scaled_one(const bf16* w, float h, float* y, int64_t n) { add_scaled_block<1>(&w, &h, y, 1, n); }
+template <typename W>
+SEDAC_INLINE void add_scaled_one_inline(const W* w, float h, float* y, int64_t n, const W* next) {
+  int64_t i = 0;
+  f32x16 value;
+  for (; next && i + 32 <= n; i += 32) {
+    ask_for<32>(next + i);
+    for (int64_t j = i; j < i + 32; j += 16) load16(w + j, value), *reinterpret_cast<f32x16*>(y + j) += value * h;
+  }
+  for (; i + 16 <= n; i += 16) load16(w + i, value), *reinterpret_cast<f32x16*>(y + i) += value * h;
+  for (; i < n; ++i) y[i] += widen(w[i]) * h;
+}
+SEDAC_CLONES void add_scaled_one(const float* w, float h, float* y, int64_t n, const float* next) { add_scaled_one_inline(w, h, y, n, next); }
+SEDAC_CLONES void add_scaled_one(const bf16* w, float h, float* y, int64_t n, const bf16* next) { add_scaled_one_inline(w, h, y, n, next); }
 
 // to = row where abs(value) * scale >= limit * abs(unit), else 0, over n elements; no `unit`: 1.
 template <typename W>
@@ -112,12 +137,13 @@ SEDAC_CLONES void mask_row(const bf16* row, const bf16* value, const bf16* unit,
 
 #ifdef SEDAC_X86
 #define SEDAC_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-template <int R>
-SEDAC_BF16 inline void dot_block_bf16(const bf16* w, const bf16* x, int64_t stride, int64_t n, float* out) {
+template <int R, bool Ahead>
+SEDAC_BF16 inline void dot_block_bf16(const bf16* w, const bf16* x, int64_t stride, int64_t n, float* out, const bf16* next) {
   __m512 even[R], odd[R];
   for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
+    if (Ahead) _mm_prefetch(next + i, _MM_HINT_T0), _mm_prefetch(next + i + 32, _MM_HINT_T0);
     const __m512bh a = (__m512bh)_mm512_loadu_si512(w + i), b = (__m512bh)_mm512_loadu_si512(w + i + 32);
     for (int r = 0; r < R; ++r) {
       even[r] = _mm512_dpbf16_ps(even[r], a, (__m512bh)_mm512_loadu_si512(x + r * stride + i));
@@ -131,28 +157,24 @@ SEDAC_BF16 inline void dot_block_bf16(const bf16* w, const bf16* x, int64_t stri
   }
 }
 
-SEDAC_BF16 inline void dot_rows_bf16(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+SEDAC_BF16 inline void dot_rows_bf16(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out, const bf16* next) {
   int64_t r = 0;
-  for (; r + 4 <= num_rows; r += 4) dot_block_bf16<4>(w, x + r * stride, stride, n, out + r);
-  for (; r < num_rows; ++r) dot_block_bf16<1>(w, x + r * stride, stride, n, out + r);
+  if (next && num_rows == 1) dot_block_bf16<1, true>(w, x, stride, n, out, next), r = 1;
+  if (next && num_rows > 1) dot_block_bf16<2, true>(w, x, stride, n, out, next), r = 2;
+  for (; r + 4 <= num_rows; r += 4) dot_block_bf16<4, false>(w, x + r * stride, stride, n, out + r, w);
+  for (; r + 2 <= num_rows; r += 2) dot_block_bf16<2, false>(w, x + r * stride, stride, n, out + r, w);
+  for (; r < num_rows; ++r) dot_block_bf16<1, false>(w, x + r * stride, stride, n, out + r, w);
 }
 
 // The processor multiplies pairs of bf16 by itself where it can.
-inline void dot_rows(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
+inline void dot_rows(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out, const bf16* next = nullptr) {
   static const bool has_bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl");
-  (has_bf16 ? dot_rows_bf16 : dot_rows_widened)(w, x, stride, num_rows, n, out);
+  (has_bf16 ? dot_rows_bf16 : dot_rows_widened)(w, x, stride, num_rows, n, out, next);
 }
 #else
-inline void dot_rows(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out) {
-  dot_rows_widened(w, x, stride, num_rows, n, out);
+inline void dot_rows(const bf16* w, const bf16* x, int64_t stride, int64_t num_rows, int64_t n, float* out, const bf16* next = nullptr) {
+  dot_rows_widened(w, x, stride, num_rows, n, out, next);
 }
 #endif
-
-// Ask for a row that will be read soon; the hardware's own prefetching does not find scattered rows.
-template <typename W>
-inline void prefetch(const W* row, int64_t n) {
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(W)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
 
 }  // namespace sedac
