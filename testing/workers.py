@@ -46,6 +46,9 @@ class Workers:
     def _sedac_describe(self, worker):
         return asdict(self.layout)
 
+    def _sedac_get_faster_rows(self, worker):
+        return {"width-30": 4}
+
     def _sedac_apply(self, worker, policy, revision, candidate=None):
         rollout = self.candidates[worker]["rollout"] if self.candidates[worker] else 0
         try:

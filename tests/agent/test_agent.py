@@ -11,6 +11,7 @@ import pytest
 from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
+from sedac.agent.status import describe_agent
 from sedac.client.client import ControlClient
 from sedac.contract import wire
 from sedac.contract.stats import CheckpointStats, Stats, TierStats
@@ -70,21 +71,21 @@ def test_follows_refuses_and_outlives_the_service(settings):  # noqa: F811
             await asyncio.to_thread(client.update_policy, bad)
             await _until(lambda: agent.refusal != "")
             assert "checkpoints[0].layer: 9 has no probe attached" in agent.refusal
-            assert (agent.revision, agent.describe()["state"], agent.get_terms().policy.enabled) == (made.revision, "NACKED", False)
+            assert (agent.revision, describe_agent(agent)["state"], agent.get_terms().policy.enabled) == (made.revision, "NACKED", False)
             full = replace(FIRST, tiers=(Tier(name="mine", floor="width-25"),), default_tier="mine", sensitivity=0.5)
             good = await asyncio.to_thread(client.update_policy, full)
             await _until(lambda: agent.revision == good.revision)
-            assert agent.describe()["state"] == "SYNCED"
+            assert describe_agent(agent)["state"] == "SYNCED"
             assert agent.engine.client.policies == [full, full], "every knob arrives in every worker"
             assert list(client.get_status().engines[0].engine.levels) == list(LAYOUT.levels)
         assert get_metric("sedac_policy_updates_total", "follower", result="nack") == 1
         assert get_metric("sedac_threshold", "follower", checkpoint="5") == 0.25
         await asyncio.to_thread(server.stop)
-        await _until(lambda: agent.describe()["state"] == "STALE")
+        await _until(lambda: describe_agent(agent)["state"] == "STALE")
         await _until(lambda: get_metric("sedac_control_connected", "follower") == 0)
         assert agent.revision == good.revision, "the last good policy stays"
         again = await asyncio.to_thread(RunningServer, fixed)
-        await _until(lambda: agent.describe()["state"] == "SYNCED")
+        await _until(lambda: describe_agent(agent)["state"] == "SYNCED")
         await agent.stop()
         await asyncio.to_thread(again.stop)
 
@@ -120,7 +121,7 @@ def test_what_the_workers_count_reaches_the_service(settings):  # noqa: F811
         assert report == wire.stats_to_report(replace(stats, active_revision=report.active_revision))
         assert wire.drafting_from_proto(report.drafting) == stats.drafting
         assert get_metric("sedac_draft_accepted_tokens_total", "counter", kind="adapter") == 1
-        assert json.loads(json.dumps(agent.describe(), allow_nan=False))["drafting"]["tokens_per_step"] == 1.5
+        assert json.loads(json.dumps(describe_agent(agent), allow_nan=False))["drafting"]["tokens_per_step"] == 1.5
         await agent.stop()
         await asyncio.to_thread(server.stop)
 
@@ -204,7 +205,7 @@ def test_status_shows_tiers_levels_and_adaptation():
         )
         await agent.start(replace(FIRST, adaptation=adaptation, tiers=(Tier(name="mine"),), default_tier="mine"))
         await _until(lambda: agent.stats.num_adaptations == 7)
-        shown = json.loads(json.dumps(agent.describe()))
+        shown = json.loads(json.dumps(describe_agent(agent)))
         await agent.stop()
         assert [tier["name"] for tier in shown["tiers"]] == ["exact", "mine"]
         assert shown["default_tier"] == "mine"
@@ -225,7 +226,7 @@ def test_the_first_policy_may_be_certified_for_these_weights_alone(settings):  #
         server = await asyncio.to_thread(RunningServer, settings)
         agent = await _make_agent(server.address, "first", find_weights=lambda: "1" * 64)
         await agent.start(certify(FIRST))
-        assert (agent.describe()["certified"], agent.engine.client.policies) == (True, [certify(FIRST)] * 2)
+        assert (describe_agent(agent)["certified"], agent.engine.client.policies) == (True, [certify(FIRST)] * 2)
         await agent.stop()
         other = await _make_agent(server.address, "other", find_weights=lambda: "b" * 64)
         with pytest.raises(PolicyInvalid, match=r"certificate.weights_sha256: 111111111111\.\.\., the engine has bbbbbbbbbbbb"):
@@ -250,8 +251,8 @@ def test_a_fitting_certificate_is_taken_and_a_foreign_one_refused(settings):  # 
                     await asyncio.to_thread(client.update_policy, certify(FIRST, **stated))
             made = await asyncio.to_thread(client.update_policy, certify(FIRST))
             await _until(lambda: agent.revision == made.revision)
-            assert agent.describe()["certified"]
-            assert agent.describe()["policy"]["certificate"]["tier"] == "balanced"
+            assert describe_agent(agent)["certified"]
+            assert describe_agent(agent)["policy"]["certificate"]["tier"] == "balanced"
             assert get_metric("sedac_policy_certified", "certified") == 1
             assert agent.engine.client.policies == [certify(FIRST)] * 2
             other = await _make_agent(server.address, "other", find_weights=lambda: "b" * 64)
@@ -259,7 +260,8 @@ def test_a_fitting_certificate_is_taken_and_a_foreign_one_refused(settings):  # 
             for late in (other, unknown):
                 await late.start(FIRST)
                 await _until(lambda late=late: late.refusal != "")
-                assert (late.revision, late.describe()["certified"], get_metric("sedac_policy_certified", late.settings.engine_id)) == (0, False, 0)
+                assert (late.revision, describe_agent(late)["certified"]) == (0, False)
+                assert get_metric("sedac_policy_certified", late.settings.engine_id) == 0
             assert "certificate.weights_sha256: 111111111111..., the engine has bbbbbbbbbbbb...; certify again on this model" in other.refusal
             assert "certificate.weights_sha256: 111111111111... can't be checked: the engine does not know its own" in unknown.refusal
             status = await asyncio.to_thread(client.get_status)

@@ -44,6 +44,7 @@ def test_every_rank_gets_the_policy_and_the_candidate():
     async def scenario() -> None:
         assert await engine.describe() == LAYOUT
         assert (engine.num_workers, engine.num_ranks) == (6, 3)
+        assert await engine.get_faster_rows() == {"width-30": 4}
         await engine.apply(POLICY, 4, Candidate(rollout=2, policy=POLICY, share=0.5))
         assert [rank.revisions for rank in client.ranks] == [[4, 4]] * 3
         assert all(candidate["rollout"] == 2 for rank in client.ranks for candidate in rank.candidates)

@@ -17,6 +17,7 @@ from sedac.agent.agent import Agent
 from sedac.agent.engine import AttachedEngine
 from sedac.agent.metrics import EngineMetrics
 from sedac.agent.pushes import find_probe_cache
+from sedac.agent.status import describe_agent
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2, control_pb2_grpc, probe_sets_pb2, probe_sets_pb2_grpc
 from sedac.errors import ConfigError
@@ -185,7 +186,7 @@ def test_a_candidate_comes_stays_grows_and_goes():
             assert [candidate["rollout"] for candidate in agent.engine.client.candidates] == [2, 2]
             book = agent.find_book(2)
             assert set(book.pages) == {"exact", "mine"}
-            assert agent.describe()["candidate"]["rollout"] == 2
+            assert describe_agent(agent)["candidate"]["rollout"] == 2
             assert get_metric("sedac_rollout", "sides") == 2
             await service.push(FIRST, 3, rollout=2, share=0.9)
             assert agent.get_terms().candidate.share == 0.9
@@ -249,7 +250,7 @@ def test_a_push_that_can_not_be_is_refused_by_field_and_the_last_good_one_stays(
             answer = await service.push(policy, 4, **knobs)
             assert (answer.revision, answer.rollout, answer.error.code) == (3, 1, 3)
             assert field in _fields(answer)
-            assert agent.describe()["state"] == "NACKED"
+            assert describe_agent(agent)["state"] == "NACKED"
             assert (agent.policy, agent.candidate.rollout, agent.engine.client.revisions) == (FIRST, 1, [3, 3])
             assert agent.get_terms().policy.enabled
             assert agent.get_terms().candidate.rollout == 1, "what was held back while it was looked at is given again"
@@ -335,7 +336,7 @@ def test_a_certificate_is_held_against_the_set_that_the_policy_names(tmp_path):
             )
             fitting = await service.push(certify(naming, probe_set=service.sets["fresh"].sha256), 4, sets=["fresh"])
             assert not fitting.HasField("error"), fitting.error
-            assert agent.describe()["certified"]
+            assert describe_agent(agent)["certified"]
 
     asyncio.run(scenario())
 
@@ -369,7 +370,7 @@ def test_a_service_that_says_nothing_is_not_waited_for_longer_than_told(join_sec
     async def scenario() -> None:
         async with _following("alone", join_seconds=join_seconds) as (agent, _):
             await asyncio.wait_for(agent.join(), 10)
-            assert agent.describe()["state"] == "STALE"
+            assert describe_agent(agent)["state"] == "STALE"
 
     asyncio.run(scenario())
     assert ("has not sent a policy in time (SEDAC_JOIN_SECONDS=0.2); serving under the first policy" in caplog.text) == bool(join_seconds)

@@ -63,7 +63,9 @@ def _check(served: Served, client: ControlClient) -> None:
     assert status["policy"]["speculation"] == {"enabled": True, "max_tokens": 4, "min_confidence": None, "adaptive": False, "tiers": []}
     (engine,) = client.get_status().engines
     assert (engine.engine.draft, engine.engine.max_draft_tokens) == ("reduced", 4)
-    assert examine_engine(served.url).detail.endswith("draft reduced, up to 4 tokens")
+    found = next(examine_engine(served.url))
+    assert (found.name, found.state) == ("running engine", "ok")
+    assert found.detail.endswith("draft reduced, up to 4 tokens")
 
     change(replace(FIXED, enabled=False))
     exact, lengths = _ask(served, sedac_tier="exact")

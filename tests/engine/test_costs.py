@@ -137,7 +137,7 @@ def test_costs_are_measured_at_the_first_starts_and_kept(case, tmp_path, monkeyp
 
 def test_costs_say_how_far_levels_pay():
     costs = Costs(rows=[1, 2, 4], full=[3.0, 3.0, 3.0], partial=[0.0] * 3, levels={"a": [1.0, 2.0, 4.0], "b": [4.0, 4.0, math.inf]})
-    assert costs.describe() == "a up to 2, b never"
+    assert costs.get_faster_rows() == {"a": 2, "b": 0}
 
 
 def test_a_user_without_a_cache_gets_costs_too(case, monkeypatch):

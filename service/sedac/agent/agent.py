@@ -12,14 +12,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sedac.agent.audits import Auditor
 from sedac.agent.engine import AttachedEngine, PartlyRefused
 from sedac.agent.evidence import Book, open_book
 from sedac.agent.following import Follower, Outcome
-from sedac.agent.metrics import EngineMetrics, get_target_exit_rates
+from sedac.agent.metrics import EngineMetrics
 from sedac.agent.promise import Terms
 from sedac.agent.pushes import Fetch, Orders, Preparation, ProbeSetSource
 from sedac.contract import wire
@@ -28,7 +28,7 @@ from sedac.contract.v1 import control_pb2
 from sedac.errors import ConfigError, PolicyInvalid
 from sedac.policy.check import validate
 from sedac.policy.layout import Layout
-from sedac.policy.model import EXACT, FULL, Candidate, Policy, Tier
+from sedac.policy.model import Candidate, Policy
 from sedac.settings import EngineSettings
 
 _log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ class Agent:
     """Returns the digest of the model's weights. It may take seconds and block, and raises ConfigError where the digest can't be known."""
     take_activity: Callable[[], bool] = lambda: True
     """Tells whether the engine has had anything to compute since the last call. By default it always may have had."""
+    faster_rows: dict[str, int] = field(default_factory=dict)
+    """Numbers of rows up to which reduced levels are faster than full on this machine. Empty where that is not measured."""
     auditor: Auditor | None = None
     """If None, no answers are audited."""
     policy: Policy = field(default_factory=Policy)
@@ -142,44 +144,9 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the agent's state as plain JSON types."""
-        state = "STANDALONE" if not self.settings.control_address else "STALE" if not self.connected else "NACKED" if self.refusal else "SYNCED"
-        return {
-            "engine_id": self.settings.engine_id,
-            "state": state,
-            "control_address": self.settings.control_address,
-            "revision": self.revision,
-            "refusal": self.refusal,
-            "certified": self.policy.certificate is not None,
-            "policy": self.policy.to_dict(),
-            "candidate": self.candidate.to_dict() if self.candidate else None,
-            "layout": asdict(self.layout),
-            "tiers": [asdict(tier) for tier in (Tier(name=EXACT, level=FULL, threshold_scale=0.0), *self.policy.get_tiers())],
-            "default_tier": self.policy.default_tier if self.policy.enabled else EXACT,
-            "adaptation": self._describe_adaptation(),
-            "stats": asdict(self.stats),
-            "drafting": self.stats.drafting.get_rates() if self.stats.drafting else None,
-            "evidence": [page for book in self._books.values() for page in book.to_dicts()],
-            "num_audits_waiting": self.auditor.get_num_waiting() if self.auditor else 0,
-        }
-
-    def _describe_adaptation(self) -> dict[str, Any]:
-        knobs = self.policy.adaptation
-        state = "off" if not (knobs.enabled and self.policy.enabled) else "frozen" if knobs.frozen else "on"
-        now = {c.layer: c for c in self.stats.checkpoints}
-        targets = get_target_exit_rates(self.policy)
-        checkpoints = [
-            {
-                "layer": c.layer,
-                "policy_threshold": c.threshold,
-                "threshold": now[c.layer].threshold if state != "off" and c.layer in now else c.threshold,
-                "exit_rate": now[c.layer].exit_rate if c.layer in now else 0.0,
-                "target_exit_rate": targets.get(c.layer),
-            }
-            for c in self.policy.checkpoints
-        ]
-        return {"state": state, "generation": knobs.generation, "num_adaptations": self.stats.num_adaptations, "checkpoints": checkpoints}
+    def list_evidence(self) -> list[dict[str, Any]]:
+        """Return the pages of all books as plain JSON types."""
+        return [page for book in self._books.values() for page in book.to_dicts()]
 
     def _get_rollout(self) -> int:
         return self.candidate.rollout if self.candidate else 0

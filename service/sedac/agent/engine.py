@@ -55,6 +55,11 @@ class AttachedEngine:
             raise EngineDisagreement("the workers have different probe sets or layers attached; start every rank with the same settings")
         return Layout(**{**found, "checkpoint_layers": tuple(found["checkpoint_layers"]), "levels": tuple(found["levels"])})
 
+    async def get_faster_rows(self) -> dict[str, int]:
+        """Return up to how many rows each reduced level is faster than full, as the first worker has it; empty: that is not measured."""
+        ranks = await self._call("sedac_get_faster_rows")
+        return dict(ranks[0][0])
+
     async def apply(self, policy: Policy, revision: int, candidate: Candidate | None = None) -> None:
         """Put a policy, and a roll-out's candidate beside it, into force in every worker, between two steps.
 

@@ -53,8 +53,10 @@ class AgentPlugin:
         @app.get("/sedac/status")
         async def status(request: Request) -> dict[str, Any]:
             """Return what is attached, the policy in force and the counters."""
+            from sedac.agent.status import describe_agent
+
             agent: Agent | None = getattr(request.app.state, "sedac_agent", None)
-            return agent.describe() if agent else {"state": "NOT_ATTACHED"}
+            return describe_agent(agent) if agent else {"state": "NOT_ATTACHED"}
 
         @app.get("/sedac/v1/requests/{request_id}")
         async def report(request_id: str, request: Request) -> dict[str, Any]:

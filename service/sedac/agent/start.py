@@ -53,6 +53,7 @@ async def start(engine_client: Any, model_name: str) -> Agent | None:
         metrics=metrics,
         hello=_make_hello(settings, engine, layout, model_name, first),
         find_weights=functools.partial(_find_weights, vllm_config),
+        faster_rows=await engine.get_faster_rows(),
         auditor=_make_auditor(engine_client, metrics),
     )
     _watch(engine_client, agent)

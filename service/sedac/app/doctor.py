@@ -68,7 +68,7 @@ def examine(model: str, probe_set: Path | None, url: str, *, draft: Path | None 
         return [*findings, Finding("settings", "bad", str(error))]
     findings.append(_examine_preloads(settings))
     findings.append(Finding("settings", "ok", f"model {settings.model}, probe set {settings.probe_dir}"))
-    return [*findings, *_examine_model(settings, reason), examine_engine(url)]
+    return [*findings, *_examine_model(settings, reason), *examine_engine(url)]
 
 
 def examine_touches() -> Finding:
@@ -186,21 +186,33 @@ def _examine_architecture(architecture: str) -> Finding:
     return Finding("architecture", "bad", f"{architecture} has no decoder layer (positions, hidden_states, residual); serve it without SEDAC")
 
 
-def examine_engine(url: str) -> Finding:
-    """Ask the engine that answers at `url` what it has attached."""
+def examine_engine(url: str) -> Iterator[Finding]:
+    """Ask the engine that answers at `url` what it has attached, and which levels it found faster than full."""
     try:
         with urllib.request.urlopen(f"{url}/sedac/status", timeout=3) as answer:
             status = json.load(answer)
     except urllib.error.HTTPError:
-        return Finding("running engine", "bad", f"{url} runs without SEDAC's agent: start it with `sedac serve`")
+        yield Finding("running engine", "bad", f"{url} runs without SEDAC's agent: start it with `sedac serve`")
+        return
     except OSError:
-        return Finding("running engine", "absent", f"nothing answers at {url}")
+        yield Finding("running engine", "absent", f"nothing answers at {url}")
+        return
     layout = status.get("layout")
     if not layout:
-        return Finding("running engine", "bad", f"{url}: {status.get('state')}")
+        yield Finding("running engine", "bad", f"{url}: {status.get('state')}")
+        return
     layers = ", ".join(map(str, layout["checkpoint_layers"]))
     draft = f"draft {layout['draft']}, up to {layout['max_draft_tokens']} tokens" if layout.get("draft") else "no draft"
-    return Finding("running engine", "ok", f"{url}: {status['state']}, revision {status['revision']}, checkpoints after layers {layers}, {draft}")
+    yield Finding("running engine", "ok", f"{url}: {status['state']}, revision {status['revision']}, checkpoints after layers {layers}, {draft}")
+    if found := status.get("faster_rows"):
+        yield _examine_speed(found)
+
+
+def _examine_speed(faster_rows: dict[str, int]) -> Finding:
+    pays = ", ".join(f"{name} up to {rows} {'row' if rows == 1 else 'rows'}" for name, rows in faster_rows.items() if rows)
+    never = ", ".join(name for name, rows in faster_rows.items() if not rows)
+    detail = f"faster than full on this machine: {pays or 'none'}" + (f"; never: {never}" if never else "")
+    return Finding("levels that pay", "ok" if pays else "absent", f"{detail}; rows that would be slower are computed in full")
 
 
 def show(findings: list[Finding]) -> None:

@@ -173,6 +173,10 @@ class Backend(ABC):
             for rows in (1, 2) if mlps else ():
                 mlps[-1].base(torch.zeros(rows, hidden_size, dtype=dtype, device=self.buffers.level_T.device))
 
+    def get_faster_rows(self) -> dict[str, int]:
+        """Return up to how many rows each reduced level is faster than full here; more are computed in full. Empty: that is not measured."""
+        return {}
+
     @abstractmethod
     def set_sides(self, sides: Sequence[SideBuffers]) -> None:
         """Let these sides decide from the next pass on, by the rules that they have now."""

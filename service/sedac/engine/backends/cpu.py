@@ -73,6 +73,11 @@ class CpuBackend(TorchBackend):
                 torch.ops.sedac.add_checkpoint(i, side.number, probe.tensors, probe.rank, side.knobs_CK[i], side.counts_C2[i])
         self.set_sides(self.sides)
         put_into_force(None)
+        self._faster_rows: dict[str, int] = {}
+
+    def get_faster_rows(self) -> dict[str, int]:
+        """Return up to how many rows each level is faster than full; see `Backend`."""
+        return self._faster_rows
 
     def warm_up(self, hidden_size: int, dtype: torch.dtype, *, is_compiled: bool) -> None:
         """Warm up, and find what levels cost here; all ranks of a model go by the first one's costs."""
@@ -83,7 +88,9 @@ class CpuBackend(TorchBackend):
         costs = share(find_costs([mlp for mlp in self.mlps if isinstance(mlp, CpuMlp)], self.table, self.buffers, dtype))
         put_into_force(costs)
         if costs is not None and costs.levels:
-            _log.info("SEDAC: rows up to which levels are faster than full here: %s; more are computed in full", costs.describe())
+            self._faster_rows = costs.get_faster_rows()
+            shown = ", ".join(f"{name} {f'up to {rows}' if rows else 'never'}" for name, rows in self._faster_rows.items())
+            _log.info("SEDAC: rows up to which levels are faster than full here: %s; more are computed in full", shown)
 
     def attach_mlp(self, module: Any, name: str, layer: int, neurons: Neurons | None, *, scores_activation: bool, lora: bool) -> None:
         """Gate an MLP; see `Backend`."""

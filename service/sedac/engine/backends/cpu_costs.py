@@ -41,6 +41,8 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _MAX_CONTEXTUAL_ROWS = 2
 """Up to so many rows choose their own neurons (kernels/mlp.cpp). More are never faster than in full."""
 _MAX_LAYERS = 8
+_MAX_SHARE = 0.95
+"""A level counts as faster at this share of the full time at most (kernels/mlp.cpp: `kMaxShare`)."""
 _REPEATS, _MIN_REPEATS, _SECONDS = 9, 3, 2.0
 """Times that everything is timed, of which the least counts; and after how many seconds no further one begins, once there were the least number."""
 _STARTS = 3
@@ -73,13 +75,12 @@ class Costs:
             num_starts=self.num_starts + other.num_starts,
         )
 
-    def describe(self) -> str:
-        """Say up to how many rows each level is faster than full."""
-        parts = []
+    def get_faster_rows(self) -> dict[str, int]:
+        """Return up to how many rows each level is faster than full, by its name. 0 means never."""
+        found = {}
         for name, costs in self.levels.items():
-            faster = [rows for rows, cost, full in zip(self.rows, costs, self.full, strict=True) if cost < full]
-            parts.append(f"{name} {f'up to {max(faster)}' if faster else 'never'}")
-        return ", ".join(parts)
+            found[name] = max((rows for rows, cost, full in zip(self.rows, costs, self.full, strict=True) if cost < _MAX_SHARE * full), default=0)
+        return found
 
 
 def find_costs(mlps: Sequence[CpuMlp], table: LevelTable, buffers: TokenBuffers, dtype: torch.dtype) -> Costs | None:

@@ -179,6 +179,10 @@ class SedacWorker(runner.BaseWorker):
         """Return what is attached: the layout as a dict."""
         return asdict(self.sedac_state.layout)
 
+    def sedac_get_faster_rows(self) -> dict[str, int]:
+        """Return up to how many rows each reduced level is faster than full here; see `Backend.get_faster_rows`."""
+        return self.sedac_state.backend.get_faster_rows()
+
     def sedac_preload(self, directory: str, sha256: str) -> None:
         """Start reading and verifying the probe set in `directory`, whose weights have this digest; returns at once, steps go on."""
         self.sedac_state.probe_sets.preload(Path(directory), sha256)
