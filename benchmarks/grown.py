@@ -70,7 +70,7 @@ class Growth:
         self.old, self.new = old, new
         self.width = new.hidden // old.hidden
         self.every = new.layers // old.layers
-        """layers for each old one"""
+        """Layers for each old one."""
         if self.width not in (1, 4, 16) or new.hidden % old.hidden:
             raise ValueError(f"hidden size {new.hidden} is not 1, 4 or 16 times {old.hidden}; norms would not stay exact in bf16")
         if new.layers % old.layers:

@@ -36,7 +36,7 @@ class Served:
     control_address: str
     log: Path
     first_metrics: str = ""
-    """what /metrics said before the first request"""
+    """What /metrics said before the first request."""
 
     @property
     def url(self) -> str:

@@ -20,11 +20,11 @@ class Answer:
     """One finished request."""
 
     finished: float
-    """on the monotonic clock"""
+    """When it ended, on the monotonic clock."""
     seconds: float
     num_tokens: int
     problem: str
-    """empty: answered whole"""
+    """What went wrong. Empty if it was answered whole."""
 
 
 class Traffic:

@@ -37,12 +37,12 @@ class Scene:
 
     name: str
     thresholds: tuple[float | None, float | None]
-    """None: one that about half of the tokens pass"""
+    """One for each checkpoint. None stands for one that about half of the tokens pass."""
     roles: tuple[int, ...] = (DECIDES,)
     rule: Rule = "first"
     scope: Scope = "token"
     candidate: tuple[float, float] | None = None
-    """thresholds of a roll-out's candidate, for tokens of its side"""
+    """Thresholds of a roll-out's candidate, for tokens of its side."""
     is_padded: bool = False
 
 

@@ -30,7 +30,7 @@ class Part:
     name: str
     rows: list[Row]
     until: float
-    """no row of it is begun after this share of the whole"""
+    """No row of it is begun after this share of the whole."""
 
 
 def make_parts() -> list[Part]:

@@ -19,9 +19,9 @@ class Ceilings:
     """What a card reaches at best, both per second."""
 
     bytes_per_second: float
-    """read and written"""
+    """Bytes of memory that are read and written."""
     flops_per_second: float
-    """bf16, dense"""
+    """Dense products in bf16."""
 
 
 DATA_SHEET = Ceilings(bytes_per_second=4.8e12, flops_per_second=990e12)
@@ -73,11 +73,11 @@ class Case:
     name: str
     level: int
     rows: float = 1.0
-    """share of the rows that get the level; the others are full"""
+    """Share of the rows that get the level. The others are full."""
     active: float = 1.0
-    """share of the neurons that a contextual or ordered row keeps"""
+    """Share of the neurons that a contextual or ordered row keeps."""
     is_telling: bool = False
-    """measured before those that are not"""
+    """Whether it is measured before the others."""
 
     def get_levels(self, num_tokens: int) -> list[int]:
         """Return the levels of the rows, the reduced ones spread evenly."""

@@ -85,7 +85,7 @@ class EngineProcess:
         logs.mkdir(parents=True, exist_ok=True)
         self.name, self.log_path, self.fault, self.started = name, logs / f"{slug}.log", "", time.perf_counter()
         self.about: dict[str, Any] | None = None
-        """what it said of itself once it was ready"""
+        """What it said of itself once it was ready."""
         self._num_errors, self._answered = 0, 0.0
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         with self.log_path.open("w") as log:

@@ -25,7 +25,7 @@ class Engine:
 
     name: str
     model: str
-    """demo or 7B"""
+    """Which model is served: demo or 7B."""
     is_v2: bool = False
     is_ours: bool = False
 
@@ -49,13 +49,13 @@ class Variant:
     name: str
     engine: str = SEDAC
     is_telling: bool = False
-    """measured before the others"""
+    """Whether it is measured before the others."""
     enabled: bool = True
     tier: str = TIER
     exits_at: float | None = None
-    """every token exits after this share of the layers"""
+    """The share of the layers after which every token exits. None: no token exits."""
     floor: str = "full"
-    """level of all layers"""
+    """The level of all layers."""
 
     def make_policy(self, num_layers: int) -> dict[str, Any]:
         """Return the policy as `sedac_apply` takes it; empty for plain engines."""

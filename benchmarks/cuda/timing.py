@@ -45,9 +45,9 @@ class Variant:
 
     run: Callable[[], Sequence[Tensor]]
     warm_up: Callable[[], object] | None = None
-    """builds what a capture of `run` launches; None: `run` itself"""
+    """Builds what a capture of `run` launches. None: `run` itself does."""
     begin: Callable[[], object] | None = None
-    """called after the capture, before the first replay"""
+    """Called after the capture, before the first replay."""
 
 
 def get_l2_bytes() -> int:

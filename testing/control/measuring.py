@@ -19,14 +19,14 @@ class Measured:
     """What every request of a side is measured to have."""
 
     mismatch: int = 10
-    """thousandths"""
+    """In thousandths."""
     nll_difference: int = 5
-    """thousandths"""
+    """In thousandths."""
     token_seconds: float = 0.02
     error_every: int = 0
     """0: no request ends in an error"""
     rate: int = 5
-    """requests that finish between two reports"""
+    """Requests that finish between two reports."""
 
 
 class MeasuringEngine(FakeEngine):
@@ -35,9 +35,9 @@ class MeasuringEngine(FakeEngine):
     def __init__(self, address: str, engine_id: str = "e1", *, stable: Measured | None = None, candidate: Measured | None = None, **more) -> None:
         self.sides = {STABLE: stable or Measured(), CANDIDATE: candidate or Measured()}
         self.in_force: dict[int, int] = {}
-        """revision of the stable side, number of the roll-out"""
+        """What each side has in force: the revision of the stable one, the number of the roll-out of the other."""
         self.counts: dict[int, int] = {}
-        """requests finished, by side"""
+        """Finished requests, by side."""
         self.poison: Callable[[evidence_pb2.Evidence], None] = lambda evidence: None
         self.silent = False
         self.refuse_candidate = ""

@@ -26,7 +26,7 @@ class SimulatedEngine:
     def __init__(self, address: str, name: str, *, report_seconds: float = 2.0) -> None:
         self.name, self._address, self._report_seconds = name, address, report_seconds
         self.applied: list[int] = []
-        """revisions in the order in which they were applied, over all connections"""
+        """Revisions in the order in which they were applied, over all connections."""
         self.times: dict[int, float] = {}
         """Time of the monotonic clock at which each revision was applied, by revision."""
         self._task: asyncio.Task[None] | None = None

@@ -24,17 +24,17 @@ class _Engine:
     draft_pass: float = 0.2
     acceptance: float = 0.7
     spread: float = 3.0
-    """of confidences: the beta distribution's a + b"""
+    """The a + b of the beta distribution of confidences."""
     noise: float = 0.05
     spikes: float = 0.005
-    """share of the steps that take five times as long"""
+    """Share of the steps that take five times as long."""
     overconfidence: float = 0.0
-    """what confidences are beyond the chance of being accepted"""
+    """What confidences are beyond the chance of being accepted."""
     max_tokens: int = 4
     num_cold: int = 0
-    """first steps with drafts, which take five times as long"""
+    """First steps with drafts, which take five times as long."""
     num_slow: int = 0
-    """first steps that take four times as long because the machine is busy"""
+    """First steps that take four times as long because the machine is busy."""
     controller: Controller = field(default_factory=Controller)
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
@@ -197,6 +197,16 @@ def test_takes_up_drafting_again_when_it_pays_again():
     engine.acceptance = 0.1
     engine.run(2000)
     assert engine.get_speed(engine.run(3000)) > 0.98
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_text_that_became_easy_is_drafted_after_a_few_pauses(seed):
+    engine = _Engine(acceptance=0.1, max_tokens=8, row=0.01, rng=np.random.default_rng(seed))
+    engine.run(5000)
+    engine.acceptance, engine.spread = 0.98, 100.0
+    engine.run(1000)  # three of the longest pauses: a step that is slow by chance costs one
+    assert engine.controller.get_stats()[0].state in ("drafting", "measuring")
+    assert engine.get_speed(engine.run(300)) > 1.8
 
 
 def test_sizes_that_share_a_model_are_compared_per_sequence():

@@ -7,7 +7,8 @@ those products passes `d r`, where r is the rate of tokens that the time would g
 by the measured rates with and without, per sequence. Costs depend on the number of sequences, so each power of two has its own model.
 
 What is found out late costs little: drafts that did not pay are tried again one step at a time, so far apart that no stretch of
-output notices, and a slow step now and then says nothing of the others.
+output notices, and a slow step now and then says nothing of the others. A step that pays is followed by another one, so that text
+which has become easy is drafted at once.
 
 Plain Python; driven by the drafter once per step, on the thread that runs the model.
 """
@@ -28,7 +29,7 @@ _TRIAL_STEPS, _MIN_TRIAL_STEPS = 12, 4
 _PLAIN_EVERY, _PLAIN_STEPS = 256, 1
 """While drafting pays: steps until the cost of plain steps is looked at again, and plain steps of such a look."""
 _PLAIN_KEPT = 15
-_MIN_PAUSE, _MAX_PAUSE = 40, 640
+_MIN_PAUSE, _MAX_PAUSE = 40, 320
 """Pause after a trial that did not pay, in steps: first and longest, doubled each time. The first is made again whole, as first drafts are slow."""
 _COLD_STEPS = 1
 """Number of first steps of a size that verify drafts and are left out of the costs."""
@@ -107,7 +108,9 @@ class Model:
     pause: int = _MIN_PAUSE // 2
     cold_steps_left: int = _COLD_STEPS
     trials_left: int = 0
-    """Steps left of the next trial. After a trial that did not pay they are made one at a time."""
+    """Steps left of the next trial. After a trial that did not pay they are made one at a time, and go on as long as they pay."""
+    last_gain: float = 0.0
+    """The gain of the latest step that verified drafts, alone. 0 where a trial's step had none to verify."""
 
     @property
     def plain_seconds(self) -> float:
@@ -149,19 +152,24 @@ class Controller:
         elif model.state == "drafting":
             model.state, model.steps_left = "measuring", _PLAIN_STEPS
         elif model.state == "paused":
-            at_once = model.trials_left if model.pause == _MIN_PAUSE else 1
-            model.state, model.steps_left = "trying", at_once - 1
-            model.trials_left -= at_once
+            self._try(model, model.trials_left if model.pause == _MIN_PAUSE else 1)
         elif model.trials_left > 0 and model.pause > _MIN_PAUSE:
-            model.state, model.steps_left = "paused", model.pause
+            if model.last_gain >= _MIN_GAIN:
+                self._try(model, 1)
+            else:
+                model.state, model.steps_left = "paused", model.pause
         elif model.gain >= _MIN_GAIN:
             model.state, model.steps_left, model.pause = "drafting", _PLAIN_EVERY, _MIN_PAUSE
         else:
             self._pause(model, min(model.pause * 2, _MAX_PAUSE))
 
+    def _try(self, model: Model, num_steps: int) -> None:
+        model.state, model.steps_left, model.last_gain = "trying", num_steps - 1, 0.0
+        model.trials_left -= num_steps
+
     def _pause(self, model: Model, pause: int) -> None:
         model.state, model.steps_left, model.pause, model.trials_left = "paused", pause, pause, model.num_trials
-        for mean in (model.drafted_seconds, model.drafted_tokens, model.step, model.rows):
+        for mean in (model.drafted_seconds, model.drafted_tokens, model.step, model.rows, model.confidence):
             mean.count = 0 if pause == _MIN_PAUSE else min(mean.count, 2)  # after a short pause the whole trial is made again
 
     def _make_limits(self, model: Model, num_sequences: int, max_tokens: int, min_confidence: float) -> Limits:
@@ -197,6 +205,7 @@ class Controller:
             model.drafted_seconds.add(bounded)
             model.drafted_tokens.add(num_tokens / num_sequences)
             model.rows.add(extra)
+            model.last_gain = num_tokens / num_sequences / seconds * model.plain_seconds
         if num_passes:
             model.draft_pass.add(draft_seconds / num_passes)
         if model.state == "drafting" and model.drafted_seconds.count > 3 * model.num_trials and model.gain < _LEAST_GAIN:
