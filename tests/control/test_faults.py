@@ -11,6 +11,7 @@ import socket
 import grpc
 import pytest
 from sedac.agent import following
+from sedac.agent.status import describe_agent
 from sedac.client.client import ControlClient
 from sedac.contract import wire
 from sedac.contract.v1 import control_pb2, control_pb2_grpc
@@ -60,7 +61,7 @@ async def _following(address: str, name: str):
 
 
 def _get_state(agent) -> str:
-    return agent.describe()["state"]
+    return describe_agent(agent)["state"]
 
 
 async def _change(address: str, policy: Policy) -> int:
